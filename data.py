@@ -1,0 +1,522 @@
+"""The data sets: a drawn world of coloured shapes with an exact checker, and folders of captioned images.
+
+    python data.py                      writes out/data.png: pictures with a caption and questions
+    python data.py --preset gpu         the larger world
+    python data.py --data PATH          the same for a folder of your own images
+
+Both kinds give the rest of the project one thing, a `Split`: pixels, one caption and some questions for each picture.
+"""
+import argparse
+import json
+import math
+import random
+import sys
+import warnings
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from operator import attrgetter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
+
+
+def fail(message):
+    """Bad input: one line that says what was expected, exit status 2, no traceback."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class Question(NamedTuple):
+    text: str
+    answer: str
+    kind: str
+
+
+class Caption(NamedTuple):
+    text: str
+    kind: str
+    relation: tuple = ()        # of kind "position": (shape, index into RELATIONS, other shape)
+
+
+class Split(NamedTuple):
+    pixels: np.ndarray          # (N, H, W, 3) uint8
+    captions: list              # N Captions
+    questions: list             # N lists of Questions
+    scenes: list = None         # N tuples of Things, only in the shapes world
+
+
+# ------------------------------------------------------------------------------------------------ the shapes world
+
+SHAPES = "circle square triangle cross ring diamond heart star".split()
+COLOURS = {"red": (220, 40, 40), "green": (30, 160, 60), "blue": (40, 80, 220), "yellow": (245, 190, 0),
+           "purple": (150, 50, 190), "cyan": (0, 190, 210), "black": (40, 40, 40), "orange": (245, 120, 20)}
+SIZES = ("small", "big")
+NUMBERS = "zero one two three four five six seven eight nine".split()
+RELATIONS = ("left of", "right of", "above", "below")
+BACKGROUND = (245, 245, 240)
+KINDS = ("colour", "shape", "size", "existence", "count", "place", "relation", "neighbour")
+# What a caption of each kind states about every object; what it leaves open the model may choose (cf. GenEval).
+CAPTIONS = {"scene": ("size", "colour", "shape", "cell"), "single object": ("shape",), "two objects": ("shape",),
+            "counting": ("shape",), "colours": ("colour", "shape"), "position": ("shape",),
+            "attribute binding": ("colour", "shape")}
+
+
+class Thing(NamedTuple):
+    """One object. Everything is an index into the lists above; dx, dy are pixels off the centre of the cell."""
+    size: int
+    colour: int
+    shape: int
+    cell: int
+    dx: int = 0
+    dy: int = 0
+
+
+@lru_cache(None)
+def stated(fields):
+    """A function of a Thing that tells what these fields of it are."""
+    return attrgetter(*fields)
+
+
+@dataclass(frozen=True)
+class World:
+    image_size: int             # pixels, height = width
+    grid: int                   # grid x grid cells, at most one object in each
+    shapes: int                 # how many of SHAPES
+    colours: int                # how many of COLOURS
+    max_objects: int
+    jitter: int                 # pixels that an object may lie off the centre of its cell, each way
+
+
+WORLDS = {"cpu": World(image_size=32, grid=2, shapes=4, colours=6, max_objects=4, jitter=1),
+          "gpu": World(image_size=64, grid=3, shapes=8, colours=8, max_objects=6, jitter=2)}
+
+
+def sprite(shape, diameter, cell):
+    """The coverage of a shape, centred in its cell: (cell, cell) in 0..1, antialiased from 8x8 subpixels."""
+    scale, r = 8, diameter * 4
+    image = Image.new("L", (cell * scale, cell * scale))
+    draw, c = ImageDraw.Draw(image), cell * scale // 2
+
+    def polygon(*points):
+        draw.polygon([(c + round(x * r), c + round(y * r)) for x, y in points], fill=255)
+
+    if shape in ("circle", "ring"):
+        draw.ellipse((c - r, c - r, c + r, c + r), fill=255)
+        if shape == "ring":
+            draw.ellipse((c - r // 2, c - r // 2, c + r // 2, c + r // 2), fill=0)
+    elif shape == "square":
+        polygon((-.85, -.85), (.85, -.85), (.85, .85), (-.85, .85))
+    elif shape == "triangle":
+        polygon((0, -1), (1, .8), (-1, .8))
+    elif shape == "cross":
+        polygon((-.33, -1), (.33, -1), (.33, 1), (-.33, 1))
+        polygon((-1, -.33), (-1, .33), (1, .33), (1, -.33))
+    elif shape == "diamond":
+        polygon((0, -1), (.75, 0), (0, 1), (-.75, 0))
+    elif shape == "heart":
+        h = r * 11 // 20
+        for x in (-h + r // 20, h - r // 20):
+            draw.ellipse((c + x - h, c - r, c + x + h, c - r + 2 * h), fill=255)
+        polygon((-.98, -.2), (0, 1), (.98, -.2), (0, -.5))
+    elif shape == "star":
+        polygon(*((math.sin(i * math.pi / 5) * (1, .42)[i % 2], -math.cos(i * math.pi / 5) * (1, .42)[i % 2])
+                  for i in range(10)))
+    return np.asarray(image.reduce(scale), np.float64) / 255
+
+
+class Shapes:
+    """Scenes, their pictures, captions and questions, and the checker that reads a picture back into a scene."""
+    name = "shapes"
+
+    def __init__(self, preset="cpu"):
+        w = self.world = WORLDS[preset]
+        self.image_size, self.cell = w.image_size, w.image_size // w.grid
+        self.cells = ["middle"] if w.grid == 1 else [
+            f"{row} {column}".replace("middle middle", "middle") for row in self._thirds("top", "bottom")
+            for column in self._thirds("left", "right")]
+        # The transfer split: pairs that understanding never sees in training but generation does, and vice versa.
+        self.held_out = {task: {((2 * i + t) % w.colours, i % w.shapes) for i in range(w.colours // 2)}
+                         for t, task in enumerate(("und", "gen"))}
+        # Every object that a cell can hold, drawn once; row 0 is the empty cell.
+        offsets = range(-w.jitter, w.jitter + 1)
+        self.things = [None] + [Thing(z, c, s, 0, x, y) for z in range(2) for c in range(w.colours)
+                                for s in range(w.shapes) for x in offsets for y in offsets]
+        self.row = {t: i for i, t in enumerate(self.things)}
+        masks = {(z, s): sprite(SHAPES[s], round(self.cell * (.42, .75)[z]), self.cell)
+                 for z in range(2) for s in range(w.shapes)}
+        ink, paper = np.array(list(COLOURS.values()), float), np.array(BACKGROUND, float)
+        self.bank = np.empty((len(self.things), self.cell, self.cell, 3), np.uint8)
+        self.bank[0] = BACKGROUND
+        for i, t in enumerate(self.things[1:], 1):
+            mask = np.roll(masks[t.size, t.shape], (t.dy, t.dx), (0, 1))[..., None]
+            self.bank[i] = np.round(mask * ink[t.colour] + (1 - mask) * paper)
+
+    def _thirds(self, first, last):
+        return [first] + ["middle"] * (self.world.grid - 2) + [last]
+
+    # ---- scenes and pictures
+
+    def scene(self, rng, avoid=()):
+        """A random scene: 1 to max_objects Things, sorted by cell, without the (colour, shape) pairs of `avoid`.
+
+        Objects are not independent: a later one often shares its colour or its shape with an earlier one (so that
+        counts go up and attributes have to be bound), or is the earlier one's companion (so that some objects often
+        occur together, which POPE's adversarial questions need).
+        """
+        w, things = self.world, []
+        for cell in rng.sample(range(w.grid ** 2), rng.randint(1, w.max_objects)):
+            while True:
+                colour, shape = rng.randrange(w.colours), rng.randrange(w.shapes)
+                if things:
+                    other = rng.choice(things)
+                    how = rng.randrange(4)
+                    if how == 0:
+                        colour = other.colour
+                    elif how == 1:
+                        shape = other.shape
+                    elif how == 2:
+                        colour, shape = self.companion(other)
+                if (colour, shape) not in avoid:
+                    break
+            things.append(Thing(rng.randrange(2), colour, shape, cell, rng.randint(-w.jitter, w.jitter),
+                                rng.randint(-w.jitter, w.jitter)))
+        return tuple(sorted(things, key=lambda t: t.cell))
+
+    def companion(self, thing):
+        return (thing.colour + 1) % self.world.colours, (thing.shape + 1) % self.world.shapes
+
+    def render(self, scenes):
+        """Scenes -> (N, H, W, 3) uint8, by copying drawn cells: fast enough never to hold up training."""
+        g, c, size = self.world.grid, self.cell, self.image_size
+        rows = np.zeros((len(scenes), g * g), np.int64)
+        for i, scene in enumerate(scenes):
+            for t in scene:
+                rows[i, t.cell] = self.row[t._replace(cell=0)]
+        pixels = np.empty((len(scenes), size, size, 3), np.uint8)
+        pixels[:] = BACKGROUND                                         # 64 = 3 * 21 + 1: a margin may be left over
+        tiles = self.bank[rows].reshape(-1, g, g, c, c, 3).transpose(0, 1, 3, 2, 4, 5)
+        pixels[:, :g * c, :g * c] = tiles.reshape(-1, g * c, g * c, 3)
+        return pixels
+
+    def read(self, pixels, worst=17.0):
+        """The checker: pictures -> scenes, by the nearest drawn cell (least squared error), exact on drawn pictures.
+
+        A cell whose nearest match has a PSNR under `worst` dB shows nothing that can be named: a Thing of shape -1.
+        """
+        g, c = self.world.grid, self.cell
+        tiles = pixels[:, :g * c, :g * c].reshape(-1, g, c, g, c, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, c * c * 3)
+        bank = self.bank.reshape(len(self.bank), -1).astype(np.float32)
+        norms, scenes = (bank ** 2).sum(1), []
+        limit = 255 ** 2 * 10 ** (-worst / 10) * bank.shape[1]
+        for start in range(0, len(tiles), 1024 * g * g):               # in blocks, so that the products stay small
+            block = tiles[start:start + 1024 * g * g].astype(np.float32)
+            score = norms - 2 * block @ bank.T                         # |tile - drawn|^2 but for |tile|^2
+            best = score.argmin(1)
+            good = score[np.arange(len(block)), best] + (block ** 2).sum(1) < limit
+            for cells, fine in zip(best.reshape(-1, g * g), good.reshape(-1, g * g)):
+                scenes.append(tuple(self.things[b]._replace(cell=i) if ok else Thing(-1, -1, -1, i)
+                                    for i, (b, ok) in enumerate(zip(cells, fine)) if b or not ok))
+        return scenes
+
+    # ---- language
+
+    def phrase(self, thing, fields, plural=False):
+        noun = SHAPES[thing.shape] if "shape" in fields else "object"
+        if plural:
+            noun += "es" if noun.endswith("s") else "s"
+        return " ".join([self.cells[thing.cell]] * ("cell" in fields) + [SIZES[thing.size]] * ("size" in fields)
+                        + [list(COLOURS)[thing.colour]] * ("colour" in fields) + [noun])
+
+    def related(self, a, b):
+        """Which RELATIONS (as indices) hold between two things."""
+        (ya, xa), (yb, xb) = divmod(a.cell, self.world.grid), divmod(b.cell, self.world.grid)
+        return {i for i, holds in enumerate((xa < xb, xa > xb, ya < yb, ya > yb)) if holds}
+
+    def refer(self, rng, scene, thing, *options):
+        """A phrase that only `thing` fits, made from one of the options (tuples of fields), or None."""
+        fits = [f for f in options if list(map(stated(f), scene)).count(stated(f)(thing)) == 1]
+        return "the " + self.phrase(thing, rng.choice(fits)) if fits else None
+
+    def caption(self, rng, scene):
+        """A caption that tells of every object, half of the time everything about it, otherwise less of it."""
+        n, kinds = len(scene), ["counting"]
+        if n == 1:
+            kinds += ["single object", "colours"]
+        if n == 2:
+            kinds += ["two objects"] + ["position"] * (scene[0].shape != scene[1].shape)
+        if n > 1:
+            kinds += ["attribute binding"]
+        kind = "scene" if rng.random() < .5 else rng.choice(kinds)
+        things, relation = rng.sample(scene, n), ()
+        if kind == "scene":
+            style, place = rng.randrange(2), lambda t: self.cells[t.cell]
+            words = [f"a {self.phrase(t, CAPTIONS[kind][:3])} {place(t)}" if style else
+                     f"{place(t)} a {self.phrase(t, CAPTIONS[kind][:3])}" for t in things]
+        elif kind == "position":
+            a, b = things
+            r = rng.choice(sorted(self.related(a, b)))
+            words, relation = [f"a {SHAPES[a.shape]} {RELATIONS[r]} a {SHAPES[b.shape]}"], (a.shape, r, b.shape)
+        elif kind == "counting":
+            words = [NUMBERS[k] + " " + self.phrase(Thing(0, 0, s, 0), ("shape",), k > 1)
+                     for s, k in Counter(t.shape for t in things).items()]
+        else:
+            words = ["a " + self.phrase(t, CAPTIONS[kind]) for t in things]
+        text = words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+        return Caption(rng.choice(("", "draw ", "a picture of ")) + text, kind, relation)
+
+    def fulfilled(self, caption, wanted, seen):
+        """How many of the wanted objects are seen as the caption states them, and whether the picture is all right:
+        exactly these objects and, where a relation is stated, in that relation."""
+        told = stated(CAPTIONS[caption.kind])
+        want, have = Counter(map(told, wanted)), Counter(map(told, seen))
+        right = want == have
+        if right and caption.relation:
+            first, r, second = caption.relation
+            a, b = (next(t for t in seen if t.shape == s) for s in (first, second))
+            right = r in self.related(a, b)
+        return sum((want & have).values()), right
+
+    def question(self, rng, scene, kind, avoid=(), about=None):
+        """One Question of this kind, or None where the scene has none. `avoid`: (colour, shape) pairs never named;
+        `about`: the pairs that the question has to be about (for the transfer split)."""
+        things = [t for t in scene if not about or (t.colour, t.shape) in about]
+        if not things and not (about and kind == "existence"):
+            return None
+        thing = rng.choice(things) if things else None
+        name = ("colour", "shape")
+        if kind == "colour":
+            the = self.refer(rng, scene, thing, ("shape",), ("size", "shape"), ("cell",))
+            return Question(rng.choice(("what colour is {}?", "which colour does {} have?")).format(the),
+                            list(COLOURS)[thing.colour], kind)
+        if kind == "shape":
+            the = self.refer(rng, scene, thing, ("colour",), ("size", "colour"), ("cell",))
+            return Question(rng.choice(("what shape is {}?", "which shape does {} have?")).format(the),
+                            SHAPES[thing.shape], kind)
+        if kind == "size":
+            the = self.refer(rng, scene, thing, ("shape",), ("colour",), name, ("cell",))
+            return Question(rng.choice(("what size is {}?", "is {} small or big?")).format(the),
+                            SIZES[thing.size], kind)
+        if kind == "place":
+            the = self.refer(rng, scene, thing, ("shape",), ("colour",), name)
+            return the and Question(rng.choice(("where is {}?", "in which place is {}?")).format(the),
+                                    self.cells[thing.cell], kind)
+        if kind == "existence":
+            return self.existence(rng, scene, thing, avoid, about)
+        if kind == "count":
+            groups = {len(scene): [((), 0)]}                            # number -> what there is that number of
+            for field, values in (("colour", self.world.colours), ("shape", self.world.shapes), ("size", 2)):
+                there = [getattr(t, field) for t in scene]
+                for value in range(values):
+                    groups.setdefault(there.count(value), []).append(((field,), value))
+            number = rng.choice(sorted(groups))
+            fields, value = rng.choice(groups[number])
+            plural = self.phrase(Thing(0, 0, 0, 0)._replace(**dict.fromkeys(fields, value)), fields, plural=True)
+            return Question(rng.choice(("how many {} are there?", "what is the number of {}?")).format(plural),
+                            NUMBERS[number], kind)
+        others = [t for t in scene if t is not thing and (not about or (t.colour, t.shape) not in about)]
+        if not others:
+            return None
+        other = rng.choice(others)
+        the, that = (self.refer(rng, scene, t, name, ("shape",), ("colour",)) for t in (thing, other))
+        if kind == "relation" and the and that:
+            answer, holding = rng.randrange(2), self.related(thing, other)
+            # A "no" is the opposite of something true: knowing which two objects are meant is not enough.
+            r = rng.choice(sorted(holding)) ^ (1 - answer)
+            return Question(rng.choice(("is {} {} {}?", "does {} lie {} {}?")).format(the, RELATIONS[r], that),
+                            ("no", "yes")[answer], kind)
+        if kind == "neighbour" and that:
+            for r in rng.sample(range(4), 4):
+                there = [t for t in scene if r in self.related(t, other)]
+                if there == [thing]:
+                    return Question(rng.choice(("what shape is {} {}?", "which shape lies {} {}?")).format(
+                        RELATIONS[r], that), SHAPES[thing.shape], kind)
+        return None
+
+    def existence(self, rng, scene, thing, avoid, about):
+        """Is there ...? Half of the answers are no, and most of these are hard, as in POPE (Li et al. 2023): the
+        companion of an object that is there, or the colour of one object with the shape of another."""
+        asks = ("is there a {}?", "do you see a {}?")
+        fields = ("colour", "shape") if about or rng.random() < .6 else rng.choice((("colour",), ("shape",)))
+        if rng.randrange(2) and thing:
+            return Question(rng.choice(asks).format(self.phrase(thing, fields)), "yes", "existence")
+        present = set(map(stated(fields), scene))
+        for _ in range(50):
+            a, b, how = rng.choice(scene), rng.choice(scene), rng.randrange(3)
+            pair = ((a.colour, b.shape) if how == 0 else self.companion(a) if how == 1 else
+                    (rng.randrange(self.world.colours), rng.randrange(self.world.shapes)))
+            if about:
+                pair = rng.choice(sorted(about))
+            absent = Thing(0, *pair, 0)
+            if stated(fields)(absent) not in present and (len(fields) == 1 or pair not in avoid):
+                return Question(rng.choice(asks).format(self.phrase(absent, fields)), "no", "existence")
+        return None
+
+    # ---- splits
+
+    def split(self, task, part, n, seed=0, questions=12):
+        """n scenes for a task ("und", "gen" or None: neither) of a part: "train", "val" or "transfer".
+
+        A scene's part depends on what it shows alone (not on where in the cell an object lies, nor on the seed), so
+        no picture of a training scene is ever in another part. In training a task never meets its held-out pairs;
+        "val" has no pair that either task lacked, every "transfer" scene has one that this task lacked.
+        """
+        rng = random.Random(f"{seed} {task} {part}")
+        own = self.held_out.get(task, set())
+        avoid = {"train": own, "val": self.held_out["und"] | self.held_out["gen"], "transfer": ()}[part]
+        about = own if part == "transfer" else None
+        scenes, captions, asked = [], [], []
+        while len(scenes) < n:
+            scene = self.scene(rng, avoid)
+            validation = zlib.crc32(repr([t[:4] for t in scene]).encode()) % 10 == 0
+            if validation != (part != "train") or about and not any((t.colour, t.shape) in about for t in scene):
+                continue
+            kinds = ("colour", "shape", "existence") if about else KINDS
+            drawn = (self.question(rng, scene, kinds[i % len(kinds)], avoid, about)
+                     for i in range(rng.randrange(len(kinds)), 4 * questions))
+            scenes.append(scene)
+            captions.append(self.caption(rng, scene))
+            asked.append(list(islice(filter(None, drawn), questions)))
+        return Split(self.render(scenes), captions, asked, scenes)
+
+
+# ------------------------------------------------------------------------------------------------ your own images
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def open_picture(path, size, where):
+    """Any image that Pillow reads -> (size, size, 3) uint8: upright, on white where transparent, its middle square."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image)              # of an animation: the first frame
+                if image.mode.startswith("I"):                      # 16 bits and more
+                    levels = np.asarray(image, np.float64)
+                    image = Image.fromarray((levels / max(255, levels.max()) * 255).astype(np.uint8))
+                image = image.convert("RGBA")
+                paper = Image.new("RGBA", image.size, "white")
+                return np.asarray(ImageOps.fit(Image.alpha_composite(paper, image).convert("RGB"), (size, size)))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        fail(f"{where}: {path} cannot be used as an image ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
+
+
+def read_metadata(root):
+    """metadata.jsonl -> (image path, caption, [(question, answer)], where it was said). Checks each line."""
+    rows, file = [], root / "metadata.jsonl"
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{file} cannot be read as UTF-8 text ({error})")
+    for number, line in enumerate(lines, 1):
+        where = f"{file} line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            fail(f"{where}: not JSON ({error.msg})")
+        pairs = row.get("qa", [row] if "question" in row else []) if isinstance(row, dict) else None
+        if not isinstance(pairs, list) or not all(isinstance(p, dict) for p in pairs):
+            fail(f"{where}: expected an object with file_name, text and, if you like, qa: a list of objects")
+        texts = [row.get("file_name"), row.get("text")] + [p.get(k) for p in pairs for k in ("question", "answer")]
+        if not all(isinstance(t, str) and t.strip() for t in texts):
+            fail(f"{where}: file_name, text, question and answer have to be strings that are not empty")
+        path = root / row["file_name"]
+        if not path.resolve().is_relative_to(root.resolve()):
+            fail(f"{where}: file_name {row['file_name']!r} leads out of {root}")
+        if not path.is_file():
+            fail(f"{where}: no file {path}")
+        rows.append((path, row["text"], [(p["question"], p["answer"]) for p in pairs], where))
+    return rows
+
+
+class Folder:
+    """A folder of images with captions: a metadata.jsonl (Hugging Face's ImageFolder), or one folder for each class."""
+
+    def __init__(self, path, preset="cpu"):
+        root, self.image_size = Path(path), WORLDS[preset].image_size
+        self.name = root.resolve().name
+        if not root.is_dir():
+            fail(f"--data {path}: expected `shapes` or a folder of images")
+        if (root / "metadata.jsonl").exists():
+            rows = read_metadata(root)
+        else:
+            rows = [(file, file.parent.name.replace("_", " "), [], str(file.parent)) for file in sorted(root.glob("*/*"))
+                    if file.suffix.lower() in SUFFIXES]
+        if not rows:
+            fail(f"{path}: no images: expected a metadata.jsonl or one folder of images for each class")
+        pixels = np.stack([open_picture(file, self.image_size, where)
+                           for file, _, _, where in tqdm(rows, desc="reading images", unit="image", leave=False)])
+        # By content, so that copies of one picture are never in both parts.
+        self.part = np.array(["val" if zlib.crc32(p.tobytes()) % 10 == 0 else "train" for p in pixels])
+        if not {"val", "train"} <= set(self.part):
+            fail(f"{path}: {len(rows)} images are too few to train on some and to test on others")
+        self.pixels = pixels
+        self.captions = [Caption(text, "text") for _, text, _, _ in rows]
+        self.questions = [[Question(q, a, "question") for q, a in pairs or [("what is this?", text)]]
+                          for _, text, pairs, _ in rows]
+
+    def split(self, task, part, n, seed=0, questions=12):
+        """Up to n pictures of a part ("train" or "val"), the same for both tasks, in an order that `seed` gives."""
+        index = np.flatnonzero(self.part == part)
+        index = index[np.argsort([zlib.crc32(f"{seed} {i}".encode()) for i in index], kind="stable")][:n]
+        return Split(self.pixels[index], [self.captions[i] for i in index], [self.questions[i][:questions] for i in index])
+
+
+def load(source, preset):
+    """The data set that --data names: "shapes" or a folder."""
+    return Shapes(preset) if source == "shapes" else Folder(source, preset)
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+def contact_sheet(pixels, texts, path, columns=6, size=160, wrong=()):
+    """Pictures in a grid, each over its lines of text, those in `wrong` framed in red, as a PNG."""
+    font = ImageFont.load_default(12)
+    wrapped = []
+    for text in texts:
+        lines = []
+        for line in text.split("\n"):
+            words = line.split(" ")
+            while words:
+                k = next((k for k in range(len(words), 1, -1) if font.getlength(" ".join(words[:k])) <= size), 1)
+                lines.append(" ".join(words[:k]))
+                words = words[k:]
+        wrapped.append(lines)
+    gap, height = 12, size + 8 + 15 * max(map(len, wrapped))
+    rows = -(-len(pixels) // columns)
+    sheet = Image.new("RGB", (gap + columns * (size + gap), gap + rows * (height + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (picture, lines) in enumerate(zip(pixels, wrapped)):
+        x, y = gap + i % columns * (size + gap), gap + i // columns * (height + gap)
+        sheet.paste(Image.fromarray(np.asarray(picture)).resize((size, size), Image.NEAREST), (x, y))
+        draw.rectangle((x - 2, y - 2, x + size + 1, y + size + 1), outline=(220, 30, 30) if i in wrong else (200, 200, 200),
+                       width=2)
+        for j, line in enumerate(lines):
+            draw.text((x, y + size + 4 + 15 * j), line, (220, 30, 30) if i in wrong else (60, 60, 60), font)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="shapes", help="shapes, or a folder of captioned images")
+    parser.add_argument("--preset", default="cpu", choices=WORLDS)
+    parser.add_argument("--out", default="out/data.png")
+    args = parser.parse_args()
+    split = load(args.data, args.preset).split("und", "train", 18)
+    texts = ["\n".join([c.text] + [f"{q.text} {q.answer}" for q in some[:4]])
+             for c, some in zip(split.captions, split.questions)]
+    contact_sheet(split.pixels, texts, args.out)
+    print(f"{args.out}: {len(texts)} pictures")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""The unified model: one causal transformer over text tokens and image tokens, for understanding and generation.
+
+`Model.forward` never computes what a plan drops; `Model.forward_masked` computes everything, hides what the plan drops
+and returns the attention weights. tests/ hold the two equal: logits, loss and every gradient.
+"""
+import math
+import os
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from prune import Layout, Size, mask, positions
+
+
+@dataclass
+class Config(Size):
+    """All that the model is built from. `Size` has the part that costs depend on."""
+    heads: int = 4
+    side: int = 8                   # a picture has side x side image tokens
+    first_code: int = 512           # image code c has the id first_code + c
+    projections: str = "shared"     # Q, K, V of image tokens: "shared" with text, own ones ("image"), or own ones for
+                                    # each task ("task", the paper's share partial, sec. 6.2)
+
+
+class Batch(NamedTuple):
+    """Sequences of one task, all of one length N. A whole training set is one too: `rows` takes a step's part of it."""
+    task: str                       # "und" or "gen"
+    layout: Layout
+    tokens: torch.Tensor            # (B, N)
+    places: torch.Tensor            # (B, N) rotary positions
+    turns: torch.Tensor             # (B, N) 0: seen by all that follow; t > 0: seen within question t; -1: padding
+    targets: torch.Tensor           # (B, N) the token that should follow, -1 where none is asked for
+
+    def rows(self, index):
+        return Batch(self.task, self.layout, *(x[index] for x in self[2:]))
+
+    def to(self, device):
+        return Batch(self.task, self.layout, *(x.to(device, non_blocking=True) for x in self[2:]))
+
+    def visible(self, start, stop):
+        """(B, 1, stop - start, N) bool: which of all keys the queries from start to stop see. Causal; questions on one
+        picture are apart from each other, so that they share its cost but are answered as if asked alone; no real
+        token sees padding (padding sees padding, since a row without any key has no softmax)."""
+        query, key = self.turns[:, start:stop, None], self.turns[:, None]
+        order = torch.arange(key.size(2), device=key.device)
+        return ((order <= order[start:stop, None]) & ((key == 0) | (key == query)))[:, None]
+
+
+def understanding(tokenizer, codes, turns, length):
+    """[bos][und] image, then as many (question, answer) pairs as fit into `length` tokens.
+
+    codes: (B, M); turns: for each picture a list of (question, answer) strings. ValueError where not even one fits.
+    """
+    rows, m = [], codes.size(1)
+    for pairs in turns:
+        tokens, places, numbers, targets = [], [], [], []
+        for number, (question, answer) in enumerate(pairs, 1):
+            question, answer = tokenizer.ids(question), tokenizer.ids(answer) + [tokenizer.eos]
+            n = len(question) + len(answer)
+            if len(tokens) + n > length:
+                if number == 1:
+                    raise ValueError(f"a question and its answer have {n} tokens, the model takes {length}")
+                break
+            tokens += question + answer
+            places += range(2 + m, 2 + m + n)               # every question stands as if it came right after the image
+            numbers += [number] * n
+            targets += [-1] * (len(question) - 1) + answer + [-1]
+        rest = length - len(tokens)
+        rows.append((tokens + [tokenizer.pad] * rest, places + [0] * rest, numbers + [-1] * rest, targets + [-1] * rest))
+    text = [torch.tensor(x) for x in zip(*rows)]
+    b = len(codes)
+    head = [torch.cat([torch.tensor([[tokenizer.bos, tokenizer.und]]).expand(b, 2), codes + tokenizer.first_code], 1),
+            torch.arange(2 + m).expand(b, -1), torch.zeros(b, 2 + m, dtype=torch.long), torch.full((b, 2 + m), -1)]
+    return Batch("und", Layout(2, m, length), *(torch.cat(x, 1) for x in zip(head, text)))
+
+
+def generation(tokenizer, codes, captions, length):
+    """[bos][gen] caption image, where the text part is `length` tokens long: padding, if any, comes before it.
+
+    codes: (B, M), of any value where they are still to be sampled. ValueError for a caption that does not fit.
+    """
+    rows, m = [], codes.size(1)
+    for caption in captions:
+        text = [tokenizer.bos, tokenizer.gen, *tokenizer.ids(caption)]
+        rest, n = length - len(text), len(text) + m
+        if rest < 0:
+            raise ValueError(f"a caption has {len(text) - 2} tokens, the model takes {length - 2}: {caption[:60]!r}")
+        rows.append(([tokenizer.pad] * rest + text, [0] * rest + [*range(n)], [-1] * rest + [0] * n))
+    tokens, places, numbers = (torch.tensor(x) for x in zip(*rows))
+    image = codes + tokenizer.first_code
+    none = torch.full((len(codes), length), -1)
+    targets = torch.cat([none[:, 1:], image, none[:, :1]], 1)
+    return Batch("gen", Layout(length, m, 0), torch.cat([tokens, image], 1), places, numbers, targets)
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding (Su et al. 2021). x: (B, H, n, Dh); cos, sin: (B, 1, n, Dh / 2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class Block(nn.Module):
+    """Attention and FFN, pre-norm, with QK norm and squared ReLU (So et al. 2021)."""
+
+    def __init__(self, c):
+        super().__init__()
+        d, self.heads, self.projections = c.width, c.heads, c.projections
+        owners = {"shared": ["text"], "image": ["text", "image"], "task": ["text", "und", "gen"]}[c.projections]
+        self.norm1, self.norm2 = nn.RMSNorm(d), nn.RMSNorm(d)
+        self.q = nn.ModuleDict({name: nn.Linear(d, d, bias=False) for name in owners})
+        self.kv = nn.ModuleDict({name: nn.Linear(d, 2 * d, bias=False) for name in owners})
+        self.norm_q, self.norm_k = nn.RMSNorm(d // c.heads), nn.RMSNorm(d // c.heads)
+        self.out = nn.Linear(d, d, bias=False)
+        self.up, self.down = nn.Linear(d, c.hidden * d, bias=False), nn.Linear(c.hidden * d, d, bias=False)
+
+    def owner(self, task):
+        """Whose projections image tokens use."""
+        return {"shared": "text", "image": "image", "task": task}[self.projections]
+
+    def project(self, linears, x, t, task):
+        """Q or K and V of t text tokens and the image tokens behind them, each by their own weights: (B, n, out)."""
+        if self.projections == "shared":
+            return linears["text"](x)
+        return torch.cat([linears["text"](x[:, :t]), linears[self.owner(task)](x[:, t:])], 1)
+
+    def split_heads(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)        # (B, n, d) -> (B, H, n, Dh)
+
+    def rotated_query(self, q, rope):
+        return rotate(self.norm_q(self.split_heads(q)), *rope)
+
+    def rotated_key_value(self, kv, rope):
+        k, v = map(self.split_heads, kv.chunk(2, dim=-1))
+        return rotate(self.norm_k(k), *rope), v
+
+    def update(self, x, attended):
+        """Residual stream (B, n, d) and outputs of the heads (B, H, n, Dh) -> residual stream after this layer."""
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.down(F.relu(self.up(self.norm2(x))).square())
+
+
+def text_first(x, layout, dim):
+    """Text before the image, image, text after it -> all text, image."""
+    before, image, after = x.split(layout, dim)
+    return torch.cat([before, after, image], dim)
+
+
+def cut(x, t, chosen, dim):
+    """Along `dim`, the first t tokens (all text) and those image tokens behind them that the slice `chosen` names."""
+    image = x.narrow(dim, t, x.size(dim) - t)
+    kept = image[(slice(None),) * dim + (chosen,)]
+    return x if kept.size(dim) == image.size(dim) else torch.cat([x.narrow(dim, 0, t), kept], dim)
+
+
+class LayerCache:
+    """Keys and values of one layer: room for all text tokens and behind them for the image tokens that its rule shows.
+    What is not there yet lies in the future, where the causal mask hides it: shapes never change."""
+
+    def __init__(self, batch, rule, heads, like):
+        before, m, after = batch.layout
+        self.text = before + after
+        image = len(range(0, m, rule.stride)) if rule.keys != "none" else 0
+        self.k, self.v = (like.new_zeros(len(batch.tokens), heads, self.text + image, like.size(1) // heads)
+                          for _ in range(2))
+
+    def extended(self, k, v, t, text_done, image_done):
+        """Takes in the new keys and values, t of text and the rest of the image, and returns all."""
+        for buffer, new in ((self.k, k), (self.v, v)):
+            buffer[:, :, text_done:text_done + t] = new[:, :, :t]
+            image = self.text + image_done
+            buffer[:, :, image:image + new.size(2) - t] = new[:, :, t:]
+        return self.k, self.v
+
+
+class Model(nn.Module):
+    def __init__(self, c, codebook=None):
+        super().__init__()
+        self.config = c
+        self.embed = nn.Embedding(c.vocab, c.width)
+        self.row, self.column = (nn.Parameter(.02 * torch.randn(c.side, c.width)) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.norm, self.head = nn.RMSNorm(c.width), nn.Linear(c.width, c.vocab, bias=False)
+        for name, p in self.named_parameters():
+            if name.endswith(("out.weight", "down.weight", "head.weight")):
+                nn.init.zeros_(p)                                       # every layer starts as the identity
+            elif name.startswith("blocks") and p.ndim == 2:
+                nn.init.normal_(p, std=p.size(1) ** -.5)
+        if codebook is not None:                                        # similar codes start with similar embeddings
+            image = codebook @ torch.randn(codebook.size(1), c.width)
+            self.embed.weight.data[c.first_code:c.first_code + len(codebook)] = image / image.std()
+        angles = torch.arange(sum(c.und) + sum(c.gen))[:, None] * 1e4 ** -torch.arange(0, 1, 2 * c.heads / c.width)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def embedded(self, batch, start, stop):
+        """Token embeddings; image tokens also tell their row and column. (B, stop - start, d)"""
+        x = self.embed(batch.tokens[:, start:stop])
+        before, m, _ = batch.layout
+        grid = F.pad((self.row[:, None] + self.column).flatten(0, 1), (0, 0, before, sum(batch.layout) - before - m))
+        return x + grid[start:stop]
+
+    def rope(self, batch, start, stop):
+        places = batch.places[:, start:stop]
+        return self.cos[places][:, None], self.sin[places][:, None]     # (B, 1, n, Dh / 2)
+
+    def hidden(self, batch, plan, start=0, stop=None, cache=None):
+        """Final states of the tokens from start to stop: of text (B, t, d) and of the image (B, m, d). What the plan
+        drops enters no matmul. `cache` (see new_cache) has the keys and values of the tokens before start and takes in
+        those of the new ones; without one, start is 0 and stop the end.
+
+        Inside, text comes first and the image last, so that each is one slice; attention minds only the mask.
+        """
+        before, m, after = batch.layout
+        stop = stop or before + m + after
+        new = [max(0, min(stop, b) - max(start, a)) for a, b in
+               ((0, before), (before, before + m), (before + m, before + m + after))]
+        t, passed = new[0] + new[2], max(0, min(start - before, m))     # new text tokens; image tokens before start
+        x = text_first(self.embedded(batch, start, stop), new, 1)
+        rope = [text_first(r, new, 2) for r in self.rope(batch, start, stop)]
+        visible = text_first(text_first(batch.visible(start, stop), new, 2), batch.layout, 3)
+
+        views = {}
+        for rule in set(plan):
+            kept, none = slice(-passed % rule.stride, new[1], rule.stride), slice(0, 0, 1)
+            query, key = kept if rule.query else none, kept if rule.keys != "none" else none
+            every_key = slice(0, m, rule.stride) if rule.keys != "none" else none
+            views[rule] = (query, key, [cut(r, t, query, 2) for r in rope], [cut(r, t, key, 2) for r in rope],
+                           cut(cut(visible, t, query, 2), before + after, every_key, 3))
+
+        image = original = x[:, t:]
+        taking_part = slice(0, new[1], 1)                               # the image tokens that x holds behind the text
+        for i, (block, rule) in enumerate(zip(self.blocks, plan)):
+            query, key, rope_q, rope_k, allowed = views[rule]
+            if query != taking_part:
+                image = image.slice_scatter(x[:, t:], 1, taking_part.start, taking_part.stop, taking_part.step)
+                x, taking_part = torch.cat([x[:, :t], image[:, query]], 1), query
+            h = kv = block.norm1(x)
+            if not rule.query or rule.keys != "hidden":
+                source = original if rule.keys == "embedding" else image
+                kv = torch.cat([h[:, :t], block.norm1(source[:, key])], 1)
+            q = block.rotated_query(block.project(block.q, h, t, batch.task), rope_q)
+            k, v = block.rotated_key_value(block.project(block.kv, kv, t, batch.task), rope_k)
+            if cache is not None:
+                k, v = cache[i].extended(k, v, t, start - passed, len(range(0, passed, rule.stride)))
+            x = block.update(x, F.scaled_dot_product_attention(q, k, v, attn_mask=allowed))
+        image = image.slice_scatter(x[:, t:], 1, taking_part.start, taking_part.stop, taking_part.step)
+        return x[:, :t], image
+
+    def forward(self, batch, plan):
+        """Logits (B, number of positions that may have a target, vocab) and the mean loss over the targets there are."""
+        text, image = self.hidden(batch, plan)
+        before, m, _ = batch.layout
+        if batch.task == "gen":                                         # the caption's last token foretells code 0
+            x, targets = torch.cat([text[:, -1:], image[:, :-1]], 1), batch.targets[:, before - 1:-1]
+        else:
+            x, targets = text[:, before:], batch.targets[:, before + m:]
+        return self.loss(x, targets)
+
+    def loss(self, x, targets):
+        logits = self.head(self.norm(x))
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def forward_masked(self, batch, plan):
+        """The readable twin of `forward`: everything is computed, and what the plan drops is hidden. Also returns the
+        attention weights of every layer, (B, H, N, N), which no fused kernel gives."""
+        before, m, _ = batch.layout
+        n = before + m + batch.layout.after
+        x = original = self.embedded(batch, 0, n)
+        rope, visible = self.rope(batch, 0, n), batch.visible(0, n)
+        is_image = (torch.arange(n) // 1 >= before) & (torch.arange(n) < before + m)
+        is_image = is_image.to(x.device)[:, None]
+        attention = []
+        for block, rule in zip(self.blocks, plan):
+            queries, keys = (torch.isin(torch.arange(n), torch.tensor(p)).to(x.device) for p in positions(rule, batch.layout))
+            own = block.owner(batch.task)
+            h = block.norm1(x)
+            source = block.norm1(torch.where(is_image, original, x)) if rule.keys == "embedding" else h
+            q = torch.where(is_image, block.q[own](h), block.q["text"](h))
+            kv = torch.where(is_image, block.kv[own](source), block.kv["text"](source))
+            q, (k, v) = block.rotated_query(q, rope), block.rotated_key_value(kv, rope)
+            scores = q @ k.mT / math.sqrt(q.size(-1))
+            attention.append(scores.masked_fill(~(visible & keys), -math.inf).softmax(-1))
+            x = torch.where(queries[:, None], block.update(x, attention[-1] @ v), x)
+        out = slice(before - 1, -1) if batch.task == "gen" else slice(before + m, None)
+        return *self.loss(x[:, out], batch.targets[:, out]), attention
+
+    def next_logits(self, batch, plan, start, stop, cache):
+        """Logits (B, vocab) for the token at `stop`, after reading the tokens from start on into the cache."""
+        text, image = self.hidden(batch, plan, start, stop, cache)
+        before, m, _ = batch.layout
+        last = image if before < stop <= before + m else text
+        return self.head(self.norm(last[:, -1]))
+
+    @torch.no_grad()
+    def generate(self, batch, plan, start, choose, stop=None):
+        """Fills in batch.tokens from `start` on, one after the other: choose(logits (B, vocab)) -> ids (B,)."""
+        cache = [LayerCache(batch, rule, self.config.heads, self.embed.weight) for rule in plan]
+        read = 0
+        for i in range(start, stop or batch.tokens.size(1)):
+            batch.tokens[:, i] = choose(self.next_logits(batch, plan, read, i, cache))
+            read = i
+        return batch.tokens

@@ -1,0 +1,104 @@
+"""Explicit token-drop masks: a plan says for each layer what image tokens do in it.
+
+    python prune.py                 prints what every plan costs, draws its masks into out/masks.png (cf. fig. 4)
+    python prune.py --preset gpu
+
+A plan is data: one `Rule` a layer. It knows nothing of weights. `model.py` carries it out twice, once by computing
+everything and hiding what the plan drops (the reference), once by cutting dropped tokens out of every matmul (fast).
+"""
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+
+class Rule(NamedTuple):
+    """What image tokens do in one layer. Text tokens always take part in full."""
+    query: bool = True      # they are updated by attention and FFN; otherwise their hidden state passes on unchanged
+    keys: str = "hidden"    # what others see of them: their "hidden" state, their original "embedding", or "none"
+    stride: int = 1         # every stride-th image token does this; the others are neither queries nor keys
+
+
+FULL = Rule()
+HIMIX = Rule(query=False, keys="embedding")     # sec. 5.1
+SHALLOW = Rule(query=False, keys="none")        # sec. 5.2: HMGen's shallow layers
+NAIVE = Rule(query=True, keys="none")           # sec. 5.2: the control that saves little and fails
+SPARSE = Rule(stride=2)                         # not in the paper: half of the image tokens skip the layer
+MIDDLE = {"hmgen": SHALLOW, "naive": NAIVE, "sparse": SPARSE}   # plans that touch only some layers, in the middle
+PLANS = ("dense", "himix", *MIDDLE)
+
+
+def make_plan(name, layers, shallow=1):
+    """The plan of that name: `layers` Rules. `shallow` is HMGen's K: as many layers in the middle, alternating with full
+    ones; the first and the last layer are always full (sec. 5.2). ValueError where they do not fit."""
+    if name in ("dense", "himix"):
+        return ({"dense": FULL, "himix": HIMIX}[name],) * layers
+    if name not in MIDDLE:
+        raise ValueError(f"unknown plan {name!r}: expected one of {', '.join(PLANS)}")
+    if not 0 <= shallow <= (layers - 1) // 2:
+        raise ValueError(f"{shallow} shallow layers do not fit into {layers}: expected 0 to {(layers - 1) // 2}, because "
+                         "they alternate with full ones and the first and last layer are full")
+    first = (layers - 2 * shallow + 1) // 2
+    chosen = range(first, first + 2 * shallow, 2)
+    return tuple(MIDDLE[name] if i in chosen else FULL for i in range(layers))
+
+
+class Layout(NamedTuple):
+    """How many tokens of a sequence stand before, in and after its image."""
+    before: int
+    image: int
+    after: int
+
+
+def positions(rule, layout):
+    """The positions that are queries, and those that are keys, in a layer of this rule: two sorted lists."""
+    before, image, _ = layout
+    kept = range(before, before + image, rule.stride)
+    text = [*range(before), *range(before + image, sum(layout))]
+    return (sorted([*text, *(kept if rule.query else ())]),
+            sorted([*text, *(kept if rule.keys != "none" else ())]))
+
+
+def mask(rule, layout):
+    """(N, N) bool, [query, key]: what each query sees. The row of a token that is no query is all False."""
+    queries, keys = map(torch.tensor, positions(rule, layout))
+    seen = torch.zeros(sum(layout), sum(layout), dtype=torch.bool)
+    seen[queries[:, None], keys] = keys <= queries[:, None]
+    return seen
+
+
+# ------------------------------------------------------------------------------------------------ cost
+
+@dataclass
+class Size:
+    """What the cost of a step depends on, besides the plan."""
+    vocab: int
+    layers: int
+    width: int
+    und: Layout             # [bos][und] image | questions and answers
+    gen: Layout             # [bos][gen] caption | image
+    hidden: int = 4         # width of the FFN, as a multiple of the model's
+
+
+def flops(size, task, plan):
+    """Floating-point operations of forward and backward for one sequence: every matmul, two for each multiply-add.
+
+    A layer with q queries and k keys (d = width, h = hidden): Q and output projections 2 q d^2, K and V projections
+    2 k d^2, scores and their use 2 q k d, FFN 2 h q d^2 multiply-adds; the head d * vocab for every position that can
+    have a target. The backward pass costs twice the forward pass: one product for the input, one for the weights.
+    """
+    layout, d = getattr(size, task), size.width
+    total = d * size.vocab * (layout.image if task == "gen" else layout.after)
+    for rule in plan:
+        q, k = map(len, positions(rule, layout))
+        total += 2 * q * d * d + 2 * k * d * d + 2 * q * k * d + 2 * size.hidden * q * d * d
+    return 6 * total
+
+
+def paper_cost(size, task, plan):
+    """The paper's formula (sec. 5): q k d for attention and 8 q d^2 for the FFN. It leaves out the projections."""
+    pairs = (map(len, positions(rule, getattr(size, task))) for rule in plan)
+    return sum(q * k * size.width + 8 * q * size.width ** 2 for q, k in pairs)
