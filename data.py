@@ -505,6 +505,39 @@ def contact_sheet(pixels, texts, path, columns=6, size=160, wrong=()):
     sheet.save(path)
 
 
+INK = [(40, 100, 190), (225, 120, 30), (50, 150, 80), (190, 50, 60), (120, 80, 170)]
+
+
+def line_chart(lines, path, title, x_label, y_from=0., size=(560, 360)):
+    """{name: [(x, y)]} as lines with a legend, axes from the smallest x and from y_from, as a PNG."""
+    (width, height), font = size, ImageFont.load_default(12)
+    left, top, right, bottom = 50, 34, width - 16, height - 40
+    points = [p for line in lines.values() for p in line]
+    x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
+    y1 = max(y for _, y in points) * 1.05 or 1
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+
+    def at(x, y):
+        return (left + (x - x0) / max(1e-9, x1 - x0) * (right - left), bottom - (y - y_from) / (y1 - y_from) * (bottom - top))
+
+    unit = 10 ** math.floor(math.log10((y1 - y_from) / 2))
+    unit *= next(k for k in (1, 2, 5, 10) if (y1 - y_from) / (k * unit) <= 6)
+    for k in range(int((y1 - y_from) / unit) + 1):
+        y = y_from + k * unit
+        draw.line([at(x0, y), at(x1, y)], fill=(225, 225, 225))
+        draw.text((left - 6, at(x0, y)[1]), f"{y:.6g}", (90, 90, 90), font, anchor="rm")
+    for x in sorted({x0 + round((x1 - x0) * k / 5) for k in range(6)}):
+        draw.text((at(x, 0)[0], bottom + 6), f"{x:g}", (90, 90, 90), font, anchor="mt")
+    draw.text((left, 8), title, (30, 30, 30), font)
+    draw.text(((left + right) / 2, height - 14), x_label, (90, 90, 90), font, anchor="mm")
+    for i, (name, line) in enumerate(lines.items()):
+        draw.line([at(x, max(y, y_from)) for x, y in line], fill=INK[i % len(INK)], width=2)
+        draw.line([(right - 118, top + 8 + 16 * i), (right - 98, top + 8 + 16 * i)], fill=INK[i % len(INK)], width=3)
+        draw.text((right - 92, top + 8 + 16 * i), name, (30, 30, 30), font, anchor="lm")
+    sheet.save(path)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="shapes", help="shapes, or a folder of captioned images")

@@ -1,18 +1,23 @@
 """The unified model: one causal transformer over text tokens and image tokens, for understanding and generation.
 
+From top to bottom: how sequences are built, the transformer, its KV cache, answering and drawing, checkpoints.
 `Model.forward` never computes what a plan drops; `Model.forward_masked` computes everything, hides what the plan drops
 and returns the attention weights. tests/ hold the two equal: logits, loss and every gradient.
 """
 import math
-import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from prune import Layout, Size, mask, positions
+from data import fail
+from prune import PLANS, Layout, Size, make_plan, positions
+from tokenizer import Tokenizer, read
+
+INSTRUCTION_WEIGHT = .2     # of an instruction token in the loss (the paper's eq. 1), where an output token has 1
 
 
 @dataclass
@@ -24,6 +29,9 @@ class Config(Size):
     projections: str = "shared"     # Q, K, V of image tokens: "shared" with text, own ones ("image"), or own ones for
                                     # each task ("task", the paper's share partial, sec. 6.2)
 
+    def __post_init__(self):
+        self.und, self.gen = Layout(*self.und), Layout(*self.gen)
+
 
 class Batch(NamedTuple):
     """Sequences of one task, all of one length N. A whole training set is one too: `rows` takes a step's part of it."""
@@ -33,6 +41,7 @@ class Batch(NamedTuple):
     places: torch.Tensor            # (B, N) rotary positions
     turns: torch.Tensor             # (B, N) 0: seen by all that follow; t > 0: seen within question t; -1: padding
     targets: torch.Tensor           # (B, N) the token that should follow, -1 where none is asked for
+    weights: torch.Tensor           # (B, N) of a target in the loss: 1 where it is output, less for an instruction
 
     def rows(self, index):
         return Batch(self.task, self.layout, *(x[index] for x in self[2:]))
@@ -56,7 +65,7 @@ def understanding(tokenizer, codes, turns, length):
     """
     rows, m = [], codes.size(1)
     for pairs in turns:
-        tokens, places, numbers, targets = [], [], [], []
+        tokens, places, numbers, targets, weights = [], [], [], [], []
         for number, (question, answer) in enumerate(pairs, 1):
             question, answer = tokenizer.ids(question), tokenizer.ids(answer) + [tokenizer.eos]
             n = len(question) + len(answer)
@@ -67,13 +76,16 @@ def understanding(tokenizer, codes, turns, length):
             tokens += question + answer
             places += range(2 + m, 2 + m + n)               # every question stands as if it came right after the image
             numbers += [number] * n
-            targets += [-1] * (len(question) - 1) + answer + [-1]
+            targets += question[1:] + answer + [-1]
+            weights += [INSTRUCTION_WEIGHT] * (len(question) - 1) + [1.] * len(answer) + [0.]
         rest = length - len(tokens)
-        rows.append((tokens + [tokenizer.pad] * rest, places + [0] * rest, numbers + [-1] * rest, targets + [-1] * rest))
+        rows.append((tokens + [tokenizer.pad] * rest, places + [0] * rest, numbers + [-1] * rest,
+                     targets + [-1] * rest, weights + [0.] * rest))
     text = [torch.tensor(x) for x in zip(*rows)]
     b = len(codes)
     head = [torch.cat([torch.tensor([[tokenizer.bos, tokenizer.und]]).expand(b, 2), codes + tokenizer.first_code], 1),
-            torch.arange(2 + m).expand(b, -1), torch.zeros(b, 2 + m, dtype=torch.long), torch.full((b, 2 + m), -1)]
+            torch.arange(2 + m).expand(b, -1), torch.zeros(b, 2 + m, dtype=torch.long), torch.full((b, 2 + m), -1),
+            torch.zeros(b, 2 + m)]
     return Batch("und", Layout(2, m, length), *(torch.cat(x, 1) for x in zip(head, text)))
 
 
@@ -93,7 +105,14 @@ def generation(tokenizer, codes, captions, length):
     image = codes + tokenizer.first_code
     none = torch.full((len(codes), length), -1)
     targets = torch.cat([none[:, 1:], image, none[:, :1]], 1)
-    return Batch("gen", Layout(length, m, 0), torch.cat([tokens, image], 1), places, numbers, targets)
+    return Batch("gen", Layout(length, m, 0), torch.cat([tokens, image], 1), places, numbers, targets,
+                 (targets >= 0).float())
+
+
+def aimed(batch):
+    """The slice of positions that may have a target: the only ones that logits are computed for."""
+    before, m, _ = batch.layout
+    return slice(before - 1, before + m - 1) if batch.task == "gen" else slice(before + m, None)
 
 
 def rotate(x, cos, sin):
@@ -250,18 +269,20 @@ class Model(nn.Module):
         return x[:, :t], image
 
     def forward(self, batch, plan):
-        """Logits (B, number of positions that may have a target, vocab) and the mean loss over the targets there are."""
+        """Logits (B, n, vocab) of the n positions that `aimed` names, and the loss."""
         text, image = self.hidden(batch, plan)
-        before, m, _ = batch.layout
         if batch.task == "gen":                                         # the caption's last token foretells code 0
-            x, targets = torch.cat([text[:, -1:], image[:, :-1]], 1), batch.targets[:, before - 1:-1]
+            x = torch.cat([text[:, -1:], image[:, :-1]], 1)
         else:
-            x, targets = text[:, before:], batch.targets[:, before + m:]
-        return self.loss(x, targets)
+            x = text[:, batch.layout.before:]
+        return self.loss(x, batch)
 
-    def loss(self, x, targets):
+    def loss(self, x, batch):
+        """Logits, and the mean cross-entropy of output tokens, to which instruction tokens add by their weight."""
         logits = self.head(self.norm(x))
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        targets, weights = batch.targets[:, aimed(batch)], batch.weights[:, aimed(batch)]
+        each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+        return logits, (each * weights.flatten()).sum() / (weights == 1).sum()
 
     def forward_masked(self, batch, plan):
         """The readable twin of `forward`: everything is computed, and what the plan drops is hidden. Also returns the
@@ -270,11 +291,11 @@ class Model(nn.Module):
         n = before + m + batch.layout.after
         x = original = self.embedded(batch, 0, n)
         rope, visible = self.rope(batch, 0, n), batch.visible(0, n)
-        is_image = (torch.arange(n) // 1 >= before) & (torch.arange(n) < before + m)
-        is_image = is_image.to(x.device)[:, None]
+        order = torch.arange(n, device=x.device)
+        is_image = ((order >= before) & (order < before + m))[:, None]
         attention = []
         for block, rule in zip(self.blocks, plan):
-            queries, keys = (torch.isin(torch.arange(n), torch.tensor(p)).to(x.device) for p in positions(rule, batch.layout))
+            queries, keys = (torch.isin(order, torch.tensor(p, device=x.device)) for p in positions(rule, batch.layout))
             own = block.owner(batch.task)
             h = block.norm1(x)
             source = block.norm1(torch.where(is_image, original, x)) if rule.keys == "embedding" else h
@@ -284,8 +305,7 @@ class Model(nn.Module):
             scores = q @ k.mT / math.sqrt(q.size(-1))
             attention.append(scores.masked_fill(~(visible & keys), -math.inf).softmax(-1))
             x = torch.where(queries[:, None], block.update(x, attention[-1] @ v), x)
-        out = slice(before - 1, -1) if batch.task == "gen" else slice(before + m, None)
-        return *self.loss(x[:, out], batch.targets[:, out]), attention
+        return *self.loss(x[:, aimed(batch)], batch), attention
 
     def next_logits(self, batch, plan, start, stop, cache):
         """Logits (B, vocab) for the token at `stop`, after reading the tokens from start on into the cache."""
@@ -303,3 +323,74 @@ class Model(nn.Module):
             batch.tokens[:, i] = choose(self.next_logits(batch, plan, read, i, cache))
             read = i
         return batch.tokens
+
+
+# ------------------------------------------------------------------------------------------------ drawing, answering
+
+@torch.no_grad()
+def draw(model, tokenizer, captions, plan, guidance=1., temperature=1., top_k=None, seed=0):
+    """Captions -> sampled codes (B, M).
+
+    guidance: classifier-free (Ho & Salimans 2022): logits of the empty caption + guidance * (caption - empty caption);
+    1 draws from the model's own distribution, more follows the caption more closely, for twice the cost. top_k: only
+    the k likeliest codes. ValueError for a caption that is too long.
+    """
+    c, device = model.config, model.embed.weight.device
+    random = torch.Generator(device).manual_seed(seed)
+    rows = list(captions) + [""] * (len(captions) if guidance != 1 else 0)
+    batch = generation(tokenizer, torch.zeros(len(rows), c.gen.image, dtype=torch.long), rows, c.gen.before).to(device)
+
+    def choose(logits):
+        logits = logits[:, c.first_code:].float()
+        if guidance != 1:
+            told, empty = logits.chunk(2)
+            logits = empty + guidance * (told - empty)
+        if top_k:
+            logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(1))).values[:, -1:], -math.inf)
+        code = c.first_code + torch.multinomial((logits / temperature).softmax(-1), 1, generator=random)[:, 0]
+        return code.repeat(len(rows) // len(captions))
+
+    return model.generate(batch, plan, c.gen.before, choose)[:len(captions), c.gen.before:] - c.first_code
+
+
+@torch.no_grad()
+def answer(model, tokenizer, codes, question, plan, longest=24):
+    """One picture's codes (M,) and a question -> the likeliest answer, token by token. ValueError if it is too long."""
+    c, device = model.config, model.embed.weight.device
+    start = 2 + c.und.image + len(tokenizer.ids(question))
+    if start - 2 - c.und.image > c.und.after:
+        raise ValueError(f"a question has {start - 2 - c.und.image} tokens, the model takes {c.und.after}: {question[:60]!r}")
+    length = start - 2 - c.und.image + longest
+    batch = understanding(tokenizer, codes[None], [[(question, "")]], length)
+    batch.turns[:, 2 + c.und.image:] = 1                                # what is still to come belongs to the question
+    batch.places[:, 2 + c.und.image:] = 2 + c.und.image + torch.arange(length)
+    out = model.generate(batch.to(device), plan, start, lambda logits: logits[:, :c.first_code].argmax(-1))
+    words = out[0, start:].tolist()
+    return tokenizer.string(words[:words.index(tokenizer.eos)] if tokenizer.eos in words else words).strip()
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+def load(folder, device):
+    """A trained run, by its folder: the model, its tokenizer, and the whole checkpoint (options, step, ...)."""
+    path = Path(folder) / "checkpoint.pt"
+    found = read(path, "run")
+    try:
+        tokenizer = Tokenizer.from_state(found["tokenizer"])
+        model = Model(Config(**found["config"]))
+        model.load_state_dict(found["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        fail(f"{path}: its parts do not fit together ({str(error).splitlines()[0]})")
+    tokenizer.vq.to(device)
+    return model.to(device).eval(), tokenizer, found
+
+
+def plan_for(task, name, layers, shallow):
+    """make_plan for what --und-plan or --gen-plan says; a plan that cannot work for the task is refused in one line."""
+    if task == "gen" and name == "himix":
+        fail("--gen-plan himix: image tokens that are never updated cannot tell their own successors apart; expected one "
+             f"of {', '.join(p for p in PLANS if p != 'himix')}")
+    try:
+        return make_plan(name, layers, shallow)
+    except ValueError as error:
+        fail(f"--{task}-plan {name}: {error}")

@@ -7,7 +7,7 @@ A plan is data: one `Rule` a layer. It knows nothing of weights. `model.py` carr
 everything and hiding what the plan drops (the reference), once by cutting dropped tokens out of every matmul (fast).
 """
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,3 +102,89 @@ def paper_cost(size, task, plan):
     """The paper's formula (sec. 5): q k d for attention and 8 q d^2 for the FFN. It leaves out the projections."""
     pairs = (map(len, positions(rule, getattr(size, task))) for rule in plan)
     return sum(q * k * size.width + 8 * q * size.width ** 2 for q, k in pairs)
+
+
+# The networks of the presets. How many text tokens stand where is what the shapes world needs; train.py looks for itself.
+SIZES = {"cpu": Size(vocab=768, layers=4, width=128, und=Layout(2, 64, 80), gen=Layout(32, 64, 0)),
+         "gpu": Size(vocab=1024, layers=12, width=384, und=Layout(2, 256, 192), gen=Layout(64, 256, 0))}
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+COLOURS = {"text": (70, 120, 190), "hidden": (240, 150, 40), "embedding": (90, 170, 90), "skipped": (225, 225, 225)}
+
+
+def draw_mask(rule, layout, cell):
+    """The mask of a layer as a picture: rows are queries, columns keys; colours tell what a key is, grey rows are
+    tokens that skip the layer."""
+    seen, n = mask(rule, layout), sum(layout)
+    queries = set(positions(rule, layout)[0])
+    picture = Image.new("RGB", (n * cell, n * cell), "white")
+    draw = ImageDraw.Draw(picture)
+    for i in range(n):
+        for j in range(n):
+            is_image = layout.before <= j < layout.before + layout.image
+            name = "skipped" if i not in queries else rule.keys if is_image else "text"
+            if seen[i, j] or i not in queries:
+                draw.rectangle((j * cell, i * cell, (j + 1) * cell - 2, (i + 1) * cell - 2), fill=COLOURS[name])
+    return picture
+
+
+def draw_plans(path, cell=8):
+    """Fig. 4: the masks of every kind of layer, small sequences of both tasks."""
+    font, kinds = ImageFont.load_default(13), [
+        ("und", "dense", FULL), ("und", "HiMix, every layer", HIMIX), ("und", "HMGen, shallow layer", SHALLOW),
+        ("gen", "dense, HMGen full layer", FULL), ("gen", "HMGen, shallow layer", SHALLOW), ("gen", "naive control", NAIVE),
+        ("gen", "sparse (ours)", SPARSE)]
+    layouts = {"und": Layout(2, 9, 6), "gen": Layout(6, 9, 0)}
+    step = 17 * cell + 50
+    sheet = Image.new("RGB", (step * 4, 2 * (step + 20) + 30), "white")
+    draw = ImageDraw.Draw(sheet)
+    places = {"und": 0, "gen": 0}
+    for task, title, rule in kinds:
+        x, y = 20 + step * places[task], 24 + (step + 20) * (task == "gen")
+        places[task] += 1
+        draw.text((x, y - 18), title, (40, 40, 40), font)
+        sheet.paste(draw_mask(rule, layouts[task], cell), (x, y))
+    words = {"text": "text key", "hidden": "image key: hidden state", "embedding": "image key: original embedding",
+             "skipped": "token skips the layer"}
+    x, y = 20, sheet.height - 26
+    for name, word in words.items():
+        draw.rectangle((x, y, x + 12, y + 12), fill=COLOURS[name])
+        draw.text((x + 18, y - 2), word, (40, 40, 40), font)
+        x += 40 + font.getlength(word)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="cpu", choices=SIZES)
+    parser.add_argument("--out", default="out/masks.png")
+    args = parser.parse_args()
+    size = SIZES[args.preset]
+    most = (size.layers - 1) // 2
+    print(f"{size.layers} layers, width {size.width}; understanding {tuple(size.und)}, generation {tuple(size.gen)} tokens "
+          "before, in and after the image\nforward + backward of one sequence, GFLOP, and as a ratio to dense: every matmul "
+          "counted, and by the paper's formula\n")
+    print(f"{'plan':12}{'layers':>{size.layers + 2}}  " + "".join(f"{t:>24}" for t in ("understanding", "generation")))
+    for name in PLANS:
+        for shallow in range(1, most + 1) if name in MIDDLE else [0]:
+            plan = make_plan(name, size.layers, shallow)
+            letters = "".join({FULL: "F", HIMIX: "H", SHALLOW: "s", NAIVE: "n", SPARSE: "h"}[rule] for rule in plan)
+            line = f"{name + (f' K={shallow}' if name in MIDDLE else ''):12}{letters:>{size.layers + 2}}  "
+            for task in ("und", "gen"):
+                dense = (FULL,) * size.layers
+                if task == "gen" and name == "himix":
+                    line += f"{'impossible':>24}"
+                    continue
+                total = flops(size, task, plan)
+                line += (f"{total / 1e9:10.3f}{total / flops(size, task, dense):7.2f}"
+                         f"{paper_cost(size, task, plan) / paper_cost(size, task, dense):7.2f}")
+            print(line)
+    draw_plans(args.out)
+    print(f"\n{args.out}: what each kind of layer lets tokens see (fig. 4)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,450 @@
+"""Scores of both tasks, the table of many runs beside the paper's, and answers and pictures on demand.
+
+    python eval.py out/joint                                     scores a run: eval.json and samples.png in its folder
+    python eval.py out/joint --gen-plan hmgen                    ... with a plan it was not trained with (cf. fig. 5)
+    python eval.py out/joint --ask picture.png "what colour is the circle?"
+    python eval.py out/joint --draw "a big red circle top left" --n 8
+    python eval.py --table out/table3                            the runs in that folder beside the paper's table 3
+"""
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data as data_sets
+from data import KINDS, CAPTIONS, contact_sheet, fail
+from model import aimed, answer, draw, generation, load, plan_for, understanding
+from prune import FULL, flops, paper_cost
+from tokenizer import pick_device
+
+GUIDANCE = 2.               # of classifier-free guidance, unless told otherwise
+# How many validation pictures: for questions, for captions; of the transfer splits as many; and for the Frechet distance.
+SAMPLES = {"und": 1000, "gen": 400}
+
+
+def pairs(questions):
+    return [(q.text, q.answer) for q in questions]
+
+
+# ------------------------------------------------------------------------------------------------ understanding
+
+@torch.no_grad()
+def answered(model, tokenizer, split, plan, batch=64):
+    """Which questions on the pictures of a split the model answers right, word for word, when it decodes greedily.
+
+    Answers are scored by teacher forcing: greedy decoding gives the right answer just when every one of its tokens,
+    the end included, is the likeliest after the right ones before it. Returns [(Question, right, said "yes")] and the
+    mean loss (nats) of an answer token.
+    """
+    results, loss, outputs = [], 0., 0
+    codes, yes, c = tokenizer.encode(split.pixels), tokenizer.ids("yes")[0], model.config
+    device = model.embed.weight.device
+    for i in tqdm(range(0, len(codes), batch), desc="answering", leave=False):
+        asked = split.questions[i:i + batch]
+        rows = understanding(tokenizer, codes[i:i + batch], list(map(pairs, asked)), c.und.after).to(device)
+        logits, _ = model(rows, plan)
+        targets, turns = rows.targets[:, aimed(rows)], rows.turns[:, aimed(rows)]
+        output, said = rows.weights[:, aimed(rows)] == 1, logits.argmax(-1)
+        loss += F.cross_entropy(logits[output].float(), targets[output], reduction="sum").item()
+        outputs += output.sum().item()
+        count = torch.zeros(len(asked), 1 + int(turns.max()), dtype=torch.long, device=device)
+        wrong, affirmed = (count.scatter_add(1, turns.clamp(min=0), (output & x).long()).tolist()
+                           for x in (said != targets, said == yes))
+        for number, bad, affirming in zip(turns.max(1).values.tolist(), wrong, affirmed):
+            results += [(q, not bad[k], affirming[k] > 0) for k, q in enumerate(asked.pop(0)[:number], 1)]
+    return results, loss / outputs
+
+
+def share(flags):
+    flags = list(flags)
+    return sum(flags) / len(flags) if flags else None
+
+
+def understanding_scores(results, loss):
+    """`chance` is what one gets who knows the most frequent answer to each type of question, and no more."""
+    by_type, chances = {}, 0
+    for kind in KINDS + ("question",):
+        some = [(q, right) for q, right, _ in results if q.kind == kind]
+        if some:
+            most = Counter(q.answer for q, _ in some).most_common(1)[0][1]
+            chances += most
+            by_type[kind] = {"accuracy": share(r for _, r in some), "chance": most / len(some), "n": len(some)}
+    scores = {"accuracy": share(right for _, right, _ in results), "chance": chances / len(results),
+              "by_type": by_type, "loss": loss}
+    yes_no = [(q.answer == "yes", said) for q, _, said in results if q.kind == "existence"]
+    if yes_no:                                                          # as POPE does it (Li et al. 2023)
+        hits = sum(true and said for true, said in yes_no)
+        precision, recall = hits / max(1, sum(s for _, s in yes_no)), hits / max(1, sum(t for t, _ in yes_no))
+        scores["pope"] = {"accuracy": share(t == s for t, s in yes_no), "precision": precision, "recall": recall,
+                          "f1": 2 * precision * recall / max(1e-9, precision + recall)}
+    return scores
+
+
+# ------------------------------------------------------------------------------------------------ generation
+
+def frechet(a, b):
+    """Frechet distance of two sets of pictures (N, H, W, 3) uint8: |mean - mean|^2 + tr(A + B - 2 sqrt(AB)), where a
+    picture is 96 numbers: mean and standard deviation, over 255, of each colour in each of 4x4 equal squares. No
+    network takes part, so anyone can compute it; it is not comparable with distances in Inception's features."""
+    def moments(pixels):
+        s = pixels.shape[1] // 4
+        squares = pixels.reshape(len(pixels), 4, s, 4, s, 3) / 255
+        features = np.concatenate([squares.mean((2, 4)), squares.std((2, 4))], -1).reshape(len(pixels), -1)
+        return features.mean(0), np.cov(features.T)
+
+    (m, x), (n, y) = moments(a), moments(b)
+    values, vectors = np.linalg.eigh(x)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ y @ root).clip(0)).sum()
+    return float(((m - n) ** 2).sum() + np.trace(x) + np.trace(y) - 2 * cross)
+
+
+def drawn(model, tokenizer, captions, plan, guidance, temperature, top_k, batch=200):
+    """Captions -> pictures (N, H, W, 3) uint8."""
+    return np.concatenate([tokenizer.decode(draw(model, tokenizer, captions[i:i + batch], plan, guidance, temperature,
+                                                 top_k, seed=i))
+                           for i in tqdm(range(0, len(captions), batch), desc="drawing", leave=False)])
+
+
+def fulfilment(dataset, split, pixels):
+    """What the checker says of pictures beside their captions: object and image accuracy, also by kind of caption."""
+    rows = [(caption.kind, len(scene), *dataset.fulfilled(caption, scene, seen))
+            for caption, scene, seen in zip(split.captions, split.scenes, dataset.read(pixels))]
+
+    def rates(rows):
+        return {"object_accuracy": sum(found for _, _, found, _ in rows) / sum(n for _, n, _, _ in rows),
+                "image_accuracy": share(right for *_, right in rows), "n": len(rows)}
+
+    return {**rates(rows), "by_type": {kind: rates(some) for kind in CAPTIONS if (some := [r for r in rows if r[0] == kind])}}
+
+
+@torch.no_grad()
+def generation_loss(model, tokenizer, split, plan, batch=64):
+    """Mean loss (nats) of an image token after its caption."""
+    codes, c, total = tokenizer.encode(split.pixels), model.config, 0.
+    for i in range(0, len(codes), batch):
+        rows = generation(tokenizer, codes[i:i + batch], [x.text for x in split.captions[i:i + batch]], c.gen.before)
+        total += model(rows.to(model.embed.weight.device), plan)[1].item() * len(rows.tokens)
+    return total / len(codes)
+
+
+# ------------------------------------------------------------------------------------------------ matching
+
+@torch.no_grad()
+def matching(model, tokenizer, split, plans, group=10):
+    """Pictures and captions (or answers) matched among ten by likelihood, where no checker exists.
+
+    und: log p(answer | picture, question), the picture's first question. gen: log p(picture | caption) - log p(picture
+    | no caption). A pick whose text is the right text counts as right. Returns {task: {"caption", "image"}}: how often the right
+    text is picked for a picture, and the right picture for a text; both 0.1 by chance.
+    """
+    codes, c, device = tokenizer.encode(split.pixels), model.config, model.embed.weight.device
+    hits = defaultdict(list)
+
+    def likelihoods(rows, plan):
+        logits, _ = model(rows.to(device), plan)
+        each = F.cross_entropy(logits.float().transpose(1, 2), rows.targets[:, aimed(rows)].to(device), ignore_index=-1,
+                               reduction="none")
+        return -(each * (rows.weights[:, aimed(rows)] == 1).to(device)).sum(1).cpu()
+
+    for i in tqdm(range(0, len(codes) - group + 1, group), desc="matching", leave=False):
+        some, texts = codes[i:i + group], [x.text for x in split.captions[i:i + group]]
+        first = [q[0] for q in split.questions[i:i + group]]
+        every = some.repeat_interleave(group, 0)                        # row a * group + b: picture a, text b
+        if "und" in plans:
+            asked = [[(a.text, b.answer)] for a in first for b in first]
+            table = likelihoods(understanding(tokenizer, every, asked, c.und.after), plans["und"]).view(group, group)
+            match(hits, "und", table, [q.answer for q in first])
+        if "gen" in plans:
+            table = likelihoods(generation(tokenizer, every, texts * group, c.gen.before), plans["gen"]).view(group, group)
+            alone = likelihoods(generation(tokenizer, some, [""] * group, c.gen.before), plans["gen"])
+            match(hits, "gen", table - alone[:, None], texts)
+    return {task: {what: share(hits[task, what]) for what in ("caption", "image")} for task in plans}
+
+
+def match(hits, task, table, texts):
+    for i, (text, image) in enumerate(zip(table.argmax(1).tolist(), table.argmax(0).tolist())):
+        hits[task, "caption"].append(texts[text] == texts[i])
+        hits[task, "image"].append(texts[image] == texts[i])
+
+
+# ------------------------------------------------------------------------------------------------ cost
+
+def cost(model, batches, plans, repeats=5):
+    """What forward and backward of one step cost under the plans, as multiply-adds counted and as time measured side by
+    side with the dense plan: medians of interleaved repeats. batches, plans: {task: ...}."""
+    c, dense = model.config, (FULL,) * model.config.layers
+    dense = {task: dense for task in plans}
+
+    def summed(count, plans):
+        return sum(len(batches[task].tokens) * count(c, task, plan) for task, plan in plans.items())
+
+    times = {"plan": [], "dense": []}
+    for _ in range(1 + repeats):                                        # the first round warms up
+        for name, which in (("plan", plans), ("dense", dense)):
+            synchronize(model)
+            start = time.perf_counter()
+            for task, plan in which.items():
+                model(batches[task], plan)[1].backward()
+            synchronize(model)
+            times[name].append(time.perf_counter() - start)
+    model.zero_grad()
+    ms = {name: 1e3 * statistics.median(t[1:]) for name, t in times.items()}
+    return {"flops_per_step": summed(flops, plans), "flops_ratio": summed(flops, plans) / summed(flops, dense),
+            "paper_flops_ratio": summed(paper_cost, plans) / summed(paper_cost, dense),
+            "step_ms": ms["plan"], "step_ratio": 1. if plans == dense else ms["plan"] / ms["dense"]}
+
+
+def synchronize(model):
+    if model.embed.weight.is_cuda:
+        torch.cuda.synchronize()
+
+
+def hardware(device):
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}"
+
+
+# ------------------------------------------------------------------------------------------------ all of it
+
+def evaluate(model, tokenizer, found, dataset, plans, folder, suffix="", guidance=GUIDANCE, temperature=1., top_k=None,
+             samples=SAMPLES):
+    """Scores a run under plans {task: plan}, writes eval.json and samples.png into its folder, returns the scores.
+
+    found: its checkpoint (or what will be one); for "options" and the like that belong to the result.
+    """
+    start, device, options = time.time(), model.embed.weight.device, found["options"]
+    model.eval()
+    scores = {"config": {**options, "und_plan": options["und_plan"], "gen_plan": options["gen_plan"], "guidance": guidance,
+                         "temperature": temperature, "top_k": top_k, "parameters": sum(p.numel() for p in model.parameters()),
+                         "step": found["step"]}, "n": {}}
+    folder, sheets = Path(folder), []
+    splits = {task: dataset.split(task, "val", samples[task]) for task in plans}
+    is_shapes = splits[next(iter(plans))].scenes is not None
+    if "und" in plans:
+        results, loss = answered(model, tokenizer, splits["und"], plans["und"])
+        scores["und"] = understanding_scores(results, loss)
+        scores["n"]["und"] = len(results)
+        if is_shapes:
+            transfer, _ = answered(model, tokenizer, dataset.split("und", "transfer", samples["und"]), plans["und"])
+            scores["und"]["transfer_accuracy"] = share(right for _, right, _ in transfer)
+            scores["n"]["und_transfer"] = len(transfer)
+        sheets.append(question_sheet(splits["und"], results))
+    if "gen" in plans:
+        split, sampling = splits["gen"], (plans["gen"], guidance, temperature, top_k)
+        pixels = drawn(model, tokenizer, [c.text for c in split.captions], *sampling)
+        again = tokenizer.decode(tokenizer.encode(split.pixels))
+        ceiling = {"frechet": frechet(again, split.pixels)}
+        scores["gen"] = {"frechet": frechet(pixels, split.pixels), "loss": generation_loss(model, tokenizer, split, plans["gen"]),
+                         "ceiling": ceiling}
+        scores["n"]["gen"] = len(pixels)
+        right = None
+        if is_shapes:
+            scores["gen"] |= fulfilment(dataset, split, pixels)
+            ceiling |= fulfilment(dataset, split, again)
+            transfer = dataset.split("gen", "transfer", samples["gen"])
+            held = [tuple(t for t in scene if (t.colour, t.shape) in dataset.held_out["gen"]) for scene in transfer.scenes]
+            others = drawn(model, tokenizer, [c.text for c in transfer.captions], *sampling)
+            scores["gen"]["transfer_object_accuracy"] = fulfilment(
+                dataset, transfer._replace(scenes=held), others)["object_accuracy"]
+            scores["n"]["gen_transfer"] = len(others)
+            right = [dataset.fulfilled(*row)[1] for row in zip(split.captions, split.scenes, dataset.read(pixels))]
+        sheets.append((pixels[:18], [c.text for c in split.captions[:18]],
+                       [i for i in range(18) if right and not right[i]]))
+    if not is_shapes:
+        for task, rates in matching(model, tokenizer, splits[next(iter(plans))], plans).items():
+            scores[task] |= {"matching": rates, "bits_per_token": scores[task]["loss"] / np.log(2)}
+        if "gen" in plans:          # words that it has seen, too: names do not tell what an unseen picture looks like
+            seen = dataset.split("gen", "train", 18)
+            pixels = drawn(model, tokenizer, [c.text for c in seen.captions], *sampling)
+            sheets.append((pixels, [f"{c.text} (trained on)" for c in seen.captions], []))
+    scores["cost"] = cost(model, timing_batches(model, tokenizer, splits, options["batch_size"]), plans)
+    scores |= {"seconds": time.time() - start, "hardware": hardware(device)}
+    (folder / f"eval{suffix}.json").write_text(json.dumps(scores, indent=1))
+    pixels, texts, wrong = [], [], []
+    for some, lines, bad in sheets:
+        wrong += [len(texts) + i for i in bad]
+        pixels, texts = [*pixels, *some], texts + lines
+    contact_sheet(pixels, texts, folder / f"samples{suffix}.png", wrong=wrong)
+    return scores
+
+
+def timing_batches(model, tokenizer, splits, size):
+    """A training batch of each task, from validation pictures, repeated if there are too few."""
+    c, batches = model.config, {}
+    for task, split in splits.items():
+        index = [i % len(split.pixels) for i in range(size)]
+        codes = tokenizer.encode(split.pixels[index])
+        batches[task] = (understanding(tokenizer, codes, [pairs(split.questions[i]) for i in index], c.und.after)
+                         if task == "und" else
+                         generation(tokenizer, codes, [split.captions[i].text for i in index], c.gen.before))
+        batches[task] = batches[task].to(model.embed.weight.device)
+    return batches
+
+
+def question_sheet(split, results, n=18):
+    """n pictures with their questions, as contact_sheet takes them; each line tells whether it was answered right."""
+    lines, k = [], 0
+    for asked in split.questions[:n]:
+        own = []
+        while k < len(results) and len(own) < len(asked) and results[k][0] is asked[len(own)]:
+            own.append(results[k])
+            k += 1
+        lines.append("\n".join(f"{q.text} {q.answer if right else 'NOT ' + q.answer}" for q, right, _ in own[:5]))
+    return split.pixels[:n], lines, []
+
+
+def summary(scores):
+    """The scores in a few lines, for a terminal."""
+    def percent(x):
+        return "    –" if x is None else f"{100 * x:5.1f}"
+
+    lines = []
+    if "und" in scores:
+        u = scores["und"]
+        lines.append(f"understanding  {percent(u['accuracy'])} % right (chance {percent(u['chance'])}), transfer "
+                     f"{percent(u.get('transfer_accuracy'))}, loss {u['loss']:.3f}, n = {scores['n']['und']}")
+        lines += [f"   {kind:18}{percent(r['accuracy'])} (most frequent answer {percent(r['chance'])})"
+                  for kind, r in u["by_type"].items()]
+    if "gen" in scores:
+        g = scores["gen"]
+        lines.append(f"generation     {percent(g.get('image_accuracy'))} % of images, "
+                     f"{percent(g.get('object_accuracy'))} % of objects right, transfer "
+                     f"{percent(g.get('transfer_object_accuracy'))}, Frechet {g['frechet']:.3f} "
+                     f"(reconstructions {g['ceiling']['frechet']:.3f}), loss {g['loss']:.3f}, n = {scores['n']['gen']}")
+        lines += [f"   {kind:18}{percent(r['image_accuracy'])} (reconstructions "
+                  f"{percent(g['ceiling']['by_type'][kind]['image_accuracy'])})" for kind, r in g.get("by_type", {}).items()]
+    for task in ("und", "gen"):
+        if "matching" in scores.get(task, {}):
+            rates = scores[task]["matching"]
+            lines.append(f"matching among ten by {task}: the caption of an image {percent(rates['caption'])} %, the image "
+                         f"of a caption {percent(rates['image'])} %; {scores[task]['bits_per_token']:.2f} bits/token")
+    k = scores["cost"]
+    lines.append(f"cost           {k['flops_per_step'] / 1e9:.1f} GFLOP a step = {k['flops_ratio']:.2f} of dense (the paper's "
+                 f"formula: {k['paper_flops_ratio']:.2f}), {k['step_ms']:.0f} ms = {k['step_ratio']:.2f} of dense")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+# The rows of the paper's tables 1 to 3: options of train.py, and the paper's GQA, POPE F1, MJHQ FID and FLOPs. The
+# ratio of HMGen's shallow layers (K/L = 0.15 and 0.25 in the paper) is what --shallow asks for at the preset's depth.
+ROWS = {
+    "u-dense": ("U only, dense", dict(objective="und"), (52.86, 79.40, None, "1")),
+    "g-dense": ("G only, dense", dict(objective="gen"), (None, None, 17.45, "1")),
+    "joint-dense": ("joint, dense", {}, (56.00, 82.30, 15.78, "1")),
+    "u-himix": ("U only, HiMix", dict(objective="und", und_plan="himix", projections="image"), (49.92, 78.75, None, "0.24")),
+    "g-hmgen": ("G only, HMGen", dict(objective="gen", gen_plan="hmgen", projections="image"), (None, None, 12.16, "0.85")),
+    "joint-share-all": ("joint, HiMix + HMGen, share all", dict(und_plan="himix", gen_plan="hmgen"),
+                        (33.00, 67.59, 12.53, "0.56")),
+    "joint-share-partial": ("joint, HiMix + HMGen, share partial",
+                            dict(und_plan="himix", gen_plan="hmgen", projections="task"), (47.05, 76.58, 14.54, "0.55")),
+}
+
+
+def table(folder):
+    """The runs in a folder, averaged over seeds, as a Markdown table beside the paper's numbers."""
+    found = defaultdict(list)
+    for file in sorted(Path(folder).glob("*/eval.json")):
+        scores = json.loads(file.read_text())
+        found[file.parent.name.rsplit("-seed", 1)[0]].append(scores)
+    if not found:
+        fail(f"{folder}: no finished run in it (expected folders with an eval.json)")
+
+    def cell(runs, *path, scale=100, digits=1):
+        values = []
+        for value in runs:
+            for key in path:
+                value = value.get(key) if isinstance(value, dict) else None
+            if value is not None:
+                values.append(scale * value)
+        if not values:
+            return "–"
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}"
+
+    lines = ["| run | seeds | questions right, % | POPE F1, % | transfer, % | images right, % | objects right, % | transfer, % "
+             "| Fréchet ↓ | FLOPs | paper's formula | time | parameters, M | paper: GQA | POPE F1 | MJHQ FID ↓ | FLOPs |",
+             "|---|" + "---:|" * 16]
+    for name in [*ROWS, *sorted(set(found) - set(ROWS))]:
+        if runs := found.get(name):
+            title, _, paper = ROWS.get(name, (name, {}, (None,) * 4))
+            lines.append("| " + " | ".join([
+                title, str(len(runs)), cell(runs, "und", "accuracy"), cell(runs, "und", "pope", "f1"),
+                cell(runs, "und", "transfer_accuracy"), cell(runs, "gen", "image_accuracy"), cell(runs, "gen", "object_accuracy"),
+                cell(runs, "gen", "transfer_object_accuracy"), cell(runs, "gen", "frechet", scale=1, digits=3),
+                cell(runs, "cost", "flops_ratio", scale=1, digits=2), cell(runs, "cost", "paper_flops_ratio", scale=1, digits=2),
+                cell(runs, "cost", "step_ratio", scale=1, digits=2), cell(runs, "config", "parameters", scale=1e-6, digits=2),
+                *("–" if x is None else str(x) for x in paper)]) + " |")
+    any_run = next(iter(found.values()))[0]
+    return "\n".join([*lines, "", f"Mean ± standard deviation over seeds. {any_run['hardware']}. n = {any_run['n']}."])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", type=Path, help="folder of a trained run")
+    parser.add_argument("--und-plan", help="default: the one it was trained with")
+    parser.add_argument("--gen-plan")
+    parser.add_argument("--shallow", type=int, help="HMGen's K")
+    parser.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"))
+    parser.add_argument("--draw", metavar="CAPTION")
+    parser.add_argument("--n", type=int, default=8, help="how many pictures --draw draws")
+    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="classifier-free guidance; 1: none")
+    parser.add_argument("--temperature", type=float, default=1.)
+    parser.add_argument("--top-k", type=int, help="draw from the k likeliest codes only")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    parser.add_argument("--table", type=Path, metavar="DIR", help="the table of all runs in DIR")
+    args = parser.parse_args()
+    if (args.run is None) == (args.table is None):
+        fail("expected the folder of a run, or --table and a folder of runs")
+    if args.n < 1 or args.temperature <= 0 or (args.top_k is not None and args.top_k < 1):
+        fail("--n and --top-k have to be at least 1, --temperature above 0")
+    if args.table:
+        print(table(args.table))
+        return
+
+    model, tokenizer, found = load(args.run, pick_device(args.device))
+    options = dict(found["options"])
+    names = {task: getattr(args, f"{task}_plan") or options[f"{task}_plan"] for task in ("und", "gen")}
+    shallow = options["shallow"] if args.shallow is None else args.shallow
+    tasks = [t for t in ("und", "gen") if options["objective"] in (t, "joint")]
+    for task in tasks:
+        trained = options[f"{task}_plan"]
+        if names[task] != trained and "himix" in (names[task], trained):
+            fail(f"--{task}-plan {names[task]}: trained with {trained}; image tokens that were never updated cannot be "
+                 "from now on, nor the other way round")
+    plans = {task: plan_for(task, names[task], model.config.layers, shallow) for task in tasks}
+    sampling = (args.guidance, args.temperature, args.top_k)
+    try:
+        if args.ask:
+            if "und" not in plans:
+                fail(f"--ask: {args.run} was trained to generate only")
+            pixels = data_sets.open_picture(Path(args.ask[0]), tokenizer.vq.config.image_size, "--ask")
+            print(answer(model, tokenizer, tokenizer.encode(pixels[None])[0], args.ask[1], plans["und"]))
+        elif args.draw is not None:
+            if "gen" not in plans:
+                fail(f"--draw: {args.run} was trained to understand only")
+            pixels = drawn(model, tokenizer, [args.draw] * args.n, plans["gen"], *sampling)
+            contact_sheet(pixels, [""] * args.n, args.run / "draw.png", columns=min(args.n, 6))
+            print(f"{args.run / 'draw.png'}: {args.n} pictures of {args.draw!r}")
+        else:
+            dataset = data_sets.load(options["data"], options["preset"])
+            changed = (names["und"], names["gen"], shallow) != tuple(options[k] for k in ("und_plan", "gen_plan", "shallow"))
+            suffix = f"-{names['und']}-{names['gen']}{shallow}" if changed else ""
+            found["options"] = {**options, "und_plan": names["und"], "gen_plan": names["gen"], "shallow": shallow}
+            print(summary(evaluate(model, tokenizer, found, dataset, plans, args.run, suffix, *sampling)))
+            print(f"{args.run}/eval{suffix}.json, samples{suffix}.png")
+    except ValueError as error:
+        fail(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,388 @@
+"""Train one transformer to understand pictures, to draw them, or both.
+
+    python train.py                                         everything: tokenizer, joint dense model, scores, pictures
+    python train.py --objective und --und-plan himix --projections image         one task alone, accelerated
+    python train.py --und-plan himix --gen-plan hmgen --projections task         both accelerated, "share partial"
+    python train.py --data PATH                             a folder of your own captioned images
+    python train.py --resume --out out/joint                goes on where that run stopped
+    python train.py --table out/table3 --seeds 3            all rows of the paper's tables; goes on where it stopped
+    torchrun --nproc_per_node=8 train.py                    on several GPUs
+
+Finds the device and the size that fits it; on 2 CPU cores it takes ten minutes. `out/joint/` then holds checkpoint.pt,
+log.jsonl, loss.png, eval.json and samples.png.
+"""
+import argparse
+import json
+import math
+import os
+import random
+import statistics
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import data as data_sets
+import eval as evaluation
+from data import fail, line_chart
+from model import Config, Model, generation, load, plan_for, understanding
+from prune import PLANS, SIZES, Layout, flops
+from tokenizer import Tokenizer, pick_device, read, save, score_tokenizer, train_tokenizer
+
+
+@dataclass
+class Preset:
+    """What fits a device. The network's shape stands in prune.SIZES."""
+    steps: int
+    batch_size: int             # pictures of each task in a step
+    scenes: int                 # training pictures of each task that are drawn
+    heads: int
+    lr: float                   # Muon's, of all matrices in the layers; times what its docstring says
+    lr_rest: float              # AdamW's, of embeddings, head, norms and positions
+    text: int                   # most text tokens that a sequence may have
+
+
+PRESETS = {"cpu": Preset(steps=1400, batch_size=16, scenes=12_000, heads=4, lr=.02, lr_rest=1e-2, text=80),
+           "gpu": Preset(steps=6000, batch_size=64, scenes=60_000, heads=6, lr=.02, lr_rest=1e-2, text=192)}
+WARM_UP, DECAY = 50, .6         # steps of rising rate; the share of training, its end, over which it falls to nothing
+CLIP = 1.                       # largest norm of the gradient of AdamW's part (Muon's step has the same size anyway)
+CAPTION_DROPOUT = .1            # of captions are left empty in training, which classifier-free guidance needs
+LOG_EVERY, SAVE_EVERY = 10, 200                 # steps; the second is a multiple of the first
+
+# Dense bf16 matmul peaks (FLOP/s) from the vendors' data sheets; another device prints no MFU.
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12,
+         "3090": 71e12}
+
+DEFAULTS = dict(objective="joint", und_plan="dense", gen_plan="dense", projections="shared", shallow=1, data="shapes",
+                seed=0, accumulate=1)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal (Jordan et al. 2024), for matrices: all singular values of a step are about equal.
+
+    The same as torch.optim.Muon, but in float32 and for all matrices of one shape at once: that one computes in
+    bfloat16, one by one, which takes 20 times as long on a CPU (1.6 s instead of 0.07 s a step of the CPU preset).
+    """
+
+    def __init__(self, parameters, lr, momentum=.95):
+        super().__init__(parameters, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for (rows, columns), some in shapes.items():
+                state = self.state[some[0]]                             # of all matrices of this shape
+                g = torch.stack([p.grad for p in some])
+                average = state.setdefault("average", torch.zeros_like(g))
+                average.lerp_(g, 1 - group["momentum"])
+                x = g.lerp(average, group["momentum"])                  # Nesterov
+                x = x.mT if rows > columns else x
+                x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+                for _ in range(5):                                      # Newton-Schulz, a quintic
+                    a = x @ x.mT
+                    x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+                x = x.mT if rows > columns else x
+                torch._foreach_add_(some, list(x.unbind()), alpha=-group["lr"] * max(1, rows / columns) ** .5)
+
+
+def training_set(task, split, tokenizer, c, seed):
+    """All training sequences of a task as one Batch: on the device it stays there, and a step only picks rows."""
+    codes = tokenizer.encode(split.pixels)
+    if task == "und":
+        return understanding(tokenizer, codes, list(map(evaluation.pairs, split.questions)), c.und.after)
+    luck = random.Random(f"{seed} dropout")
+    return generation(tokenizer, codes, ["" if luck.random() < CAPTION_DROPOUT else x.text for x in split.captions],
+                      c.gen.before)
+
+
+def text_lengths(tokenizer, splits, limit):
+    """How many text tokens the sequences of this data need: (questions and answers, caption with its two tokens)."""
+    asked = max(sum(len(tokenizer.ids(t)) for q in some for t in q[:2]) + len(some)
+                for split in splits for some in split.questions)
+    captions = 2 + max(len(tokenizer.ids(x.text)) for split in splits for x in split.captions)
+    if captions > limit:
+        worst = max((x.text for split in splits for x in split.captions), key=lambda t: len(tokenizer.ids(t)))
+        fail(f"a caption has {captions - 2} tokens, expected at most {limit - 2}: {worst[:60]!r} ...")
+    return min(asked, limit), captions
+
+
+def shared_step(parameters):
+    """torchrun: the sum over all processes of every gradient (each process has weighted its own by its share)."""
+    if dist.is_initialized():
+        for p in parameters:
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+
+
+def get_tokenizer(options, dataset, device, first):
+    """The tokenizer that --tokenizer names, trained and saved there if there is none."""
+    path = Path(options["tokenizer"])
+    if first and not path.exists():
+        tokenizer = train_tokenizer(dataset, options["preset"], device)
+        save({"kind": "tokenizer", "data": dataset.name, "preset": options["preset"], **tokenizer.state()}, path)
+        scores, _, _ = score_tokenizer(tokenizer, dataset)
+        print(f"{path}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+    if dist.is_initialized():
+        dist.barrier()
+    found = read(path, "tokenizer")
+    if (found["data"], found["preset"]) != (dataset.name, options["preset"]):
+        fail(f"{path} was trained on {found['data']} with preset {found['preset']}; expected {dataset.name} with preset "
+             f"{options['preset']}: give another --tokenizer PATH (it is trained if there is no such file)")
+    return Tokenizer.from_state(found)
+
+
+def learning_rate(step, steps):
+    """As a share of the highest: up, level, and down to nearly nothing."""
+    return min((step + 1) / WARM_UP, 1, max(.02, (1 - step / steps) / DECAY))
+
+
+def run(options, resume, device):
+    """Train and score one run. Returns nothing; everything is written into the folder options["out"]."""
+    began, out = time.time(), Path(options["out"])
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    first = rank == 0
+    preset, steps, seed = PRESETS[options["preset"]], options["steps"], options["seed"]
+    tasks = [t for t in ("und", "gen") if options["objective"] in (t, "joint")]
+    size = SIZES[options["preset"]]
+    plans = {task: plan_for(task, options[f"{task}_plan"], size.layers, options["shallow"]) for task in tasks}
+
+    # ---- data and model
+    dataset = data_sets.load(options["data"], options["preset"])
+    tokenizer = get_tokenizer(options, dataset, device, first)
+    tokenizer.vq.to(device)
+    splits = {task: dataset.split(task, "train", preset.scenes, seed) for task in tasks}
+    seen = [*splits.values(), *(dataset.split(t, part, 1000) for t in tasks
+                                for part in (("val", "transfer") if dataset.name == "shapes" else ("val",)))]
+    try:
+        after, before = text_lengths(tokenizer, seen, preset.text)
+        vq = tokenizer.vq
+        c = Config(tokenizer.vocab, size.layers, size.width, Layout(2, vq.side ** 2, after), Layout(before, vq.side ** 2, 0),
+                   heads=preset.heads, side=vq.side, first_code=tokenizer.first_code, projections=options["projections"])
+        sets = {task: training_set(task, splits[task], tokenizer, c, seed).to(device) for task in tasks}
+    except ValueError as error:
+        fail(f"--data {options['data']}: {error}")
+    torch.manual_seed(seed)
+    model = Model(c, vq.codebook.cpu()).to(device)
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    optimizers = [Muon(matrices, options["lr"]),
+                  torch.optim.AdamW(rest, preset.lr_rest * options["lr"] / preset.lr, betas=(.9, .99), weight_decay=0, fused=True)]
+    highest = [o.param_groups[0]["lr"] for o in optimizers]
+
+    start = 0
+    if resume is not None:
+        model.load_state_dict(resume["model"])
+        for optimizer, state in zip(optimizers, resume["optimizers"]):
+            optimizer.load_state_dict(state)
+        start = resume["step"]
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        log = out / "log.jsonl"                                         # what came after the checkpoint comes again
+        lines = log.read_text().splitlines() if resume is not None and log.exists() else []
+        log.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
+
+    def checkpoint(step):
+        if first:
+            save({"kind": "run", "options": options, "config": asdict(c) | {"und": list(c.und), "gen": list(c.gen)},
+                  "tokenizer": tokenizer.state(), "model": model.state_dict(),
+                  "optimizers": [o.state_dict() for o in optimizers], "step": step}, out / "checkpoint.pt")
+
+    # ---- training
+    model.train()
+    on_gpu = device.type == "cuda"
+    forward = torch.compile(model) if options["compile"] else model
+    tokens = options["batch_size"] * sum(sum(s.layout) for s in sets.values())
+    operations = options["batch_size"] * sum(flops(c, task, plans[task]) for task in tasks)
+    peak = next((p for name, p in PEAKS.items() if on_gpu and name in torch.cuda.get_device_name()), None)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {tokens} tokens and "
+          f"{operations / 1e9:.0f} GFLOP a step; data and tokenizer took {time.time() - began:.0f} s") if first else None
+    bar = tqdm(total=steps, initial=start, desc=out.name, unit="step", disable=not first)
+    logged, clock = start, time.perf_counter()
+    try:
+        for step in range(start, steps):
+            for optimizer, lr in zip(optimizers, highest):
+                optimizer.param_groups[0]["lr"] = lr * learning_rate(step, steps)
+            losses = {}
+            for t, task in enumerate(tasks):
+                # The step alone says which rows it takes: nothing about data has to be saved for a resumed run.
+                luck = torch.Generator().manual_seed(2 * (seed * 10 ** 9 + step) + t)
+                index = torch.randint(len(sets[task].tokens), (options["batch_size"],), generator=luck).to(device)
+                outputs = (sets[task].weights[index] == 1).sum()        # of the whole step, over all processes
+                for part in index[rank::world].chunk(options["accumulate"]):
+                    batch = sets[task].rows(part)
+                    with torch.autocast(device.type, torch.bfloat16) if on_gpu else nullcontext():
+                        _, loss = forward(batch, plans[task])
+                    loss = loss * (batch.weights == 1).sum() / outputs
+                    loss.backward()
+                    losses[task] = losses.get(task, 0) + loss.detach()
+            shared_step(model.parameters())
+            torch.nn.utils.clip_grad_norm_(rest, CLIP)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            bar.update()
+
+            last = step == steps - 1
+            if (step + 1) % LOG_EVERY == 0 or last:
+                values = torch.stack(list(losses.values()))
+                if dist.is_initialized():
+                    dist.all_reduce(values)
+                values = dict(zip(tasks, values.tolist()))              # waits for the device
+                if not math.isfinite(sum(values.values())):
+                    fail(f"the loss is not finite at step {step + 1} ({values}); the last good checkpoint is "
+                         f"{out / 'checkpoint.pt'}" if (out / "checkpoint.pt").exists() else "none was written yet")
+                seconds, logged = (time.perf_counter() - clock) / (step + 1 - logged), step + 1
+                row = {"step": step + 1, "loss": sum(values.values()), "loss_und": values.get("und"),
+                       "loss_gen": values.get("gen"), "lr": optimizers[0].param_groups[0]["lr"],
+                       "tokens_per_s": tokens / seconds, "step_ms": 1e3 * seconds,
+                       "mfu": operations / seconds / peak / world if peak else None, "peak_memory_mb": peak_memory(device)}
+                if first:
+                    with log.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                    bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s'] / 1e3:.1f}k tokens/s"
+                                        + (f", MFU {100 * row['mfu']:.0f} %" if peak else ""))
+                if (step + 1) % SAVE_EVERY == 0 or last:
+                    checkpoint(step + 1)
+                clock = time.perf_counter()
+    except KeyboardInterrupt:
+        bar.close()
+        print(f"\nstopped; python train.py --resume --out {out} goes on from the last checkpoint "
+              f"({SAVE_EVERY} steps apart)", file=sys.stderr)
+        raise SystemExit(130)
+    bar.close()
+    if not first:
+        return
+
+    # ---- scores and pictures
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    line_chart({name: [(r["step"], r[key]) for r in rows] for key, name in
+                (("loss_und", "understanding"), ("loss_gen", "generation")) if rows[0][key] is not None},
+               out / "loss.png", "training loss (nats per output token)", "step")
+    found = {"options": options, "step": steps}
+    print(evaluation.summary(evaluation.evaluate(model, tokenizer, found, dataset, plans, out)))
+    print(f"{time.time() - began:.0f} s in all, of which {sum(r['step_ms'] for r in rows) * LOG_EVERY / 1e3:.0f} in training "
+          f"steps (median {statistics.median(r['step_ms'] for r in rows):.0f} ms), peak memory {peak_memory(device):.0f} MB\n"
+          f"look at {out}/samples.png, {out}/eval.json, {out}/loss.png; then: python probe.py {out}")
+
+
+def peak_memory(device):
+    """MB: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    try:
+        import resource
+    except ImportError:                                                 # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+
+
+def completed(given, device):
+    """The options of a run: those given, and for the others what the device and the objective suggest."""
+    options = {**DEFAULTS, **given}
+    options.setdefault("preset", "gpu" if device.type == "cuda" else "cpu")
+    preset = PRESETS[options["preset"]]
+    for key in ("steps", "batch_size", "lr"):
+        options.setdefault(key, getattr(preset, key))
+    options.setdefault("compile", device.type == "cuda")
+    name = "" if options["data"] == "shapes" else "-" + Path(options["data"]).resolve().name
+    options.setdefault("out", f"out/{options['objective']}{name}")
+    options.setdefault("tokenizer", f"out/tokenizer{name}.pt")
+    return options
+
+
+def check(options):
+    """Refuse options that make no sense, before any work begins."""
+    for key in ("steps", "batch_size", "accumulate"):
+        if options[key] < 1:
+            fail(f"--{key.replace('_', '-')} {options[key]}: expected at least 1")
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if options["batch_size"] % (options["accumulate"] * world):
+        fail(f"--batch-size {options['batch_size']}: expected a multiple of --accumulate times the number of processes, "
+             f"{options['accumulate'] * world}")
+    if not 0 < options["lr"] < 10:
+        fail(f"--lr {options['lr']}: expected a number between 0 and 10")
+    for task, other in (("und", "gen"), ("gen", "und")):
+        if options["objective"] == task and options[f"{other}_plan"] != "dense":
+            fail(f"--{other}-plan {options[f'{other}_plan']}: there is no such task with --objective {task}")
+
+
+def run_table(folder, seeds, given, device):
+    """Every row of the paper's tables, seed by seed; what is finished is left alone, what was begun goes on."""
+    for seed in range(seeds):
+        for name, (_, row, _) in evaluation.ROWS.items():
+            out = folder / f"{name}-seed{seed}"
+            if (out / "eval.json").exists():
+                continue
+            print(f"\n{out}")
+            options = completed({**given, **row, "seed": seed, "out": str(out)}, device)
+            check(options)
+            begun = (out / "checkpoint.pt").exists()
+            run(options, load(out, "cpu")[2] if begun else None, device)
+    print(evaluation.table(folder))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS)
+    parser.add_argument("--objective", choices=("joint", "und", "gen"), help="which tasks are trained (default: joint)")
+    parser.add_argument("--und-plan", help=f"what image tokens do when understanding: {', '.join(PLANS)} (default: dense)")
+    parser.add_argument("--gen-plan", help="the same when generating; himix is impossible there (default: dense)")
+    parser.add_argument("--projections", choices=("shared", "image", "task"), help="Q, K, V of image tokens: those of text, "
+                        "their own, or their own for each task (default: shared)")
+    parser.add_argument("--shallow", type=int, metavar="K", help="layers in the middle that hmgen skips (default: 1)")
+    parser.add_argument("--preset", choices=PRESETS, help="size of everything (default: what fits the device)")
+    parser.add_argument("--data", help="shapes, or a folder of captioned images (default: shapes)")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch-size", type=int, help="pictures of each task in a step, over all processes")
+    parser.add_argument("--accumulate", type=int, metavar="N", help="compute a step in N parts, which takes less memory")
+    parser.add_argument("--lr", type=float, help="Muon's highest learning rate; AdamW's goes along (default: the preset's)")
+    parser.add_argument("--seed", type=int, help="of data, weights and order (default: 0)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
+    parser.add_argument("--tokenizer", metavar="PATH", help="trained if there is no such file (default: out/tokenizer.pt)")
+    parser.add_argument("--out", help="the run's folder (default: out/OBJECTIVE)")
+    parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out")
+    parser.add_argument("--table", type=Path, metavar="DIR", help="train all rows of the paper's tables into DIR")
+    parser.add_argument("--seeds", type=int, help="of --table (default: 1)")
+    given = vars(parser.parse_args())
+    device, resume, folder, seeds = given.pop("device"), given.pop("resume"), given.pop("table", None), given.pop("seeds", None)
+
+    if "RANK" in os.environ:                                            # started by torchrun
+        dist.init_process_group("nccl" if torch.cuda.is_available() and device in ("auto", "cuda") else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device = pick_device(device)
+    torch.set_float32_matmul_precision("high")
+    if folder is not None:
+        if resume or {"out", "seed"} & given.keys():
+            fail("--table goes on by itself and names its runs itself: expected no --resume, --out or --seed beside it")
+        run_table(folder, seeds or 1, given, device)
+    elif seeds is not None:
+        fail("--seeds: expected only beside --table")
+    elif resume:
+        _, _, found = load(completed(given, device)["out"], "cpu")
+        for key, value in given.items():
+            if found["options"].get(key) != value:
+                fail(f"--{key.replace('_', '-')} {value}: the run to resume has {found['options'].get(key)}")
+        run(found["options"], found, device)
+    else:
+        options = completed(given, device)
+        check(options)
+        if (Path(options["out"]) / "checkpoint.pt").exists():
+            fail(f"{options['out']} holds a run already: --resume goes on with it, --out PATH begins another")
+        run(options, None, device)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
