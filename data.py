@@ -93,7 +93,8 @@ class World:
     jitter: int                 # pixels that an object may lie off the centre of its cell, each way
 
 
-WORLDS = {"cpu": World(image_size=32, grid=2, shapes=4, colours=6, max_objects=4, jitter=1),
+WORLDS = {"tiny": World(image_size=16, grid=2, shapes=2, colours=3, max_objects=2, jitter=0),
+          "cpu": World(image_size=32, grid=2, shapes=4, colours=6, max_objects=4, jitter=1),
           "gpu": World(image_size=64, grid=3, shapes=8, colours=8, max_objects=6, jitter=2)}
 
 
@@ -402,7 +403,7 @@ def open_picture(path, size, where):
                     image = Image.fromarray((levels / max(255, levels.max()) * 255).astype(np.uint8))
                 image = image.convert("RGBA")
                 paper = Image.new("RGBA", image.size, "white")
-                return np.asarray(ImageOps.fit(Image.alpha_composite(paper, image).convert("RGB"), (size, size)))
+                return np.array(ImageOps.fit(Image.alpha_composite(paper, image).convert("RGB"), (size, size)))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         fail(f"{where}: {path} cannot be used as an image ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
 
@@ -477,6 +478,10 @@ def load(source, preset):
 
 # ------------------------------------------------------------------------------------------------ pictures
 
+BAD, LINE, TEXT = (220, 30, 30), (200, 200, 200), (60, 60, 60)
+INK = [(40, 100, 190), (225, 120, 30), (50, 150, 80), (190, 50, 60)]
+
+
 def contact_sheet(pixels, texts, path, columns=6, size=160, wrong=()):
     """Pictures in a grid, each over its lines of text, those in `wrong` framed in red, as a PNG."""
     font = ImageFont.load_default(12)
@@ -490,51 +495,49 @@ def contact_sheet(pixels, texts, path, columns=6, size=160, wrong=()):
                 lines.append(" ".join(words[:k]))
                 words = words[k:]
         wrapped.append(lines)
-    gap, height = 12, size + 8 + 15 * max(map(len, wrapped))
-    rows = -(-len(pixels) // columns)
-    sheet = Image.new("RGB", (gap + columns * (size + gap), gap + rows * (height + gap)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (picture, lines) in enumerate(zip(pixels, wrapped)):
-        x, y = gap + i % columns * (size + gap), gap + i // columns * (height + gap)
-        sheet.paste(Image.fromarray(np.asarray(picture)).resize((size, size), Image.NEAREST), (x, y))
-        draw.rectangle((x - 2, y - 2, x + size + 1, y + size + 1), outline=(220, 30, 30) if i in wrong else (200, 200, 200),
-                       width=2)
-        for j, line in enumerate(lines):
-            draw.text((x, y + size + 4 + 15 * j), line, (220, 30, 30) if i in wrong else (60, 60, 60), font)
+    gap, rows = 12, [range(i, min(i + columns, len(wrapped))) for i in range(0, len(wrapped), columns)]
+    heights = [size + 12 + 15 * max(len(wrapped[i]) for i in row) for row in rows]
+    sheet = Image.new("RGB", (gap + columns * (size + gap), gap + sum(heights) + gap * len(rows)), "white")
+    draw, y = ImageDraw.Draw(sheet), gap
+    for row, height in zip(rows, heights):
+        for i in row:
+            x, (frame, ink) = gap + i % columns * (size + gap), ((BAD, BAD) if i in wrong else (LINE, TEXT))
+            sheet.paste(Image.fromarray(pixels[i]).resize((size, size), Image.NEAREST), (x, y))
+            draw.rectangle((x - 2, y - 2, x + size + 1, y + size + 1), outline=frame, width=2)
+            for j, line in enumerate(wrapped[i]):
+                draw.text((x, y + size + 4 + 15 * j), line, ink, font)
+        y += height + gap
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
 
-INK = [(40, 100, 190), (225, 120, 30), (50, 150, 80), (190, 50, 60), (120, 80, 170)]
-
-
-def line_chart(lines, path, title, x_label, y_from=0., size=(560, 360)):
-    """{name: [(x, y)]} as lines with a legend, axes from the smallest x and from y_from, as a PNG."""
+def line_chart(lines, path, title, x_label, top_y=None, size=(560, 360)):
+    """{name: [(x, y)]}, y >= 0, as lines with a legend, as a PNG; the y axis goes from 0 to top_y (default: the data's)."""
     (width, height), font = size, ImageFont.load_default(12)
-    left, top, right, bottom = 50, 34, width - 16, height - 40
+    left, top, right, bottom = 50, 50, width - 16, height - 40
     points = [p for line in lines.values() for p in line]
     x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
-    y1 = max(y for _, y in points) * 1.05 or 1
+    y1 = top_y or max(y for _, y in points) * 1.05 or 1
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
 
     def at(x, y):
-        return (left + (x - x0) / max(1e-9, x1 - x0) * (right - left), bottom - (y - y_from) / (y1 - y_from) * (bottom - top))
+        return (left + (x - x0) / max(1e-9, x1 - x0) * (right - left), bottom - y / y1 * (bottom - top))
 
-    unit = 10 ** math.floor(math.log10((y1 - y_from) / 2))
-    unit *= next(k for k in (1, 2, 5, 10) if (y1 - y_from) / (k * unit) <= 6)
-    for k in range(int((y1 - y_from) / unit) + 1):
-        y = y_from + k * unit
-        draw.line([at(x0, y), at(x1, y)], fill=(225, 225, 225))
-        draw.text((left - 6, at(x0, y)[1]), f"{y:.6g}", (90, 90, 90), font, anchor="rm")
+    unit = 10 ** math.floor(math.log10(y1 / 2))
+    unit *= next(k for k in (1, 2, 5, 10) if y1 / (k * unit) <= 6)
+    for k in range(int(y1 / unit + 1e-9) + 1):
+        draw.line([at(x0, k * unit), at(x1, k * unit)], fill=LINE)
+        draw.text((left - 6, at(x0, k * unit)[1]), f"{k * unit:.6g}", TEXT, font, anchor="rm")
     for x in sorted({x0 + round((x1 - x0) * k / 5) for k in range(6)}):
-        draw.text((at(x, 0)[0], bottom + 6), f"{x:g}", (90, 90, 90), font, anchor="mt")
-    draw.text((left, 8), title, (30, 30, 30), font)
-    draw.text(((left + right) / 2, height - 14), x_label, (90, 90, 90), font, anchor="mm")
+        draw.text((at(x, 0)[0], bottom + 6), f"{x:g}", TEXT, font, anchor="mt")
+    draw.text((left, 8), title, TEXT, font)
+    draw.text(((left + right) / 2, height - 14), x_label, TEXT, font, anchor="mm")
     for i, (name, line) in enumerate(lines.items()):
-        draw.line([at(x, max(y, y_from)) for x, y in line], fill=INK[i % len(INK)], width=2)
-        draw.line([(right - 118, top + 8 + 16 * i), (right - 98, top + 8 + 16 * i)], fill=INK[i % len(INK)], width=3)
-        draw.text((right - 92, top + 8 + 16 * i), name, (30, 30, 30), font, anchor="lm")
+        ink, x = INK[i % len(INK)], left + 105 * i
+        draw.line([at(*p) for p in line], fill=ink, width=2)
+        draw.line([(x, 34), (x + 16, 34)], fill=ink, width=3)
+        draw.text((x + 22, 34), name, TEXT, font, anchor="lm")
     sheet.save(path)
 
 

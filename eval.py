@@ -26,8 +26,8 @@ from prune import FULL, flops, paper_cost
 from tokenizer import pick_device
 
 GUIDANCE = 2.               # of classifier-free guidance, unless told otherwise
-# How many validation pictures: for questions, for captions; of the transfer splits as many; and for the Frechet distance.
-SAMPLES = {"und": 1000, "gen": 400}
+# How many validation pictures, by preset: with questions, with captions; of the transfer splits as many.
+SAMPLES = {"tiny": {"und": 40, "gen": 20}, "cpu": {"und": 1000, "gen": 400}, "gpu": {"und": 2000, "gen": 1000}}
 
 
 def pairs(questions):
@@ -41,25 +41,26 @@ def answered(model, tokenizer, split, plan, batch=64):
     """Which questions on the pictures of a split the model answers right, word for word, when it decodes greedily.
 
     Answers are scored by teacher forcing: greedy decoding gives the right answer just when every one of its tokens,
-    the end included, is the likeliest after the right ones before it. Returns [(Question, right, said "yes")] and the
+    the end included, is the likeliest after the right ones before it. Returns [(Question, right, what it said)] and the
     mean loss (nats) of an answer token.
     """
     results, loss, outputs = [], 0., 0
-    codes, yes, c = tokenizer.encode(split.pixels), tokenizer.ids("yes")[0], model.config
-    device = model.embed.weight.device
+    codes, c, device = tokenizer.encode(split.pixels), model.config, model.embed.weight.device
     for i in tqdm(range(0, len(codes), batch), desc="answering", leave=False):
         asked = split.questions[i:i + batch]
         rows = understanding(tokenizer, codes[i:i + batch], list(map(pairs, asked)), c.und.after).to(device)
         logits, _ = model(rows, plan)
-        targets, turns = rows.targets[:, aimed(rows)], rows.turns[:, aimed(rows)]
-        output, said = rows.weights[:, aimed(rows)] == 1, logits.argmax(-1)
+        targets, turns, output = (x[:, aimed(rows)] for x in (rows.targets, rows.turns, rows.weights == 1))
         loss += F.cross_entropy(logits[output].float(), targets[output], reduction="sum").item()
         outputs += output.sum().item()
-        count = torch.zeros(len(asked), 1 + int(turns.max()), dtype=torch.long, device=device)
-        wrong, affirmed = (count.scatter_add(1, turns.clamp(min=0), (output & x).long()).tolist()
-                           for x in (said != targets, said == yes))
-        for number, bad, affirming in zip(turns.max(1).values.tolist(), wrong, affirmed):
-            results += [(q, not bad[k], affirming[k] > 0) for k, q in enumerate(asked.pop(0)[:number], 1)]
+        for questions, *columns in zip(asked, *(x.tolist() for x in (turns, output, logits.argmax(-1), targets))):
+            words = defaultdict(lambda: ([], []))
+            for turn, is_output, guess, target in zip(*columns):
+                if is_output:
+                    words[turn][0].append(guess)
+                    words[turn][1].append(target)
+            results += [(questions[turn - 1], guess == target, tokenizer.string(guess).strip())
+                        for turn, (guess, target) in words.items()]
     return results, loss / outputs
 
 
@@ -79,7 +80,7 @@ def understanding_scores(results, loss):
             by_type[kind] = {"accuracy": share(r for _, r in some), "chance": most / len(some), "n": len(some)}
     scores = {"accuracy": share(right for _, right, _ in results), "chance": chances / len(results),
               "by_type": by_type, "loss": loss}
-    yes_no = [(q.answer == "yes", said) for q, _, said in results if q.kind == "existence"]
+    yes_no = [(q.answer == "yes", said.startswith("yes")) for q, _, said in results if q.kind == "existence"]
     if yes_no:                                                          # as POPE does it (Li et al. 2023)
         hits = sum(true and said for true, said in yes_no)
         precision, recall = hits / max(1, sum(s for _, s in yes_no)), hits / max(1, sum(t for t, _ in yes_no))
@@ -215,15 +216,15 @@ def hardware(device):
 
 # ------------------------------------------------------------------------------------------------ all of it
 
-def evaluate(model, tokenizer, found, dataset, plans, folder, suffix="", guidance=GUIDANCE, temperature=1., top_k=None,
-             samples=SAMPLES):
+def evaluate(model, tokenizer, found, dataset, plans, folder, suffix="", guidance=GUIDANCE, temperature=1., top_k=None):
     """Scores a run under plans {task: plan}, writes eval.json and samples.png into its folder, returns the scores.
 
     found: its checkpoint (or what will be one); for "options" and the like that belong to the result.
     """
     start, device, options = time.time(), model.embed.weight.device, found["options"]
+    samples = SAMPLES[options["preset"]]
     model.eval()
-    scores = {"config": {**options, "und_plan": options["und_plan"], "gen_plan": options["gen_plan"], "guidance": guidance,
+    scores = {"config": {**options, "guidance": guidance,
                          "temperature": temperature, "top_k": top_k, "parameters": sum(p.numel() for p in model.parameters()),
                          "step": found["step"]}, "n": {}}
     folder, sheets = Path(folder), []
@@ -291,14 +292,11 @@ def timing_batches(model, tokenizer, splits, size):
 
 
 def question_sheet(split, results, n=18):
-    """n pictures with their questions, as contact_sheet takes them; each line tells whether it was answered right."""
-    lines, k = [], 0
-    for asked in split.questions[:n]:
-        own = []
-        while k < len(results) and len(own) < len(asked) and results[k][0] is asked[len(own)]:
-            own.append(results[k])
-            k += 1
-        lines.append("\n".join(f"{q.text} {q.answer if right else 'NOT ' + q.answer}" for q, right, _ in own[:5]))
+    """n pictures with questions and what the model said, as contact_sheet takes them."""
+    own = {}
+    for q, right, said in results:
+        own[id(q)] = f"{q.text} {said}" + ("" if right else f" (no: {q.answer})")
+    lines = ["\n".join(own[id(q)] for q in asked[:4] if id(q) in own) for asked in split.questions[:n]]
     return split.pixels[:n], lines, []
 
 
@@ -416,11 +414,6 @@ def main():
     names = {task: getattr(args, f"{task}_plan") or options[f"{task}_plan"] for task in ("und", "gen")}
     shallow = options["shallow"] if args.shallow is None else args.shallow
     tasks = [t for t in ("und", "gen") if options["objective"] in (t, "joint")]
-    for task in tasks:
-        trained = options[f"{task}_plan"]
-        if names[task] != trained and "himix" in (names[task], trained):
-            fail(f"--{task}-plan {names[task]}: trained with {trained}; image tokens that were never updated cannot be "
-                 "from now on, nor the other way round")
     plans = {task: plan_for(task, names[task], model.config.layers, shallow) for task in tasks}
     sampling = (args.guidance, args.temperature, args.top_k)
     try:

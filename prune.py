@@ -105,7 +105,8 @@ def paper_cost(size, task, plan):
 
 
 # The networks of the presets. How many text tokens stand where is what the shapes world needs; train.py looks for itself.
-SIZES = {"cpu": Size(vocab=768, layers=4, width=128, und=Layout(2, 64, 80), gen=Layout(32, 64, 0)),
+SIZES = {"tiny": Size(vocab=544, layers=3, width=32, und=Layout(2, 16, 40), gen=Layout(24, 16, 0)),
+         "cpu": Size(vocab=768, layers=4, width=128, und=Layout(2, 64, 80), gen=Layout(32, 64, 0)),
          "gpu": Size(vocab=1024, layers=12, width=384, und=Layout(2, 256, 192), gen=Layout(64, 256, 0))}
 
 

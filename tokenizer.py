@@ -70,7 +70,8 @@ class Config:
 
 
 # Training, beside the architecture: steps, pictures a step, learning rate.
-PRESETS = {"cpu": (Config(), 1200, 16, 4e-3),
+PRESETS = {"tiny": (Config(image_size=16, width=32, blocks=1, codes=32, code_dim=4), 150, 16, 4e-3),
+           "cpu": (Config(), 1200, 16, 4e-3),
            "gpu": (Config(image_size=64, width=128, codes=512), 3000, 128, 4e-3)}
 
 
@@ -251,9 +252,9 @@ def train_tokenizer(dataset, preset, device, seed=0, steps=None):
     torch.manual_seed(seed)
     texts = []
     for task in ("und", "gen"):
-        split = dataset.split(task, "train", 3000, seed)
+        split = dataset.split(task, "train", 300 if preset == "tiny" else 3000, seed)
         texts += [c.text for c in split.captions] + [t for some in split.questions for q in some for t in q[:2]]
-    pixels = torch.tensor(dataset.split(None, "train", 20_000 if preset == "gpu" else 6000, seed, questions=0).pixels)
+    pixels = torch.tensor(dataset.split(None, "train", {"tiny": 500, "cpu": 6000, "gpu": 20_000}[preset], seed, questions=0).pixels)
     images = pixels.to(device).permute(0, 3, 1, 2)
 
     vq = VQ(config).to(device, memory_format=torch.channels_last)

@@ -47,7 +47,8 @@ class Preset:
     text: int                   # most text tokens that a sequence may have
 
 
-PRESETS = {"cpu": Preset(steps=1400, batch_size=16, scenes=12_000, heads=4, lr=.02, lr_rest=1e-2, text=80),
+PRESETS = {"tiny": Preset(steps=100, batch_size=8, scenes=300, heads=2, lr=.02, lr_rest=1e-2, text=40),
+           "cpu": Preset(steps=1400, batch_size=16, scenes=12_000, heads=4, lr=.02, lr_rest=1e-2, text=80),
            "gpu": Preset(steps=6000, batch_size=64, scenes=60_000, heads=6, lr=.02, lr_rest=1e-2, text=192)}
 WARM_UP, DECAY = 50, .6         # steps of rising rate; the share of training, its end, over which it falls to nothing
 CLIP = 1.                       # largest norm of the gradient of AdamW's part (Muon's step has the same size anyway)

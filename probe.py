@@ -1,0 +1,154 @@
+"""Where attention goes, layer by layer: the paper's figs. 2 and 3, for both tasks of a trained model.
+
+    python probe.py out/joint               writes attention.json, attention.png and heatmaps.png into its folder
+    python probe.py out/joint --untrained   the same network before training, as a control
+
+Fused attention returns no weights, so this goes through `Model.forward_masked`, which tests/ prove equal to the path that
+training takes. One question stands on each picture, as in the paper's sequences.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+import data as data_sets
+from data import fail, line_chart
+from eval import pairs
+from model import Model, generation, load, plan_for, understanding
+from tokenizer import pick_device
+
+SEGMENTS = ("system", "image", "instruction", "output")
+
+
+def segments(batch):
+    """{segment: (B, N) bool}. Padding is in none; the image of generation is its output, as in the paper's fig. 3."""
+    before, m, _ = batch.layout
+    order = torch.arange(sum(batch.layout), device=batch.tokens.device)
+    real, image = batch.turns >= 0, (order >= before) & (order < before + m)
+    system = real & (batch.places < 2) & (order < before)
+    if batch.task == "gen":
+        return {"system": system, "image": image & False & real, "instruction": real & ~system & ~image, "output": image & real}
+    # An answer begins one token after the first that has an answer as its target.
+    output = torch.zeros_like(real)
+    output[:, 1:] = (batch.weights == 1)[:, :-1]
+    return {"system": system, "image": image & real, "instruction": real & ~system & ~image & ~output, "output": output & real}
+
+
+@torch.no_grad()
+def allocation(model, batch, plan, chunk=16):
+    """Attention shares by layer (sec. 4.1): alpha_S = the mean, over heads and queries, of the attention that a query
+    pays to segment S. Two dictionaries {segment: [per layer]}: over all queries, and over those alone whose output is
+    a target (which is what the model is asked for). Also the attention of the first sequence, mean over heads.
+
+    Tokens that a layer skips ask nothing in it and are not counted. In each layer the shares sum to 1.
+    """
+    totals, first = {}, None
+    for i in range(0, len(batch.tokens), chunk):
+        rows = batch.rows(slice(i, i + chunk))
+        _, _, attention = model.forward_masked(rows, plan)
+        first = first or [a[0].mean(0).cpu() for a in attention]
+        parts = segments(rows)
+        for layer, (a, rule) in enumerate(zip(attention, plan)):
+            asks = rows.turns >= 0
+            if not rule.query:
+                before, m, _ = rows.layout
+                asks = asks.clone()
+                asks[:, before:before + m] = False
+            for which, queries in (("all", asks), ("output", asks & (rows.weights == 1))):
+                for name, keys in parts.items():
+                    paid = (a.mean(1) * keys[:, None]).sum(2)           # (B, N), by query
+                    total = totals.setdefault((which, name), [[0., 0] for _ in plan])[layer]
+                    total[0] += paid[queries].sum().item()
+                    total[1] += queries.sum().item()
+    return *({name: [s / n if n else 0. for s, n in totals[which, name]] for name in SEGMENTS}
+             for which in ("all", "output")), first
+
+
+def heatmaps(attention, batch, path, columns):
+    """Fig. 2: attention of one sequence, queries downwards and keys to the right, on a logarithmic scale of colours
+    from 0.0001 (dark) to 1 (light), at four layers from first to last. attention, batch: {task: ...}."""
+    font, size, gap = ImageFont.load_default(13), 260, 24
+    sheet = Image.new("RGB", (gap + columns * (size + gap), 2 * (size + 2 * gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    stops = np.array([(10, 8, 40), (90, 20, 110), (200, 60, 80), (250, 160, 60), (255, 250, 200)], float)
+    for row, (task, layers) in enumerate(attention.items()):
+        real = (batch[task].turns[0] >= 0).cpu()
+        bounds = [(name, torch.nonzero(part[0].cpu()[real]).flatten()) for name, part in segments(batch[task]).items()]
+        for column, layer in enumerate(np.linspace(0, len(layers) - 1, columns).round().astype(int)):
+            a = layers[layer][real][:, real].clamp(min=0).nan_to_num().numpy()
+            level = (np.log10(a.clip(1e-4)) + 4) / 4 * (len(stops) - 1)
+            low = level.astype(int).clip(0, len(stops) - 2)
+            colours = stops[low] + (stops[low + 1] - stops[low]) * (level - low)[..., None]
+            x, y = gap + column * (size + gap), gap + 20 + row * (size + 2 * gap)
+            sheet.paste(Image.fromarray(colours.round().astype(np.uint8)).resize((size, size), Image.NEAREST), (x, y))
+            draw.text((x, y - 18), f"{ {'und': 'understanding', 'gen': 'generation'}[task]}, layer {layer + 1}", (30, 30, 30), font)
+            for _, where in bounds:
+                if len(where):
+                    edge = x + size * where[0].item() / len(a)
+                    draw.line([(edge, y + size), (edge, y + size + 6)], fill=(30, 30, 30))
+            for name, where in bounds:
+                if len(where) > 5:
+                    middle = x + size * (where[0].item() + where[-1].item() + 1) / 2 / len(a)
+                    draw.text((middle, y + size + 4), name, (90, 90, 90), font, anchor="mt")
+    sheet.save(path)
+
+
+def probe(model, tokenizer, options, n):
+    """The shares of both tasks on n validation pictures, and what the pictures of them need."""
+    dataset, c = data_sets.load(options["data"], options["preset"]), model.config
+    shares, attention, batches = {}, {}, {}
+    for task in [t for t in ("und", "gen") if options["objective"] in (t, "joint")]:
+        split = dataset.split(task, "val", n, questions=1)
+        codes = tokenizer.encode(split.pixels)
+        batch = (understanding(tokenizer, codes, list(map(pairs, split.questions)), c.und.after) if task == "und" else
+                 generation(tokenizer, codes, [x.text for x in split.captions], c.gen.before)).to(model.embed.weight.device)
+        plan = plan_for(task, options[f"{task}_plan"], c.layers, options["shallow"])
+        every, output, attention[task] = allocation(model, batch, plan)
+        shares[task] = every | {"output_queries": output}
+        batches[task] = batch
+    return shares, attention, batches
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a trained run")
+    parser.add_argument("--untrained", action="store_true", help="probe the network as it was before training")
+    parser.add_argument("--n", type=int, default=256, help="validation pictures")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    args = parser.parse_args()
+    if args.n < 1:
+        fail("--n: expected at least 1")
+    model, tokenizer, found = load(args.run, pick_device(args.device))
+    options, suffix = found["options"], ""
+    if args.untrained:
+        torch.manual_seed(options["seed"])
+        model, suffix = Model(model.config, tokenizer.vq.codebook.cpu()).to(model.embed.weight.device).eval(), "-untrained"
+    shares, attention, batches = probe(model, tokenizer, options, args.n)
+    (args.run / f"attention{suffix}.json").write_text(json.dumps(shares | {"n": args.n, "config": options}, indent=1))
+    for task, own in shares.items():
+        print(f"{task}: share of attention by layer, over all queries | over those that foretell output")
+        for name in SEGMENTS:
+            print(f"  {name:12}" + " ".join(f"{x:5.2f}" for x in own[name]) + "   |"
+                  + " ".join(f"{x:5.2f}" for x in own["output_queries"][name]))
+    charts = [({name: list(enumerate(own[name], 1)) for name in SEGMENTS}, title) for task, whole in shares.items()
+              for own, title in ((whole, f"{task}: attention share, all queries"),
+                                 (whole["output_queries"], f"{task}: attention share, output queries"))]
+    pictures = []
+    for lines, title in charts:
+        line_chart(lines, args.run / "part.png", title, "layer", 1., (460, 320))
+        pictures.append(Image.open(args.run / "part.png").copy())
+    (args.run / "part.png").unlink()
+    sheet = Image.new("RGB", (920, 320 * (len(pictures) // 2)))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (460 * (i % 2), 320 * (i // 2)))
+    sheet.save(args.run / f"attention{suffix}.png")
+    heatmaps(attention, batches, args.run / f"heatmaps{suffix}.png", min(4, model.config.layers))
+    print(f"{args.run}/attention{suffix}.json, attention{suffix}.png, heatmaps{suffix}.png")
+
+
+if __name__ == "__main__":
+    main()
