@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 def fail(message):
     """Bad input: one line that says what was expected, exit status 2, no traceback."""
-    print(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)                    # which clears a progress bar, if there is one
     raise SystemExit(2)
 
 

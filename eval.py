@@ -211,6 +211,9 @@ def synchronize(model):
 
 def hardware(device):
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    if device.type == "cpu" and Path("/proc/cpuinfo").exists():
+        name = dict(map(str.strip, line.split(":", 1)) for line in Path("/proc/cpuinfo").read_text().splitlines()
+                    if ":" in line).get("model name", name)
     return f"{name}, {torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}"
 
 
@@ -382,8 +385,9 @@ def table(folder):
                 cell(runs, "cost", "flops_ratio", scale=1, digits=2), cell(runs, "cost", "paper_flops_ratio", scale=1, digits=2),
                 cell(runs, "cost", "step_ratio", scale=1, digits=2), cell(runs, "config", "parameters", scale=1e-6, digits=2),
                 *("–" if x is None else str(x) for x in paper)]) + " |")
-    any_run = next(iter(found.values()))[0]
-    return "\n".join([*lines, "", f"Mean ± standard deviation over seeds. {any_run['hardware']}. n = {any_run['n']}."])
+    runs = [run for some in found.values() for run in some]
+    n = {key: count for run in runs for key, count in run["n"].items()}
+    return "\n".join([*lines, "", f"Mean ± standard deviation over seeds. {runs[0]['hardware']}; questions and pictures: {n}."])
 
 
 def main():

@@ -357,13 +357,13 @@ def draw(model, tokenizer, captions, plan, guidance=1., temperature=1., top_k=No
 def answer(model, tokenizer, codes, question, plan, longest=24):
     """One picture's codes (M,) and a question -> the likeliest answer, token by token. ValueError if it is too long."""
     c, device = model.config, model.embed.weight.device
-    start = 2 + c.und.image + len(tokenizer.ids(question))
-    if start - 2 - c.und.image > c.und.after:
-        raise ValueError(f"a question has {start - 2 - c.und.image} tokens, the model takes {c.und.after}: {question[:60]!r}")
-    length = start - 2 - c.und.image + longest
+    n, first = len(tokenizer.ids(question)), 2 + c.und.image
+    if not 0 < n < c.und.after:
+        raise ValueError(f"a question has {n} tokens, the model takes 1 to {c.und.after - 1}: {question[:60]!r}")
+    length, start = min(n + longest, c.und.after), first + n
     batch = understanding(tokenizer, codes[None], [[(question, "")]], length)
-    batch.turns[:, 2 + c.und.image:] = 1                                # what is still to come belongs to the question
-    batch.places[:, 2 + c.und.image:] = 2 + c.und.image + torch.arange(length)
+    batch.turns[:, first:] = 1                                          # what is still to come belongs to the question
+    batch.places[:, first:] = first + torch.arange(length)
     out = model.generate(batch.to(device), plan, start, lambda logits: logits[:, :c.first_code].argmax(-1))
     words = out[0, start:].tolist()
     return tokenizer.string(words[:words.index(tokenizer.eos)] if tokenizer.eos in words else words).strip()

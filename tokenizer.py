@@ -46,7 +46,7 @@ def train_bpe(texts, size=FIRST_CODE - len(SPECIAL)):
                 pairs[pair] += n
         if not pairs:
             break
-        a, b = max(pairs, key=lambda pair: (pairs[pair], pair))         # the pair itself breaks ties: deterministic
+        a, b = max(pairs, key=pairs.get)                                # of equals, the one that was met first
         ranks.setdefault(a + b, len(ranks))
         for parts, _ in words:
             i = 0

@@ -53,14 +53,14 @@ PRESETS = {"tiny": Preset(steps=100, batch_size=8, scenes=300, heads=2, lr=.02, 
 WARM_UP, DECAY = 50, .6         # steps of rising rate; the share of training, its end, over which it falls to nothing
 CLIP = 1.                       # largest norm of the gradient of AdamW's part (Muon's step has the same size anyway)
 CAPTION_DROPOUT = .1            # of captions are left empty in training, which classifier-free guidance needs
-LOG_EVERY, SAVE_EVERY = 10, 200                 # steps; the second is a multiple of the first
+LOG_EVERY = 10                  # steps
 
 # Dense bf16 matmul peaks (FLOP/s) from the vendors' data sheets; another device prints no MFU.
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12,
          "3090": 71e12}
 
 DEFAULTS = dict(objective="joint", und_plan="dense", gen_plan="dense", projections="shared", shallow=1, data="shapes",
-                seed=0, accumulate=1)
+                seed=0, accumulate=1, save_every=200)
 
 
 class Muon(torch.optim.Optimizer):
@@ -251,13 +251,13 @@ def run(options, resume, device):
                         file.write(json.dumps(row) + "\n")
                     bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s'] / 1e3:.1f}k tokens/s"
                                         + (f", MFU {100 * row['mfu']:.0f} %" if peak else ""))
-                if (step + 1) % SAVE_EVERY == 0 or last:
+                if (step + 1) % options["save_every"] == 0 or last:
                     checkpoint(step + 1)
                 clock = time.perf_counter()
     except KeyboardInterrupt:
         bar.close()
         print(f"\nstopped; python train.py --resume --out {out} goes on from the last checkpoint "
-              f"({SAVE_EVERY} steps apart)", file=sys.stderr)
+              f"({options['save_every']} steps apart)", file=sys.stderr)
         raise SystemExit(130)
     bar.close()
     if not first:
@@ -305,6 +305,8 @@ def check(options):
     for key in ("steps", "batch_size", "accumulate"):
         if options[key] < 1:
             fail(f"--{key.replace('_', '-')} {options[key]}: expected at least 1")
+    if options["save_every"] < 1 or options["save_every"] % LOG_EVERY:
+        fail(f"--save-every {options['save_every']}: expected a multiple of {LOG_EVERY}")
     world = dist.get_world_size() if dist.is_initialized() else 1
     if options["batch_size"] % (options["accumulate"] * world):
         fail(f"--batch-size {options['batch_size']}: expected a multiple of --accumulate times the number of processes, "
@@ -346,6 +348,7 @@ def main():
     parser.add_argument("--batch-size", type=int, help="pictures of each task in a step, over all processes")
     parser.add_argument("--accumulate", type=int, metavar="N", help="compute a step in N parts, which takes less memory")
     parser.add_argument("--lr", type=float, help="Muon's highest learning rate; AdamW's goes along (default: the preset's)")
+    parser.add_argument("--save-every", type=int, metavar="STEPS", help=f"a multiple of {LOG_EVERY} (default: 200)")
     parser.add_argument("--seed", type=int, help="of data, weights and order (default: 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")

@@ -1,0 +1,142 @@
+"""Every script's command line, tiny but real; resumed = unbroken; several processes = one; bad input."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def script(name, *args, code=0, launcher=(), folder=ROOT):
+    done = subprocess.run([sys.executable, *launcher, ROOT / name, *map(str, args)], capture_output=True, text=True, env=ENV, cwd=folder,
+                          timeout=280)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a tokenizer and a joint run of 30 steps."""
+    folder = tmp_path_factory.mktemp("out")
+    script("tokenizer.py", "--preset", "tiny", "--out", folder / "tokenizer.pt", "--device", "cpu")
+    train(folder, "joint")
+    return folder
+
+
+def train(folder, name, *args, steps=30, code=0, **kwargs):
+    return script("train.py", "--preset", "tiny", "--steps", steps, "--device", "cpu", "--tokenizer", folder / "tokenizer.pt",
+                  "--out", folder / name, *args, code=code, **kwargs)
+
+
+def test_a_run_leaves_what_the_contract_promises(trained):
+    run = trained / "joint"
+    assert {f.name for f in run.iterdir()} == {"checkpoint.pt", "log.jsonl", "loss.png", "eval.json", "samples.png"}
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [10, 20, 30] and rows[-1]["loss"] < rows[0]["loss"] and rows[0]["mfu"] is None
+    assert {"loss_und", "loss_gen", "lr", "tokens_per_s", "step_ms", "peak_memory_mb"} <= rows[0].keys()
+    scores = json.loads((run / "eval.json").read_text())
+    assert {"config", "n", "seconds", "hardware", "und", "gen", "cost"} <= scores.keys()
+    assert {"accuracy", "chance", "by_type", "pope", "transfer_accuracy", "loss"} <= scores["und"].keys()
+    assert {"object_accuracy", "image_accuracy", "by_type", "transfer_object_accuracy", "frechet", "loss",
+            "ceiling"} <= scores["gen"].keys()
+    assert {"flops_per_step", "flops_ratio", "paper_flops_ratio", "step_ms", "step_ratio"} <= scores["cost"].keys()
+
+
+def test_eval_and_probe(trained):
+    run = trained / "joint"
+    Image.new("RGB", (40, 30), "red").save(trained / "picture.png")
+    assert script("eval.py", run, "--ask", trained / "picture.png", "what colour is the circle?", "--device", "cpu").endswith("\n")
+    script("eval.py", run, "--draw", "a red circle", "--n", 3, "--top-k", 5, "--guidance", 1)
+    assert Image.open(run / "draw.png").width > 300
+    script("eval.py", run, "--gen-plan", "hmgen", "--und-plan", "himix")
+    assert json.loads((run / "eval-himix-hmgen1.json").read_text())["cost"]["flops_ratio"] < 1
+    script("probe.py", run, "--n", 10)
+    script("probe.py", run, "--n", 10, "--untrained")
+    shares = json.loads((run / "attention.json").read_text())
+    for task in ("und", "gen"):
+        for own in (shares[task], shares[task]["output_queries"]):
+            for layer in range(3):
+                assert abs(sum(own[s][layer] for s in ("system", "image", "instruction", "output")) - 1) < 1e-5
+
+
+@pytest.mark.parametrize("command", [("data.py", "--preset", "tiny", "--out", "d.png"), ("prune.py", "--preset", "tiny", "--out", "d.png")])
+def test_data_and_prune(tmp_path, command):
+    script(*command[:-1], tmp_path / command[-1])
+    assert Image.open(tmp_path / "d.png").width > 300
+
+
+def test_resumed_equals_unbroken(trained):
+    """A run cut after any checkpoint and gone on with ends with the same weights and the same losses, bit for bit."""
+    train(trained, "whole", "--save-every", 10)
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", "--preset", "tiny", "--steps", "30", "--device", "cpu", "--save-every", "10",
+                                "--tokenizer", trained / "tokenizer.pt", "--out", trained / "cut"], env=ENV,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (trained / "cut" / "checkpoint.pt").exists():
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert "holds a run already" in train(trained, "cut", code=2)
+    assert "--seed 5: the run to resume has 0" in train(trained, "cut", "--resume", "--seed", 5, code=2)
+    script("train.py", "--resume", "--out", trained / "cut", "--device", "cpu")
+    whole, cut = (torch.load(trained / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut"))
+    assert cut["step"] == 30 and all(torch.equal(whole["model"][k], cut["model"][k]) for k in whole["model"])
+    losses = [[(r["step"], r["loss"]) for r in map(json.loads, (trained / name / "log.jsonl").read_text().splitlines())]
+              for name in ("whole", "cut")]
+    assert losses[0] == losses[1]
+
+
+def test_accumulation_and_several_processes_equal_one(trained):
+    train(trained, "one", steps=10)
+    train(trained, "parts", "--accumulate", 4, steps=10)
+    train(trained, "two", steps=10, launcher=("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29765"))
+    losses = [json.loads((trained / name / "log.jsonl").read_text())["loss"] for name in ("one", "parts", "two")]
+    assert max(losses) - min(losses) < 1e-4, losses
+
+
+def test_the_table_trains_what_is_missing(trained):
+    args = ("--preset", "tiny", "--steps", 5, "--tokenizer", trained / "tokenizer.pt", "--table", trained / "table", "--device", "cpu")
+    first = script("train.py", *args)
+    assert first.count("questions right") == 1 and "share partial" in first and "56.0" in first
+    assert script("train.py", *args).count("GFLOP a step") == 0          # nothing is trained twice
+    assert script("eval.py", "--table", trained / "table").count("\n") >= 9
+
+
+def test_a_folder_of_images(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("dark", "light"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(120):
+            picture = rng.integers(0, 100, (16, 16, 3), dtype=np.uint8) + (155 if name == "light" else 0)
+            Image.fromarray(picture.astype(np.uint8)).save(tmp_path / "images" / name / f"{i}.png")
+    script("train.py", "--data", tmp_path / "images", "--preset", "tiny", "--steps", 30, "--device", "cpu", "--tokenizer", tmp_path / "t.pt",
+           "--out", tmp_path / "run")
+    scores = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert set(scores["und"]["matching"]) == {"caption", "image"} and scores["gen"]["bits_per_token"] > 0
+
+
+@pytest.mark.parametrize("args, complaint", [
+    (("train.py", "--und-plan", "fast"), "expected one of dense"),
+    (("train.py", "--gen-plan", "himix"), "--gen-plan himix"),
+    (("train.py", "--gen-plan", "hmgen", "--shallow", "9", "--preset", "tiny"), "do not fit"),
+    (("train.py", "--objective", "und", "--gen-plan", "hmgen"), "no such task"),
+    (("train.py", "--steps", "-1"), "--steps"),
+    (("train.py", "--batch-size", "6", "--accumulate", "4"), "multiple"),
+    (("train.py", "--data", "nowhere"), "nowhere"),
+    (("train.py", "--device", "cuda"), "--device cuda"),
+    (("train.py", "--resume", "--out", "nowhere"), "nowhere"),
+    (("eval.py", "nowhere"), "nowhere"),
+    (("eval.py",), "expected"),
+    (("eval.py", "--table", "nowhere"), "nowhere"),
+    (("probe.py", "nowhere"), "nowhere")])
+def test_bad_input_is_one_line_and_status_2(args, complaint, tmp_path):
+    if args[-1] == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    error = script(*args, code=2, folder=tmp_path)
+    assert complaint in error and "Traceback" not in error and len(error.strip().splitlines()) == 1
