@@ -16,7 +16,6 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -60,7 +59,19 @@ SIZES = ("small", "big")
 NUMBERS = "zero one two three four five six seven eight nine".split()
 RELATIONS = ("left of", "right of", "above", "below")
 BACKGROUND = (245, 245, 240)
-KINDS = ("colour", "shape", "size", "existence", "count", "place", "relation", "neighbour")
+PHRASINGS = {"colour": ("what colour is {}?", "which colour does {} have?"),
+             "shape": ("what shape is {}?", "which shape does {} have?"),
+             "size": ("what size is {}?", "is {} small or big?"),
+             "existence": ("is there a {}?", "do you see a {}?"),
+             "count": ("how many {} are there?", "what is the number of {}?"),
+             "place": ("where is {}?", "in which place is {}?"),
+             "relation": ("is {} {} {}?", "does {} lie {} {}?"),
+             "neighbour": ("what shape is {} {}?", "which shape lies {} {}?")}
+KINDS = tuple(PHRASINGS)
+# Which fields of an object may stand in its name where a question of that kind is about it.
+NAMED_BY = {"colour": (("shape",), ("size", "shape"), ("cell",)), "shape": (("colour",), ("size", "colour"), ("cell",)),
+            "size": (("shape",), ("colour",), ("colour", "shape"), ("cell",)),
+            "place": (("shape",), ("colour",), ("colour", "shape"))}
 # What a caption of each kind states about every object; what it leaves open the model may choose (cf. GenEval).
 CAPTIONS = {"scene": ("size", "colour", "shape", "cell"), "single object": ("shape",), "two objects": ("shape",),
             "counting": ("shape",), "colours": ("colour", "shape"), "position": ("shape",),
@@ -129,6 +140,10 @@ def sprite(shape, diameter, cell):
         polygon(*((math.sin(i * math.pi / 5) * (1, .42)[i % 2], -math.cos(i * math.pi / 5) * (1, .42)[i % 2])
                   for i in range(10)))
     return np.asarray(image.reduce(scale), np.float64) / 255
+
+
+def ask(rng, kind, answer, *parts):
+    return Question(rng.choice(PHRASINGS[kind]).format(*parts), answer, kind)
 
 
 class Shapes:
@@ -245,7 +260,7 @@ class Shapes:
         return "the " + self.phrase(thing, rng.choice(fits)) if fits else None
 
     def caption(self, rng, scene):
-        """A caption that tells of every object, half of the time everything about it, otherwise less of it."""
+        """A caption that tells of every object, in reading order, half of the time everything about it, otherwise less."""
         n, kinds = len(scene), ["counting"]
         if n == 1:
             kinds += ["single object", "colours"]
@@ -254,20 +269,18 @@ class Shapes:
         if n > 1:
             kinds += ["attribute binding"]
         kind = "scene" if rng.random() < .5 else rng.choice(kinds)
-        things, relation = rng.sample(scene, n), ()
+        relation = ()
         if kind == "scene":
-            style, place = rng.randrange(2), lambda t: self.cells[t.cell]
-            words = [f"a {self.phrase(t, CAPTIONS[kind][:3])} {place(t)}" if style else
-                     f"{place(t)} a {self.phrase(t, CAPTIONS[kind][:3])}" for t in things]
+            words = [f"{self.cells[t.cell]} a {self.phrase(t, CAPTIONS[kind][:3])}" for t in scene]
         elif kind == "position":
-            a, b = things
+            a, b = rng.sample(scene, 2)
             r = rng.choice(sorted(self.related(a, b)))
             words, relation = [f"a {SHAPES[a.shape]} {RELATIONS[r]} a {SHAPES[b.shape]}"], (a.shape, r, b.shape)
         elif kind == "counting":
             words = [NUMBERS[k] + " " + self.phrase(Thing(0, 0, s, 0), ("shape",), k > 1)
-                     for s, k in Counter(t.shape for t in things).items()]
+                     for s, k in Counter(t.shape for t in scene).items()]
         else:
-            words = ["a " + self.phrase(t, CAPTIONS[kind]) for t in things]
+            words = ["a " + self.phrase(t, CAPTIONS[kind]) for t in scene]
         text = words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
         return Caption(rng.choice(("", "draw ", "a picture of ")) + text, kind, relation)
 
@@ -290,23 +303,11 @@ class Shapes:
         if not things and not (about and kind == "existence"):
             return None
         thing = rng.choice(things) if things else None
-        name = ("colour", "shape")
-        if kind == "colour":
-            the = self.refer(rng, scene, thing, ("shape",), ("size", "shape"), ("cell",))
-            return Question(rng.choice(("what colour is {}?", "which colour does {} have?")).format(the),
-                            list(COLOURS)[thing.colour], kind)
-        if kind == "shape":
-            the = self.refer(rng, scene, thing, ("colour",), ("size", "colour"), ("cell",))
-            return Question(rng.choice(("what shape is {}?", "which shape does {} have?")).format(the),
-                            SHAPES[thing.shape], kind)
-        if kind == "size":
-            the = self.refer(rng, scene, thing, ("shape",), ("colour",), name, ("cell",))
-            return Question(rng.choice(("what size is {}?", "is {} small or big?")).format(the),
-                            SIZES[thing.size], kind)
-        if kind == "place":
-            the = self.refer(rng, scene, thing, ("shape",), ("colour",), name)
-            return the and Question(rng.choice(("where is {}?", "in which place is {}?")).format(the),
-                                    self.cells[thing.cell], kind)
+        if kind in NAMED_BY:
+            the = self.refer(rng, scene, thing, *NAMED_BY[kind])
+            answer = {"colour": list(COLOURS)[thing.colour], "shape": SHAPES[thing.shape], "size": SIZES[thing.size],
+                      "place": self.cells[thing.cell]}[kind]
+            return the and ask(rng, kind, answer, the)
         if kind == "existence":
             return self.existence(rng, scene, thing, avoid, about)
         if kind == "count":
@@ -318,34 +319,30 @@ class Shapes:
             number = rng.choice(sorted(groups))
             fields, value = rng.choice(groups[number])
             plural = self.phrase(Thing(0, 0, 0, 0)._replace(**dict.fromkeys(fields, value)), fields, plural=True)
-            return Question(rng.choice(("how many {} are there?", "what is the number of {}?")).format(plural),
-                            NUMBERS[number], kind)
+            return ask(rng, kind, NUMBERS[number], plural)
         others = [t for t in scene if t is not thing and (not about or (t.colour, t.shape) not in about)]
         if not others:
             return None
         other = rng.choice(others)
-        the, that = (self.refer(rng, scene, t, name, ("shape",), ("colour",)) for t in (thing, other))
+        the, that = (self.refer(rng, scene, t, *NAMED_BY["place"]) for t in (thing, other))
         if kind == "relation" and the and that:
             answer, holding = rng.randrange(2), self.related(thing, other)
             # A "no" is the opposite of something true: knowing which two objects are meant is not enough.
             r = rng.choice(sorted(holding)) ^ (1 - answer)
-            return Question(rng.choice(("is {} {} {}?", "does {} lie {} {}?")).format(the, RELATIONS[r], that),
-                            ("no", "yes")[answer], kind)
+            return ask(rng, kind, ("no", "yes")[answer], the, RELATIONS[r], that)
         if kind == "neighbour" and that:
             for r in rng.sample(range(4), 4):
                 there = [t for t in scene if r in self.related(t, other)]
                 if there == [thing]:
-                    return Question(rng.choice(("what shape is {} {}?", "which shape lies {} {}?")).format(
-                        RELATIONS[r], that), SHAPES[thing.shape], kind)
+                    return ask(rng, kind, SHAPES[thing.shape], RELATIONS[r], that)
         return None
 
     def existence(self, rng, scene, thing, avoid, about):
         """Is there ...? Half of the answers are no, and most of these are hard, as in POPE (Li et al. 2023): the
         companion of an object that is there, or the colour of one object with the shape of another."""
-        asks = ("is there a {}?", "do you see a {}?")
         fields = ("colour", "shape") if about or rng.random() < .6 else rng.choice((("colour",), ("shape",)))
         if rng.randrange(2) and thing:
-            return Question(rng.choice(asks).format(self.phrase(thing, fields)), "yes", "existence")
+            return ask(rng, "existence", "yes", self.phrase(thing, fields))
         present = set(map(stated(fields), scene))
         for _ in range(50):
             a, b, how = rng.choice(scene), rng.choice(scene), rng.randrange(3)
@@ -355,12 +352,24 @@ class Shapes:
                 pair = rng.choice(sorted(about))
             absent = Thing(0, *pair, 0)
             if stated(fields)(absent) not in present and (len(fields) == 1 or pair not in avoid):
-                return Question(rng.choice(asks).format(self.phrase(absent, fields)), "no", "existence")
+                return ask(rng, "existence", "no", self.phrase(absent, fields))
         return None
+
+    def ask_about(self, rng, scene, n, counts, avoid, about):
+        """n questions, those first of which there are fewest so far (`counts`, by kind), at most two in a row of a kind.
+        Not every scene has a question of every kind: without this, relations would be one question in twenty."""
+        kinds, asked, tries = ("colour", "shape", "existence") if about else KINDS, [], Counter()
+        while len(asked) < n and tries.total() < 4 * n:
+            kind = min(kinds, key=lambda k: (tries[k] // 2, counts[k]))
+            tries[kind] += 1
+            if question := self.question(rng, scene, kind, avoid, about):
+                asked.append(question)
+                counts[kind] += 1
+        return asked
 
     # ---- splits
 
-    def split(self, task, part, n, seed=0, questions=12):
+    def split(self, task, part, n, seed=0, questions=10):
         """n scenes for a task ("und", "gen" or None: neither) of a part: "train", "val" or "transfer".
 
         A scene's part depends on what it shows alone (not on where in the cell an object lies, nor on the seed), so
@@ -371,18 +380,15 @@ class Shapes:
         own = self.held_out.get(task, set())
         avoid = {"train": own, "val": self.held_out["und"] | self.held_out["gen"], "transfer": ()}[part]
         about = own if part == "transfer" else None
-        scenes, captions, asked = [], [], []
+        scenes, captions, asked, counts = [], [], [], Counter()
         while len(scenes) < n:
             scene = self.scene(rng, avoid)
             validation = zlib.crc32(repr([t[:4] for t in scene]).encode()) % 10 == 0
             if validation != (part != "train") or about and not any((t.colour, t.shape) in about for t in scene):
                 continue
-            kinds = ("colour", "shape", "existence") if about else KINDS
-            drawn = (self.question(rng, scene, kinds[i % len(kinds)], avoid, about)
-                     for i in range(rng.randrange(len(kinds)), 4 * questions))
             scenes.append(scene)
             captions.append(self.caption(rng, scene))
-            asked.append(list(islice(filter(None, drawn), questions)))
+            asked.append(self.ask_about(rng, scene, questions, counts, avoid, about))
         return Split(self.render(scenes), captions, asked, scenes)
 
 
@@ -464,7 +470,7 @@ class Folder:
         self.questions = [[Question(q, a, "question") for q, a in pairs or [("what is this?", text)]]
                           for _, text, pairs, _ in rows]
 
-    def split(self, task, part, n, seed=0, questions=12):
+    def split(self, task, part, n, seed=0, questions=10):
         """Up to n pictures of a part ("train" or "val"), the same for both tasks, in an order that `seed` gives."""
         index = np.flatnonzero(self.part == part)
         index = index[np.argsort([zlib.crc32(f"{seed} {i}".encode()) for i in index], kind="stable")][:n]

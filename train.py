@@ -48,9 +48,10 @@ class Preset:
 
 
 PRESETS = {"tiny": Preset(steps=100, batch_size=8, scenes=300, heads=2, lr=.02, lr_rest=1e-2, text=40),
-           "cpu": Preset(steps=1400, batch_size=16, scenes=12_000, heads=4, lr=.02, lr_rest=1e-2, text=80),
+           "cpu": Preset(steps=1600, batch_size=16, scenes=20_000, heads=4, lr=.02, lr_rest=1e-2, text=80),
            "gpu": Preset(steps=6000, batch_size=64, scenes=60_000, heads=6, lr=.02, lr_rest=1e-2, text=192)}
 WARM_UP, DECAY = 50, .6         # steps of rising rate; the share of training, its end, over which it falls to nothing
+LOSS_WEIGHT = {"und": 1., "gen": 2.}            # of the tasks in a joint step
 CLIP = 1.                       # largest norm of the gradient of AdamW's part (Muon's step has the same size anyway)
 CAPTION_DROPOUT = .1            # of captions are left empty in training, which classifier-free guidance needs
 LOG_EVERY = 10                  # steps
@@ -160,7 +161,7 @@ def run(options, resume, device):
     dataset = data_sets.load(options["data"], options["preset"])
     tokenizer = get_tokenizer(options, dataset, device, first)
     tokenizer.vq.to(device)
-    splits = {task: dataset.split(task, "train", preset.scenes, seed) for task in tasks}
+    splits = {task: dataset.split(task, "train", preset.scenes, seed, questions=10 if task == "und" else 0) for task in tasks}
     seen = [*splits.values(), *(dataset.split(t, part, 1000) for t in tasks
                                 for part in (("val", "transfer") if dataset.name == "shapes" else ("val",)))]
     try:
@@ -223,7 +224,7 @@ def run(options, resume, device):
                     with torch.autocast(device.type, torch.bfloat16) if on_gpu else nullcontext():
                         _, loss = forward(batch, plans[task])
                     loss = loss * (batch.weights == 1).sum() / outputs
-                    loss.backward()
+                    (LOSS_WEIGHT[task] * loss).backward()
                     losses[task] = losses.get(task, 0) + loss.detach()
             shared_step(model.parameters())
             torch.nn.utils.clip_grad_norm_(rest, CLIP)
