@@ -148,7 +148,7 @@ def ask(rng, kind, answer, *parts):
 
 class Shapes:
     """Scenes, their pictures, captions and questions, and the checker that reads a picture back into a scene."""
-    name = "shapes"
+    name = identity = "shapes"
 
     def __init__(self, preset="cpu"):
         w = self.world = WORLDS[preset]
@@ -259,16 +259,18 @@ class Shapes:
         fits = [f for f in options if list(map(stated(f), scene)).count(stated(f)(thing)) == 1]
         return "the " + self.phrase(thing, rng.choice(fits)) if fits else None
 
-    def caption(self, rng, scene):
-        """A caption that tells of every object, in reading order, half of the time everything about it, otherwise less."""
-        n, kinds = len(scene), ["counting"]
+    def caption(self, rng, scene, about=None):
+        """A caption that tells of every object, in reading order: all about it (of kind "scene"), or less of it, in which
+        case the kinds are those of GenEval (Ghosh et al. 2023): its names, and like there at most two different objects.
+        With `about` (the transfer split) it has to tell colours and shapes."""
+        n, shapes, kinds = len(scene), {t.shape for t in scene}, ["scene", "scene"]
         if n == 1:
             kinds += ["single object", "colours"]
+        elif len(shapes) == 1:
+            kinds += ["counting"] * 2
         if n == 2:
-            kinds += ["two objects"] + ["position"] * (scene[0].shape != scene[1].shape)
-        if n > 1:
-            kinds += ["attribute binding"]
-        kind = "scene" if rng.random() < .5 else rng.choice(kinds)
+            kinds += ["two objects", "attribute binding"] + ["position"] * 2 * (len(shapes) == 2)
+        kind = rng.choice([k for k in kinds if not about or {"colour", "shape"} <= set(CAPTIONS[k])])
         relation = ()
         if kind == "scene":
             words = [f"{self.cells[t.cell]} a {self.phrase(t, CAPTIONS[kind][:3])}" for t in scene]
@@ -277,8 +279,7 @@ class Shapes:
             r = rng.choice(sorted(self.related(a, b)))
             words, relation = [f"a {SHAPES[a.shape]} {RELATIONS[r]} a {SHAPES[b.shape]}"], (a.shape, r, b.shape)
         elif kind == "counting":
-            words = [NUMBERS[k] + " " + self.phrase(Thing(0, 0, s, 0), ("shape",), k > 1)
-                     for s, k in Counter(t.shape for t in scene).items()]
+            words = [NUMBERS[n] + " " + self.phrase(scene[0], ("shape",), plural=True)]
         else:
             words = ["a " + self.phrase(t, CAPTIONS[kind]) for t in scene]
         text = words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
@@ -303,6 +304,8 @@ class Shapes:
         if not things and not (about and kind == "existence"):
             return None
         thing = rng.choice(things) if things else None
+        if kind == "place" and len(scene) == 1:                         # where something is, is no question then
+            return None
         if kind in NAMED_BY:
             the = self.refer(rng, scene, thing, *NAMED_BY[kind])
             answer = {"colour": list(COLOURS)[thing.colour], "shape": SHAPES[thing.shape], "size": SIZES[thing.size],
@@ -359,10 +362,11 @@ class Shapes:
         """n questions, those first of which there are fewest so far (`counts`, by kind), at most two in a row of a kind.
         Not every scene has a question of every kind: without this, relations would be one question in twenty."""
         kinds, asked, tries = ("colour", "shape", "existence") if about else KINDS, [], Counter()
-        while len(asked) < n and tries.total() < 4 * n:
+        while len(asked) < n and tries.total() < 4 * n + 8:
             kind = min(kinds, key=lambda k: (tries[k] // 2, counts[k]))
             tries[kind] += 1
-            if question := self.question(rng, scene, kind, avoid, about):
+            question = self.question(rng, scene, kind, avoid, about)
+            if question and question not in asked:
                 asked.append(question)
                 counts[kind] += 1
         return asked
@@ -387,7 +391,7 @@ class Shapes:
             if validation != (part != "train") or about and not any((t.colour, t.shape) in about for t in scene):
                 continue
             scenes.append(scene)
-            captions.append(self.caption(rng, scene))
+            captions.append(self.caption(rng, scene, about))
             asked.append(self.ask_about(rng, scene, questions, counts, avoid, about))
         return Split(self.render(scenes), captions, asked, scenes)
 
@@ -418,7 +422,7 @@ def read_metadata(root):
     """metadata.jsonl -> (image path, caption, [(question, answer)], where it was said). Checks each line."""
     rows, file = [], root / "metadata.jsonl"
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")       # not splitlines: strings may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{file} cannot be read as UTF-8 text ({error})")
     for number, line in enumerate(lines, 1):
@@ -463,8 +467,9 @@ class Folder:
                            for file, _, _, where in tqdm(rows, desc="reading images", unit="image", leave=False)])
         # By content, so that copies of one picture are never in both parts.
         self.part = np.array(["val" if zlib.crc32(p.tobytes()) % 10 == 0 else "train" for p in pixels])
-        if not {"val", "train"} <= set(self.part):
-            fail(f"{path}: {len(rows)} images are too few to train on some and to test on others")
+        if (self.part == "val").sum() < 10 or (self.part == "train").sum() < 10:
+            fail(f"{path}: {len(rows)} images are too few: about one in ten is kept for validation, where ten are needed")
+        self.identity = f"{self.name} {zlib.crc32(pixels.tobytes()):08x}"
         self.pixels = pixels
         self.captions = [Caption(text, "text") for _, text, _, _ in rows]
         self.questions = [[Question(q, a, "question") for q, a in pairs or [("what is this?", text)]]

@@ -3,7 +3,7 @@
     python eval.py out/joint                                     scores a run: eval.json and samples.png in its folder
     python eval.py out/joint --gen-plan hmgen                    ... with a plan it was not trained with (cf. fig. 5)
     python eval.py out/joint --ask picture.png "what colour is the circle?"
-    python eval.py out/joint --draw "a big red circle top left" --n 8
+    python eval.py out/joint --draw "top left a big red circle" --n 8
     python eval.py --table out/table3                            the runs in that folder beside the paper's table 3
 """
 import argparse
@@ -144,8 +144,8 @@ def matching(model, tokenizer, split, plans, group=10):
     """Pictures and captions (or answers) matched among ten by likelihood, where no checker exists.
 
     und: log p(answer | picture, question), the picture's first question. gen: log p(picture | caption) - log p(picture
-    | no caption). A pick whose text is the right text counts as right. Returns {task: {"caption", "image"}}: how often the right
-    text is picked for a picture, and the right picture for a text; both 0.1 by chance.
+    | no caption). A pick whose text is the right text counts as right. Returns {task: {"caption", "image", "chance"}}: how
+    often the right text is picked for a picture, the right picture for a text, and how often a blind pick is right.
     """
     codes, c, device = tokenizer.encode(split.pixels), model.config, model.embed.weight.device
     hits = defaultdict(list)
@@ -162,26 +162,28 @@ def matching(model, tokenizer, split, plans, group=10):
         every = some.repeat_interleave(group, 0)                        # row a * group + b: picture a, text b
         if "und" in plans:
             asked = [[(a.text, b.answer)] for a in first for b in first]
-            table = likelihoods(understanding(tokenizer, every, asked, c.und.after), plans["und"]).view(group, group)
+            length = max(sum(len(tokenizer.ids(t)) for t in turn) + 1 for (turn,) in asked)
+            table = likelihoods(understanding(tokenizer, every, asked, length), plans["und"]).view(group, group)
             match(hits, "und", table, [q.answer for q in first])
         if "gen" in plans:
             table = likelihoods(generation(tokenizer, every, texts * group, c.gen.before), plans["gen"]).view(group, group)
             alone = likelihoods(generation(tokenizer, some, [""] * group, c.gen.before), plans["gen"])
             match(hits, "gen", table - alone[:, None], texts)
-    return {task: {what: share(hits[task, what]) for what in ("caption", "image")} for task in plans}
+    return {task: {what: share(hits[task, what]) for what in ("caption", "image", "chance")} for task in plans}
 
 
 def match(hits, task, table, texts):
     for i, (text, image) in enumerate(zip(table.argmax(1).tolist(), table.argmax(0).tolist())):
         hits[task, "caption"].append(texts[text] == texts[i])
         hits[task, "image"].append(texts[image] == texts[i])
+        hits[task, "chance"].append(texts.count(texts[i]) / len(texts))
 
 
 # ------------------------------------------------------------------------------------------------ cost
 
 def cost(model, batches, plans, repeats=5):
-    """What forward and backward of one step cost under the plans, as multiply-adds counted and as time measured side by
-    side with the dense plan: medians of interleaved repeats. batches, plans: {task: ...}."""
+    """What forward and backward cost under the plans: FLOPs as counted, and the time of uncompiled code, measured side by
+    side with the dense plan, medians of interleaved repeats. batches, plans: {task: ...}."""
     c, dense = model.config, (FULL,) * model.config.layers
     dense = {task: dense for task in plans}
 
@@ -194,7 +196,9 @@ def cost(model, batches, plans, repeats=5):
             synchronize(model)
             start = time.perf_counter()
             for task, plan in which.items():
-                model(batches[task], plan)[1].backward()
+                with torch.autocast("cuda", torch.bfloat16, enabled=model.embed.weight.is_cuda):
+                    _, loss = model(batches[task], plan)
+                loss.backward()
             synchronize(model)
             times[name].append(time.perf_counter() - start)
     model.zero_grad()
@@ -205,8 +209,9 @@ def cost(model, batches, plans, repeats=5):
 
 
 def synchronize(model):
-    if model.embed.weight.is_cuda:
-        torch.cuda.synchronize()
+    kind = model.embed.weight.device.type
+    if kind != "cpu":
+        getattr(torch, kind).synchronize()
 
 
 def hardware(device):
@@ -267,10 +272,10 @@ def evaluate(model, tokenizer, found, dataset, plans, folder, suffix="", guidanc
         for task, rates in matching(model, tokenizer, splits[next(iter(plans))], plans).items():
             scores[task] |= {"matching": rates, "bits_per_token": scores[task]["loss"] / np.log(2)}
         if "gen" in plans:          # words that it has seen, too: names do not tell what an unseen picture looks like
-            seen = dataset.split("gen", "train", 18)
+            seen = dataset.split("gen", "train", 18, options["seed"])
             pixels = drawn(model, tokenizer, [c.text for c in seen.captions], *sampling)
             sheets.append((pixels, [f"{c.text} (trained on)" for c in seen.captions], []))
-    scores["cost"] = cost(model, timing_batches(model, tokenizer, splits, options["batch_size"]), plans)
+    scores["cost"] = cost(model, timing_batches(model, tokenizer, splits, options["batch_size"] // options["accumulate"]), plans)
     scores |= {"seconds": time.time() - start, "hardware": hardware(device)}
     (folder / f"eval{suffix}.json").write_text(json.dumps(scores, indent=1))
     pixels, texts, wrong = [], [], []
@@ -327,7 +332,8 @@ def summary(scores):
         if "matching" in scores.get(task, {}):
             rates = scores[task]["matching"]
             lines.append(f"matching among ten by {task}: the caption of an image {percent(rates['caption'])} %, the image "
-                         f"of a caption {percent(rates['image'])} %; {scores[task]['bits_per_token']:.2f} bits/token")
+                         f"of a caption {percent(rates['image'])} % (chance "
+                         f"{percent(rates['chance'])}); {scores[task]['bits_per_token']:.2f} bits/token")
     k = scores["cost"]
     lines.append(f"cost           {k['flops_per_step'] / 1e9:.1f} GFLOP a step = {k['flops_ratio']:.2f} of dense (the paper's "
                  f"formula: {k['paper_flops_ratio']:.2f}), {k['step_ms']:.0f} ms = {k['step_ratio']:.2f} of dense")
@@ -336,8 +342,7 @@ def summary(scores):
 
 # ------------------------------------------------------------------------------------------------ the table
 
-# The rows of the paper's tables 1 to 3: options of train.py, and the paper's GQA, POPE F1, MJHQ FID and FLOPs. The
-# ratio of HMGen's shallow layers (K/L = 0.15 and 0.25 in the paper) is what --shallow asks for at the preset's depth.
+# The rows of the paper's table 3: options of train.py, and the paper's GQA, POPE F1, MJHQ FID and FLOPs.
 ROWS = {
     "u-dense": ("U only, dense", dict(objective="und"), (52.86, 79.40, None, "1")),
     "g-dense": ("G only, dense", dict(objective="gen"), (None, None, 17.45, "1")),
@@ -372,18 +377,19 @@ def table(folder):
         spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.{digits}f}{spread}"
 
-    lines = ["| run | seeds | questions right, % | POPE F1, % | transfer, % | images right, % | objects right, % | transfer, % "
-             "| Fréchet ↓ | FLOPs | paper's formula | time | parameters, M | paper: GQA | POPE F1 | MJHQ FID ↓ | FLOPs |",
-             "|---|" + "---:|" * 16]
+    lines = ["| run | seeds | questions right, % | chance | POPE F1, % | transfer, % | images right, % | objects right, % "
+             "| transfer, % | Fréchet (less is better) | FLOPs | paper's formula | time | parameters, M | examples per task "
+             "| paper: GQA | POPE F1 | MJHQ FID (less is better) | FLOPs |", "|---|" + "---:|" * 18]
     for name in [*ROWS, *sorted(set(found) - set(ROWS))]:
         if runs := found.get(name):
             title, _, paper = ROWS.get(name, (name, {}, (None,) * 4))
             lines.append("| " + " | ".join([
-                title, str(len(runs)), cell(runs, "und", "accuracy"), cell(runs, "und", "pope", "f1"),
+                title, str(len(runs)), cell(runs, "und", "accuracy"), cell(runs, "und", "chance"), cell(runs, "und", "pope", "f1"),
                 cell(runs, "und", "transfer_accuracy"), cell(runs, "gen", "image_accuracy"), cell(runs, "gen", "object_accuracy"),
                 cell(runs, "gen", "transfer_object_accuracy"), cell(runs, "gen", "frechet", scale=1, digits=3),
                 cell(runs, "cost", "flops_ratio", scale=1, digits=2), cell(runs, "cost", "paper_flops_ratio", scale=1, digits=2),
                 cell(runs, "cost", "step_ratio", scale=1, digits=2), cell(runs, "config", "parameters", scale=1e-6, digits=2),
+                cell([{"examples": r["config"]["steps"] * r["config"]["batch_size"]} for r in runs], "examples", scale=1, digits=0),
                 *("–" if x is None else str(x) for x in paper)]) + " |")
     runs = [run for some in found.values() for run in some]
     n = {key: count for run in runs for key, count in run["n"].items()}
@@ -417,6 +423,9 @@ def main():
     options = dict(found["options"])
     names = {task: getattr(args, f"{task}_plan") or options[f"{task}_plan"] for task in ("und", "gen")}
     shallow = options["shallow"] if args.shallow is None else args.shallow
+    for task in ("und", "gen"):
+        if options["objective"] not in (task, "joint") and getattr(args, f"{task}_plan"):
+            fail(f"--{task}-plan: {args.run} was not trained for that task")
     tasks = [t for t in ("und", "gen") if options["objective"] in (t, "joint")]
     plans = {task: plan_for(task, names[task], model.config.layers, shallow) for task in tasks}
     sampling = (args.guidance, args.temperature, args.top_k)
@@ -436,6 +445,8 @@ def main():
             dataset = data_sets.load(options["data"], options["preset"])
             changed = (names["und"], names["gen"], shallow) != tuple(options[k] for k in ("und_plan", "gen_plan", "shallow"))
             suffix = f"-{names['und']}-{names['gen']}{shallow}" if changed else ""
+            if sampling != (GUIDANCE, TEMPERATURE, None):
+                suffix += f"-g{args.guidance:g}-t{args.temperature:g}-k{args.top_k}"
             found["options"] = {**options, "und_plan": names["und"], "gen_plan": names["gen"], "shallow": shallow}
             print(summary(evaluate(model, tokenizer, found, dataset, plans, args.run, suffix, *sampling)))
             print(f"{args.run}/eval{suffix}.json, samples{suffix}.png")

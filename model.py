@@ -17,7 +17,8 @@ from data import fail
 from prune import PLANS, Layout, Size, make_plan, positions
 from tokenizer import Tokenizer, read
 
-INSTRUCTION_WEIGHT = .2     # of an instruction token in the loss (the paper's eq. 1), where an output token has 1
+INSTRUCTION_WEIGHT = .2     # of a question's token in the loss, where an output token has 1: the paper's eq. 1 counts both
+                            # alike, but a question has five times as many tokens as its answer
 
 
 @dataclass
@@ -355,7 +356,8 @@ def draw(model, tokenizer, captions, plan, guidance=1., temperature=1., top_k=No
 
 @torch.no_grad()
 def answer(model, tokenizer, codes, question, plan, longest=24):
-    """One picture's codes (M,) and a question -> the likeliest answer, token by token. ValueError if it is too long."""
+    """One picture's codes (M,) and a question -> the answer: the likeliest text token, again and again, up to the end
+    token or `longest` tokens. ValueError for a question that is too long."""
     c, device = model.config, model.embed.weight.device
     n, first = len(tokenizer.ids(question)), 2 + c.und.image
     if not 0 < n < c.und.after:

@@ -19,6 +19,7 @@ import data as data_sets
 from data import fail, line_chart
 from eval import pairs
 from model import Model, generation, load, plan_for, understanding
+from prune import positions
 from tokenizer import pick_device
 
 SEGMENTS = ("system", "image", "instruction", "output")
@@ -31,7 +32,7 @@ def segments(batch):
     real, image = batch.turns >= 0, (order >= before) & (order < before + m)
     system = real & (batch.places < 2) & (order < before)
     if batch.task == "gen":
-        return {"system": system, "image": image & False & real, "instruction": real & ~system & ~image, "output": image & real}
+        return {"system": system, "image": torch.zeros_like(real), "instruction": real & ~system & ~image, "output": image & real}
     # An answer begins one token after the first that has an answer as its target.
     output = torch.zeros_like(real)
     output[:, 1:] = (batch.weights == 1)[:, :-1]
@@ -50,14 +51,15 @@ def allocation(model, batch, plan, chunk=16):
     for i in range(0, len(batch.tokens), chunk):
         rows = batch.rows(slice(i, i + chunk))
         _, _, attention = model.forward_masked(rows, plan)
-        first = first or [a[0].mean(0).cpu() for a in attention]
+        if first is None:
+            first = [a[0].mean(0).cpu() for a in attention]
+            for a, rule in zip(first, plan):                            # a token that skips the layer asks nothing
+                a[sorted(set(range(len(a))) - set(positions(rule, rows.layout)[0]))] = 0
         parts = segments(rows)
         for layer, (a, rule) in enumerate(zip(attention, plan)):
-            asks = rows.turns >= 0
-            if not rule.query:
-                before, m, _ = rows.layout
-                asks = asks.clone()
-                asks[:, before:before + m] = False
+            asks = torch.zeros_like(rows.turns, dtype=torch.bool)
+            asks[:, positions(rule, rows.layout)[0]] = True
+            asks &= rows.turns >= 0
             for which, queries in (("all", asks), ("output", asks & (rows.weights == 1))):
                 for name, keys in parts.items():
                     paid = (a.mean(1) * keys[:, None]).sum(2)           # (B, N), by query
@@ -128,7 +130,7 @@ def main():
         torch.manual_seed(options["seed"])
         model, suffix = Model(model.config, tokenizer.vq.codebook.cpu()).to(model.embed.weight.device).eval(), "-untrained"
     shares, attention, batches = probe(model, tokenizer, options, args.n)
-    (args.run / f"attention{suffix}.json").write_text(json.dumps(shares | {"n": args.n, "config": options}, indent=1))
+    (args.run / f"attention{suffix}.json").write_text(json.dumps(shares | {"n": len(next(iter(batches.values())).tokens), "config": options}, indent=1))
     for task, own in shares.items():
         print(f"{task}: share of attention by layer, over all queries | over those that foretell output")
         for name in SEGMENTS:

@@ -133,13 +133,12 @@ def draw_mask(rule, layout, cell):
 
 def draw_plans(path, cell=8):
     """Fig. 4: the masks of every kind of layer, small sequences of both tasks."""
-    font, kinds = ImageFont.load_default(13), [
-        ("und", "dense", FULL), ("und", "HiMix, every layer", HIMIX), ("und", "HMGen, shallow layer", SHALLOW),
-        ("gen", "dense, HMGen full layer", FULL), ("gen", "HMGen, shallow layer", SHALLOW), ("gen", "naive control", NAIVE),
-        ("gen", "sparse (ours)", SPARSE)]
+    font, some = ImageFont.load_default(13), [(f"{name}, chosen layers", rule) for name, rule in MIDDLE.items()]
+    kinds = [("und", "dense", FULL), ("und", "himix, every layer", HIMIX), ("gen", "dense; others' full layers", FULL)]
+    kinds += [(task, title, rule) for task in ("und", "gen") for title, rule in some]
     layouts = {"und": Layout(2, 9, 6), "gen": Layout(6, 9, 0)}
     step = 17 * cell + 50
-    sheet = Image.new("RGB", (step * 4, 2 * (step + 20) + 30), "white")
+    sheet = Image.new("RGB", (step * (len(MIDDLE) + 2), 2 * (step + 20) + 30), "white")
     draw = ImageDraw.Draw(sheet)
     places = {"und": 0, "gen": 0}
     for task, title, rule in kinds:
@@ -172,7 +171,7 @@ def main():
     for name in PLANS:
         for shallow in range(1, most + 1) if name in MIDDLE else [0]:
             plan = make_plan(name, size.layers, shallow)
-            letters = "".join({FULL: "F", HIMIX: "H", SHALLOW: "s", NAIVE: "n", SPARSE: "h"}[rule] for rule in plan)
+            letters = "".join("F" if rule == FULL else name[0] for rule in plan)
             line = f"{name + (f' K={shallow}' if name in MIDDLE else ''):12}{letters:>{size.layers + 2}}  "
             for task in ("und", "gen"):
                 dense = (FULL,) * size.layers

@@ -240,13 +240,21 @@ def pick_device(name):
         print(f"device: {name}, the best that PyTorch {torch.__version__} finds here")
     elif not available[name]:
         fail(f"--device {name}: PyTorch {torch.__version__} finds no such device here")
+    torch.set_float32_matmul_precision("high")                          # TF32 where a GPU has it
     return torch.device(name)
 
 
 # ------------------------------------------------------------------------------------------------ training
 
+def defaults(device, data):
+    """The preset that fits a device, and where the tokenizer of a data set lies unless one says otherwise."""
+    name = "" if data == "shapes" else "-" + Path(data).resolve().name
+    return "gpu" if device.type == "cuda" else "cpu", f"out/tokenizer{name}.pt"
+
+
 def train_tokenizer(dataset, preset, device, seed=0, steps=None):
-    """Train the byte pairs on the data's text and the VQ on its pictures (reconstruction error + commitment)."""
+    """Train the byte pairs on the data's text and the VQ on its pictures (reconstruction error + commitment). Returns
+    a Tokenizer and what save writes."""
     config, default_steps, batch_size, lr = PRESETS[preset]
     steps = steps or default_steps
     torch.manual_seed(seed)
@@ -272,7 +280,8 @@ def train_tokenizer(dataset, preset, device, seed=0, steps=None):
             bar.update()
             if step % 50 == 0:
                 bar.set_postfix(psnr=f"{-10 * math.log10(error.item() / 4):.1f} dB")
-    return Tokenizer(train_bpe(texts), vq)
+    tokenizer = Tokenizer(train_bpe(texts), vq)
+    return tokenizer, {"kind": "tokenizer", "data": dataset.identity, "preset": preset, **tokenizer.state()}
 
 
 def score_tokenizer(tokenizer, dataset, n=1000):
@@ -295,20 +304,24 @@ def score_tokenizer(tokenizer, dataset, n=1000):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="shapes", help="shapes, or a folder of captioned images")
-    parser.add_argument("--preset", default="cpu", choices=PRESETS, help="size of pictures and networks")
+    parser.add_argument("--preset", choices=PRESETS, help="size of pictures and networks (default: what fits the device)")
     parser.add_argument("--steps", type=int, help="training steps (default: the preset's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    parser.add_argument("--out", default="out/tokenizer.pt", type=Path)
+    parser.add_argument("--out", type=Path, help="default: out/tokenizer.pt, with --data out/tokenizer-FOLDER.pt")
     args = parser.parse_args()
+    if args.steps is not None and args.steps < 1:
+        fail(f"--steps {args.steps}: expected at least 1")
     start, device = time.time(), pick_device(args.device)
+    preset, out = defaults(device, args.data)
+    args.preset, args.out = args.preset or preset, args.out or Path(out)
     dataset = data_sets.load(args.data, args.preset)
-    tokenizer = train_tokenizer(dataset, args.preset, device, args.seed, args.steps)
-    save({"kind": "tokenizer", "data": dataset.name, "preset": args.preset, **tokenizer.state()}, args.out)
+    tokenizer, checkpoint = train_tokenizer(dataset, args.preset, device, args.seed, args.steps)
+    save(checkpoint, args.out)
     scores, before, after = score_tokenizer(tokenizer, dataset)
     print(f"{time.time() - start:.0f} s, " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
     pairs = [picture for pair in zip(before[:18], after[:18]) for picture in pair]
-    data_sets.contact_sheet(pairs, ["original", "reconstruction"] * 18, args.out.with_suffix(".png"))
+    data_sets.contact_sheet(pairs, ["original", "reconstruction"] * (len(pairs) // 2), args.out.with_suffix(".png"))
     print(f"{args.out}, and {args.out.with_suffix('.png')}: originals beside reconstructions")
 
 

@@ -5,7 +5,7 @@
     python train.py --und-plan himix --gen-plan hmgen --projections task         both accelerated, "share partial"
     python train.py --data PATH                             a folder of your own captioned images
     python train.py --resume --out out/joint                goes on where that run stopped
-    python train.py --table out/table3 --seeds 3            all rows of the paper's tables; goes on where it stopped
+    python train.py --table out/table3 --seeds 3            all rows of the paper's table 3; goes on where it stopped
     torchrun --nproc_per_node=8 train.py                    on several GPUs
 
 Finds the device and the size that fits it; on 2 CPU cores it takes ten minutes. `out/joint/` then holds checkpoint.pt,
@@ -21,6 +21,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ import eval as evaluation
 from data import fail, line_chart
 from model import Config, Model, generation, load, plan_for, understanding
 from prune import PLANS, SIZES, Layout, flops
-from tokenizer import Tokenizer, pick_device, read, save, score_tokenizer, train_tokenizer
+from tokenizer import Tokenizer, defaults, pick_device, read, save, score_tokenizer, train_tokenizer
 
 
 @dataclass
@@ -42,26 +43,28 @@ class Preset:
     batch_size: int             # pictures of each task in a step
     scenes: int                 # training pictures of each task that are drawn
     heads: int
-    lr: float                   # Muon's, of all matrices in the layers; times what its docstring says
+    lr: float                   # Muon's, of all matrices in the layers
     lr_rest: float              # AdamW's, of embeddings, head, norms and positions
     text: int                   # most text tokens that a sequence may have
+    shallow: int                # HMGen's K: a quarter of the layers, as the paper's K = 5 (0.75 of the FLOPs)
 
 
-PRESETS = {"tiny": Preset(steps=100, batch_size=8, scenes=300, heads=2, lr=.02, lr_rest=1e-2, text=40),
-           "cpu": Preset(steps=1600, batch_size=16, scenes=20_000, heads=4, lr=.02, lr_rest=1e-2, text=80),
-           "gpu": Preset(steps=6000, batch_size=64, scenes=60_000, heads=6, lr=.02, lr_rest=1e-2, text=192)}
+PRESETS = {"tiny": Preset(steps=100, batch_size=8, scenes=300, heads=2, lr=.02, lr_rest=1e-2, text=40, shallow=1),
+           "cpu": Preset(steps=1600, batch_size=16, scenes=20_000, heads=4, lr=.02, lr_rest=1e-2, text=80, shallow=1),
+           "gpu": Preset(steps=6000, batch_size=64, scenes=60_000, heads=6, lr=.02, lr_rest=1e-2, text=192, shallow=3)}
 WARM_UP, DECAY = 50, .6         # steps of rising rate; the share of training, its end, over which it falls to nothing
-LOSS_WEIGHT = {"und": 1., "gen": 2.}            # of the tasks in a joint step
+LOSS_WEIGHT = {"und": 1., "gen": 2.}            # of the tasks in the gradient; logged losses are without it
 CLIP = 1.                       # largest norm of the gradient of AdamW's part (Muon's step has the same size anyway)
 CAPTION_DROPOUT = .1            # of captions are left empty in training, which classifier-free guidance needs
 LOG_EVERY = 10                  # steps
 
-# Dense bf16 matmul peaks (FLOP/s) from the vendors' data sheets; another device prints no MFU.
-PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12,
-         "3090": 71e12}
+# Dense bf16 matmul peaks (FLOP/s) from the vendor's data sheets, by how a device's name begins; others print no MFU.
+PEAKS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100": 312e12,
+         "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 3090": 71e12}
 
-DEFAULTS = dict(objective="joint", und_plan="dense", gen_plan="dense", projections="shared", shallow=1, data="shapes",
-                seed=0, accumulate=1, save_every=200)
+DEFAULTS = dict(objective="joint", und_plan="dense", gen_plan="dense", projections="shared", data="shapes", seed=0,
+                accumulate=1, save_every=200)
+HOW = {"out", "tokenizer", "compile", "accumulate", "save_every"}      # options that do not decide what is learned
 
 
 class Muon(torch.optim.Optimizer):
@@ -82,7 +85,7 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for (rows, columns), some in shapes.items():
-                state = self.state[some[0]]                             # of all matrices of this shape
+                state = self.state[some[0]]                             # the first stands for all of this shape
                 g = torch.stack([p.grad for p in some])
                 average = state.setdefault("average", torch.zeros_like(g))
                 average.lerp_(g, 1 - group["momentum"])
@@ -107,14 +110,17 @@ def training_set(task, split, tokenizer, c, seed):
 
 
 def text_lengths(tokenizer, splits, limit):
-    """How many text tokens the sequences of this data need: (questions and answers, caption with its two tokens)."""
+    """How many text tokens the sequences of this data need: (questions and answers, caption with its two tokens). What
+    is longer than the limit is refused, except that of several questions on a picture some may be left out."""
     asked = max(sum(len(tokenizer.ids(t)) for q in some for t in q[:2]) + len(some)
                 for split in splits for some in split.questions)
-    captions = 2 + max(len(tokenizer.ids(x.text)) for split in splits for x in split.captions)
-    if captions > limit:
-        worst = max((x.text for split in splits for x in split.captions), key=lambda t: len(tokenizer.ids(t)))
-        fail(f"a caption has {captions - 2} tokens, expected at most {limit - 2}: {worst[:60]!r} ...")
-    return min(asked, limit), captions
+    texts = [x.text for split in splits for x in split.captions]
+    texts += [q.text + q.answer for split in splits for some in split.questions for q in some]
+    longest = max(texts, key=lambda t: len(tokenizer.ids(t)))
+    if len(tokenizer.ids(longest)) > limit - 4:
+        fail(f"a caption, or a question with its answer, has {len(tokenizer.ids(longest))} tokens, expected at most "
+             f"{limit - 4}: {longest[:60]!r} ...")
+    return min(asked, limit), 2 + max(len(tokenizer.ids(x.text)) for split in splits for x in split.captions)
 
 
 def shared_step(parameters):
@@ -129,15 +135,15 @@ def get_tokenizer(options, dataset, device, first):
     """The tokenizer that --tokenizer names, trained and saved there if there is none."""
     path = Path(options["tokenizer"])
     if first and not path.exists():
-        tokenizer = train_tokenizer(dataset, options["preset"], device)
-        save({"kind": "tokenizer", "data": dataset.name, "preset": options["preset"], **tokenizer.state()}, path)
+        tokenizer, checkpoint = train_tokenizer(dataset, options["preset"], device)
+        save(checkpoint, path)
         scores, _, _ = score_tokenizer(tokenizer, dataset)
         print(f"{path}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
     if dist.is_initialized():
         dist.barrier()
     found = read(path, "tokenizer")
-    if (found["data"], found["preset"]) != (dataset.name, options["preset"]):
-        fail(f"{path} was trained on {found['data']} with preset {found['preset']}; expected {dataset.name} with preset "
+    if (found["data"], found["preset"]) != (dataset.identity, options["preset"]):
+        fail(f"{path} was trained on {found['data']} with preset {found['preset']}; expected {dataset.identity} with preset "
              f"{options['preset']}: give another --tokenizer PATH (it is trained if there is no such file)")
     return Tokenizer.from_state(found)
 
@@ -148,7 +154,7 @@ def learning_rate(step, steps):
 
 
 def run(options, resume, device):
-    """Train and score one run. Returns nothing; everything is written into the folder options["out"]."""
+    """Train and score one run, or go on with the checkpoint `resume`. Everything is written into options["out"]."""
     began, out = time.time(), Path(options["out"])
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     first = rank == 0
@@ -159,16 +165,16 @@ def run(options, resume, device):
 
     # ---- data and model
     dataset = data_sets.load(options["data"], options["preset"])
-    tokenizer = get_tokenizer(options, dataset, device, first)
+    tokenizer = Tokenizer.from_state(resume["tokenizer"]) if resume else get_tokenizer(options, dataset, device, first)
     tokenizer.vq.to(device)
     splits = {task: dataset.split(task, "train", preset.scenes, seed, questions=10 if task == "und" else 0) for task in tasks}
-    seen = [*splits.values(), *(dataset.split(t, part, 1000) for t in tasks
+    seen = [*splits.values(), *(dataset.split(t, part, evaluation.SAMPLES[options["preset"]][t]) for t in tasks
                                 for part in (("val", "transfer") if dataset.name == "shapes" else ("val",)))]
     try:
         after, before = text_lengths(tokenizer, seen, preset.text)
         vq = tokenizer.vq
         c = Config(tokenizer.vocab, size.layers, size.width, Layout(2, vq.side ** 2, after), Layout(before, vq.side ** 2, 0),
-                   heads=preset.heads, side=vq.side, first_code=tokenizer.first_code, projections=options["projections"])
+                   hidden=size.hidden, heads=preset.heads, side=vq.side, first_code=tokenizer.first_code, projections=options["projections"])
         sets = {task: training_set(task, splits[task], tokenizer, c, seed).to(device) for task in tasks}
     except ValueError as error:
         fail(f"--data {options['data']}: {error}")
@@ -181,7 +187,7 @@ def run(options, resume, device):
     highest = [o.param_groups[0]["lr"] for o in optimizers]
 
     start = 0
-    if resume is not None:
+    if resume:
         model.load_state_dict(resume["model"])
         for optimizer, state in zip(optimizers, resume["optimizers"]):
             optimizer.load_state_dict(state)
@@ -189,7 +195,7 @@ def run(options, resume, device):
     if first:
         out.mkdir(parents=True, exist_ok=True)
         log = out / "log.jsonl"                                         # what came after the checkpoint comes again
-        lines = log.read_text().splitlines() if resume is not None and log.exists() else []
+        lines = log.read_text().splitlines() if resume and log.exists() else []
         log.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
 
     def checkpoint(step):
@@ -201,12 +207,15 @@ def run(options, resume, device):
     # ---- training
     model.train()
     on_gpu = device.type == "cuda"
-    forward = torch.compile(model) if options["compile"] else model
+    if options["compile"]:
+        torch._dynamo.reset()                                           # of a table, the last run's code
+    forward = torch.compile(model, dynamic=False) if options["compile"] else model
     tokens = options["batch_size"] * sum(sum(s.layout) for s in sets.values())
     operations = options["batch_size"] * sum(flops(c, task, plans[task]) for task in tasks)
-    peak = next((p for name, p in PEAKS.items() if on_gpu and name in torch.cuda.get_device_name()), None)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {tokens} tokens and "
-          f"{operations / 1e9:.0f} GFLOP a step; data and tokenizer took {time.time() - began:.0f} s") if first else None
+    peak = next((p for name, p in PEAKS.items() if on_gpu and torch.cuda.get_device_name().startswith(name)), None)
+    if first:
+        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {tokens} tokens and "
+              f"{operations / 1e9:.0f} GFLOP a step; data and tokenizer took {time.time() - began:.0f} s")
     bar = tqdm(total=steps, initial=start, desc=out.name, unit="step", disable=not first)
     logged, clock = start, time.perf_counter()
     try:
@@ -214,9 +223,9 @@ def run(options, resume, device):
             for optimizer, lr in zip(optimizers, highest):
                 optimizer.param_groups[0]["lr"] = lr * learning_rate(step, steps)
             losses = {}
-            for t, task in enumerate(tasks):
+            for task in tasks:
                 # The step alone says which rows it takes: nothing about data has to be saved for a resumed run.
-                luck = torch.Generator().manual_seed(2 * (seed * 10 ** 9 + step) + t)
+                luck = torch.Generator().manual_seed(2 * (seed * 10 ** 9 + step) + (task == "gen"))
                 index = torch.randint(len(sets[task].tokens), (options["batch_size"],), generator=luck).to(device)
                 outputs = (sets[task].weights[index] == 1).sum()        # of the whole step, over all processes
                 for part in index[rank::world].chunk(options["accumulate"]):
@@ -240,8 +249,9 @@ def run(options, resume, device):
                     dist.all_reduce(values)
                 values = dict(zip(tasks, values.tolist()))              # waits for the device
                 if not math.isfinite(sum(values.values())):
-                    fail(f"the loss is not finite at step {step + 1} ({values}); the last good checkpoint is "
-                         f"{out / 'checkpoint.pt'}" if (out / "checkpoint.pt").exists() else "none was written yet")
+                    kept = out / "checkpoint.pt"
+                    fail(f"the loss is not finite at step {step + 1} ({values}); the last checkpoint "
+                         + (f"is {kept}" if kept.exists() else "was not written yet"))
                 seconds, logged = (time.perf_counter() - clock) / (step + 1 - logged), step + 1
                 row = {"step": step + 1, "loss": sum(values.values()), "loss_und": values.get("und"),
                        "loss_gen": values.get("gen"), "lr": optimizers[0].param_groups[0]["lr"],
@@ -257,8 +267,8 @@ def run(options, resume, device):
                 clock = time.perf_counter()
     except KeyboardInterrupt:
         bar.close()
-        print(f"\nstopped; python train.py --resume --out {out} goes on from the last checkpoint "
-              f"({options['save_every']} steps apart)", file=sys.stderr)
+        print(f"\nstopped; python train.py --resume --out {out} goes on from the last checkpoint"
+              if (out / "checkpoint.pt").exists() else "\nstopped before the first checkpoint", file=sys.stderr)
         raise SystemExit(130)
     bar.close()
     if not first:
@@ -271,8 +281,8 @@ def run(options, resume, device):
                out / "loss.png", "training loss (nats per output token)", "step")
     found = {"options": options, "step": steps}
     print(evaluation.summary(evaluation.evaluate(model, tokenizer, found, dataset, plans, out)))
-    print(f"{time.time() - began:.0f} s in all, of which {sum(r['step_ms'] for r in rows) * LOG_EVERY / 1e3:.0f} in training "
-          f"steps (median {statistics.median(r['step_ms'] for r in rows):.0f} ms), peak memory {peak_memory(device):.0f} MB\n"
+    print(f"{time.time() - began:.0f} s in all, a training step {statistics.median(r['step_ms'] for r in rows):.0f} ms (median), "
+          f"peak memory {peak_memory(device) or math.nan:.0f} MB\n"
           f"look at {out}/samples.png, {out}/eval.json, {out}/loss.png; then: python probe.py {out}")
 
 
@@ -290,15 +300,21 @@ def peak_memory(device):
 def completed(given, device):
     """The options of a run: those given, and for the others what the device and the objective suggest."""
     options = {**DEFAULTS, **given}
-    options.setdefault("preset", "gpu" if device.type == "cuda" else "cpu")
-    preset = PRESETS[options["preset"]]
-    for key in ("steps", "batch_size", "lr"):
+    preset, tokenizer = defaults(device, options["data"])
+    preset = PRESETS[options.setdefault("preset", preset)]
+    for key in ("steps", "batch_size", "lr", "shallow"):
         options.setdefault(key, getattr(preset, key))
-    options.setdefault("compile", device.type == "cuda")
-    name = "" if options["data"] == "shapes" else "-" + Path(options["data"]).resolve().name
-    options.setdefault("out", f"out/{options['objective']}{name}")
-    options.setdefault("tokenizer", f"out/tokenizer{name}.pt")
+    options.setdefault("compile", device.type == "cuda" and find_spec("triton") is not None)
+    options.setdefault("tokenizer", tokenizer)
+    options.setdefault("out", tokenizer.replace("tokenizer", options["objective"]).removesuffix(".pt"))
     return options
+
+
+def same_run(options, stored, out):
+    """Refuse to mix runs: whatever decides what is learned has to be what it was."""
+    for key in options.keys() - HOW:
+        if options[key] != stored.get(key):
+            fail(f"--{key.replace('_', '-')} {options[key]}: the run in {out} has {stored.get(key)}")
 
 
 def check(options):
@@ -320,18 +336,24 @@ def check(options):
 
 
 def run_table(folder, seeds, given, device):
-    """Every row of the paper's tables, seed by seed; what is finished is left alone, what was begun goes on."""
+    """Every row of the paper's table 3, seed by seed; what is finished is left alone, what was begun goes on."""
+    first = not dist.is_initialized() or dist.get_rank() == 0
     for seed in range(seeds):
         for name, (_, row, _) in evaluation.ROWS.items():
             out = folder / f"{name}-seed{seed}"
-            if (out / "eval.json").exists():
-                continue
-            print(f"\n{out}")
             options = completed({**given, **row, "seed": seed, "out": str(out)}, device)
             check(options)
-            begun = (out / "checkpoint.pt").exists()
-            run(options, load(out, "cpu")[2] if begun else None, device)
-    print(evaluation.table(folder))
+            found = load(out, "cpu")[2] if (out / "checkpoint.pt").exists() else None
+            if found:
+                same_run(options, found["options"], out)
+            if not (out / "eval.json").exists():
+                if first:
+                    print(f"\n{out}")
+                run(options, found, device)
+            if dist.is_initialized():
+                dist.barrier()
+    if first:
+        print(evaluation.table(folder))
 
 
 def main():
@@ -342,7 +364,7 @@ def main():
     parser.add_argument("--gen-plan", help="the same when generating; himix is impossible there (default: dense)")
     parser.add_argument("--projections", choices=("shared", "image", "task"), help="Q, K, V of image tokens: those of text, "
                         "their own, or their own for each task (default: shared)")
-    parser.add_argument("--shallow", type=int, metavar="K", help="layers in the middle that hmgen skips (default: 1)")
+    parser.add_argument("--shallow", type=int, metavar="K", help="how many layers hmgen skips (default: a quarter of them)")
     parser.add_argument("--preset", choices=PRESETS, help="size of everything (default: what fits the device)")
     parser.add_argument("--data", help="shapes, or a folder of captioned images (default: shapes)")
     parser.add_argument("--steps", type=int)
@@ -356,7 +378,7 @@ def main():
     parser.add_argument("--tokenizer", metavar="PATH", help="trained if there is no such file (default: out/tokenizer.pt)")
     parser.add_argument("--out", help="the run's folder (default: out/OBJECTIVE)")
     parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out")
-    parser.add_argument("--table", type=Path, metavar="DIR", help="train all rows of the paper's tables into DIR")
+    parser.add_argument("--table", type=Path, metavar="DIR", help="train all rows of the paper's table 3 into DIR")
     parser.add_argument("--seeds", type=int, help="of --table (default: 1)")
     given = vars(parser.parse_args())
     device, resume, folder, seeds = given.pop("device"), given.pop("resume"), given.pop("table", None), given.pop("seeds", None)
@@ -366,19 +388,19 @@ def main():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device = pick_device(device)
-    torch.set_float32_matmul_precision("high")
     if folder is not None:
-        if resume or {"out", "seed"} & given.keys():
-            fail("--table goes on by itself and names its runs itself: expected no --resume, --out or --seed beside it")
+        own = {"out", "seed", "objective", "und_plan", "gen_plan", "projections"} & given.keys()
+        if resume or own:
+            fail(f"--table says itself what its rows are, and goes on by itself: expected no "
+                 f"--{min(own, default='resume').replace('_', '-')} beside it")
         run_table(folder, seeds or 1, given, device)
     elif seeds is not None:
         fail("--seeds: expected only beside --table")
     elif resume:
-        _, _, found = load(completed(given, device)["out"], "cpu")
-        for key, value in given.items():
-            if found["options"].get(key) != value:
-                fail(f"--{key.replace('_', '-')} {value}: the run to resume has {found['options'].get(key)}")
-        run(found["options"], found, device)
+        options = completed(given, device)
+        found = load(options["out"], "cpu")[2]
+        same_run(given, found["options"], options["out"])
+        run({**found["options"], **{key: options[key] for key in given.keys() & HOW | {"out", "compile"}}}, found, device)
     else:
         options = completed(given, device)
         check(options)

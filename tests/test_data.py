@@ -167,10 +167,10 @@ def test_bpe_is_that_of_tiktoken():
 
 
 def test_vq_learns_and_is_kept(world, tmp_path):
-    tokenizer = tok.train_tokenizer(world, "cpu", torch.device("cpu"), steps=60)
+    tokenizer, checkpoint = tok.train_tokenizer(world, "cpu", torch.device("cpu"), steps=60)
     scores, _, _ = tok.score_tokenizer(tokenizer, world, n=50)
     assert scores["psnr"] > 14 and scores["codes_used"] > .25
-    tok.save({"kind": "tokenizer", **tokenizer.state()}, tmp_path / "t.pt")
+    tok.save(checkpoint, tmp_path / "t.pt")
     again = tok.Tokenizer.from_state(tok.read(tmp_path / "t.pt", "tokenizer"))
     pixels = world.split("gen", "val", 20, questions=0).pixels
     assert torch.equal(tokenizer.encode(pixels), again.encode(pixels))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import Batch, Config, LayerCache, Model, aimed, answer, generation, understanding
+from model import Config, LayerCache, Model, aimed, answer, generation, understanding
 from prune import FULL, HIMIX, PLANS, SHALLOW, Layout, Rule, flops, make_plan, paper_cost
 from tokenizer import FIRST_CODE
 

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -80,10 +81,11 @@ def test_resumed_equals_unbroken(trained):
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (trained / "cut" / "checkpoint.pt").exists():
         assert process.poll() is None
+        time.sleep(.05)
     process.kill()
     process.wait()
     assert "holds a run already" in train(trained, "cut", code=2)
-    assert "--seed 5: the run to resume has 0" in train(trained, "cut", "--resume", "--seed", 5, code=2)
+    assert "--seed 5: the run in" in train(trained, "cut", "--resume", "--seed", 5, code=2)
     script("train.py", "--resume", "--out", trained / "cut", "--device", "cpu")
     whole, cut = (torch.load(trained / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut"))
     assert cut["step"] == 30 and all(torch.equal(whole["model"][k], cut["model"][k]) for k in whole["model"])
@@ -95,7 +97,7 @@ def test_resumed_equals_unbroken(trained):
 def test_accumulation_and_several_processes_equal_one(trained):
     train(trained, "one", steps=10)
     train(trained, "parts", "--accumulate", 4, steps=10)
-    train(trained, "two", steps=10, launcher=("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29765"))
+    train(trained, "two", steps=10, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
     losses = [json.loads((trained / name / "log.jsonl").read_text())["loss"] for name in ("one", "parts", "two")]
     assert max(losses) - min(losses) < 1e-4, losses
 
@@ -127,6 +129,7 @@ def test_a_folder_of_images(tmp_path):
     (("train.py", "--gen-plan", "hmgen", "--shallow", "9", "--preset", "tiny"), "do not fit"),
     (("train.py", "--objective", "und", "--gen-plan", "hmgen"), "no such task"),
     (("train.py", "--steps", "-1"), "--steps"),
+    (("train.py", "--table", "t", "--projections", "task"), "--projections"),
     (("train.py", "--batch-size", "6", "--accumulate", "4"), "multiple"),
     (("train.py", "--data", "nowhere"), "nowhere"),
     (("train.py", "--device", "cuda"), "--device cuda"),
