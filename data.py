@@ -263,7 +263,7 @@ class Shapes:
         """A caption that tells of every object, in reading order: all about it (of kind "scene"), or less of it, in which
         case the kinds are those of GenEval (Ghosh et al. 2023): its names, and like there at most two different objects.
         With `about` (the transfer split) it has to tell colours and shapes."""
-        n, shapes, kinds = len(scene), {t.shape for t in scene}, ["scene", "scene"]
+        n, shapes, kinds = len(scene), {t.shape for t in scene}, ["scene"]
         if n == 1:
             kinds += ["single object", "colours"]
         elif len(shapes) == 1:

@@ -41,7 +41,7 @@ class Preset:
     """What fits a device. The network's shape stands in prune.SIZES."""
     steps: int
     batch_size: int             # pictures of each task in a step
-    scenes: int                 # training pictures of each task that are drawn
+    scenes: dict                # training pictures of each task that are drawn: see results/README.md, what was tried
     heads: int
     lr: float                   # Muon's, of all matrices in the layers
     lr_rest: float              # AdamW's, of embeddings, head, norms and positions
@@ -49,9 +49,9 @@ class Preset:
     shallow: int                # HMGen's K: a quarter of the layers, as the paper's K = 5 (0.75 of the FLOPs)
 
 
-PRESETS = {"tiny": Preset(steps=100, batch_size=8, scenes=300, heads=2, lr=.02, lr_rest=1e-2, text=40, shallow=1),
-           "cpu": Preset(steps=1600, batch_size=16, scenes=20_000, heads=4, lr=.02, lr_rest=1e-2, text=80, shallow=1),
-           "gpu": Preset(steps=6000, batch_size=64, scenes=60_000, heads=6, lr=.02, lr_rest=1e-2, text=192, shallow=3)}
+PRESETS = {"tiny": Preset(steps=100, batch_size=8, scenes={"und": 300, "gen": 300}, heads=2, lr=.02, lr_rest=1e-2, text=40, shallow=1),
+           "cpu": Preset(steps=1600, batch_size=16, scenes={"und": 8000, "gen": 20_000}, heads=4, lr=.02, lr_rest=1e-2, text=80, shallow=1),
+           "gpu": Preset(steps=6000, batch_size=64, scenes={"und": 40_000, "gen": 60_000}, heads=6, lr=.02, lr_rest=1e-2, text=192, shallow=3)}
 WARM_UP, DECAY = 50, .6         # steps of rising rate; the share of training, its end, over which it falls to nothing
 LOSS_WEIGHT = {"und": 1., "gen": 2.}            # of the tasks in the gradient; logged losses are without it
 CLIP = 1.                       # largest norm of the gradient of AdamW's part (Muon's step has the same size anyway)
@@ -167,7 +167,7 @@ def run(options, resume, device):
     dataset = data_sets.load(options["data"], options["preset"])
     tokenizer = Tokenizer.from_state(resume["tokenizer"]) if resume else get_tokenizer(options, dataset, device, first)
     tokenizer.vq.to(device)
-    splits = {task: dataset.split(task, "train", preset.scenes, seed, questions=10 if task == "und" else 0) for task in tasks}
+    splits = {task: dataset.split(task, "train", preset.scenes[task], seed, questions=10 if task == "und" else 0) for task in tasks}
     seen = [*splits.values(), *(dataset.split(t, part, evaluation.SAMPLES[options["preset"]][t]) for t in tasks
                                 for part in (("val", "transfer") if dataset.name == "shapes" else ("val",)))]
     try:
