@@ -415,7 +415,7 @@ def open_picture(path, size, where):
                 paper = Image.new("RGBA", image.size, "white")
                 return np.array(ImageOps.fit(Image.alpha_composite(paper, image).convert("RGB"), (size, size)))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        fail(f"{where}: {path} cannot be used as an image ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
+        fail(f"{where}: {path} cannot be used as an image ({(str(error) or type(error).__name__).splitlines()[0]})")
 
 
 def read_metadata(root):
@@ -479,7 +479,8 @@ class Folder:
         """Up to n pictures of a part ("train" or "val"), the same for both tasks, in an order that `seed` gives."""
         index = np.flatnonzero(self.part == part)
         index = index[np.argsort([zlib.crc32(f"{seed} {i}".encode()) for i in index], kind="stable")][:n]
-        return Split(self.pixels[index], [self.captions[i] for i in index], [self.questions[i][:questions] for i in index])
+        return Split(self.pixels[index], [self.captions[i] for i in index],
+                     [self.questions[i][:questions] for i in index])
 
 
 def load(source, preset):
@@ -523,7 +524,7 @@ def contact_sheet(pixels, texts, path, columns=6, size=160, wrong=()):
 
 
 def line_chart(lines, path, title, x_label, top_y=None, size=(560, 360)):
-    """{name: [(x, y)]}, y >= 0, as lines with a legend, as a PNG; the y axis goes from 0 to top_y (default: the data's)."""
+    """{name: [(x, y)]}, y >= 0, as lines with a legend, as a PNG. The y axis ends at top_y, by default with the data."""
     (width, height), font = size, ImageFont.load_default(12)
     left, top, right, bottom = 50, 50, width - 16, height - 40
     points = [p for line in lines.values() for p in line]

@@ -124,7 +124,8 @@ def fulfilment(dataset, split, pixels):
         return {"object_accuracy": sum(found for _, _, found, _ in rows) / sum(n for _, n, _, _ in rows),
                 "image_accuracy": share(right for *_, right in rows), "n": len(rows)}
 
-    return {**rates(rows), "by_type": {kind: rates(some) for kind in CAPTIONS if (some := [r for r in rows if r[0] == kind])}}
+    kinds = [kind for kind in CAPTIONS if any(row[0] == kind for row in rows)]
+    return {**rates(rows), "by_type": {kind: rates([row for row in rows if row[0] == kind]) for kind in kinds}}
 
 
 @torch.no_grad()
@@ -144,8 +145,8 @@ def matching(model, tokenizer, split, plans, group=10):
     """Pictures and captions (or answers) matched among ten by likelihood, where no checker exists.
 
     und: log p(answer | picture, question), the picture's first question. gen: log p(picture | caption) - log p(picture
-    | no caption). A pick whose text is the right text counts as right. Returns {task: {"caption", "image", "chance"}}: how
-    often the right text is picked for a picture, the right picture for a text, and how often a blind pick is right.
+    | no caption). A pick whose text is the right text counts as right. Returns {task: {"caption", "image", "chance"}}:
+    how often the right text is picked for a picture, the right picture for a text, and how often a blind pick is right.
     """
     codes, c, device = tokenizer.encode(split.pixels), model.config, model.embed.weight.device
     hits = defaultdict(list)
@@ -166,9 +167,9 @@ def matching(model, tokenizer, split, plans, group=10):
             table = likelihoods(understanding(tokenizer, every, asked, length), plans["und"]).view(group, group)
             match(hits, "und", table, [q.answer for q in first])
         if "gen" in plans:
-            table = likelihoods(generation(tokenizer, every, texts * group, c.gen.before), plans["gen"]).view(group, group)
+            table = likelihoods(generation(tokenizer, every, texts * group, c.gen.before), plans["gen"])
             alone = likelihoods(generation(tokenizer, some, [""] * group, c.gen.before), plans["gen"])
-            match(hits, "gen", table - alone[:, None], texts)
+            match(hits, "gen", table.view(group, group) - alone[:, None], texts)
     return {task: {what: share(hits[task, what]) for what in ("caption", "image", "chance")} for task in plans}
 
 
@@ -224,7 +225,8 @@ def hardware(device):
 
 # ------------------------------------------------------------------------------------------------ all of it
 
-def evaluate(model, tokenizer, found, dataset, plans, folder, suffix="", guidance=GUIDANCE, temperature=TEMPERATURE, top_k=None):
+def evaluate(model, tokenizer, found, dataset, plans, folder, suffix="", guidance=GUIDANCE, temperature=TEMPERATURE,
+             top_k=None):
     """Scores a run under plans {task: plan}, writes eval.json and samples.png into its folder, returns the scores.
 
     found: its checkpoint (or what will be one); for "options" and the like that belong to the result.
@@ -232,9 +234,9 @@ def evaluate(model, tokenizer, found, dataset, plans, folder, suffix="", guidanc
     start, device, options = time.time(), model.embed.weight.device, found["options"]
     samples = SAMPLES[options["preset"]]
     model.eval()
-    scores = {"config": {**options, "guidance": guidance,
-                         "temperature": temperature, "top_k": top_k, "parameters": sum(p.numel() for p in model.parameters()),
-                         "step": found["step"]}, "n": {}}
+    scores = {"config": {**options, "guidance": guidance, "temperature": temperature, "top_k": top_k, "step": found["step"],
+                         "parameters": sum(p.numel() for p in model.parameters()),
+                         "examples": found["step"] * options["batch_size"]}, "n": {}}
     folder, sheets = Path(folder), []
     splits = {task: dataset.split(task, "val", samples[task]) for task in plans}
     is_shapes = splits[next(iter(plans))].scenes is not None
@@ -252,15 +254,16 @@ def evaluate(model, tokenizer, found, dataset, plans, folder, suffix="", guidanc
         pixels = drawn(model, tokenizer, [c.text for c in split.captions], *sampling)
         again = tokenizer.decode(tokenizer.encode(split.pixels))
         ceiling = {"frechet": frechet(again, split.pixels)}
-        scores["gen"] = {"frechet": frechet(pixels, split.pixels), "loss": generation_loss(model, tokenizer, split, plans["gen"]),
-                         "ceiling": ceiling}
+        scores["gen"] = {"frechet": frechet(pixels, split.pixels), "ceiling": ceiling,
+                         "loss": generation_loss(model, tokenizer, split, plans["gen"])}
         scores["n"]["gen"] = len(pixels)
         right = None
         if is_shapes:
             scores["gen"] |= fulfilment(dataset, split, pixels)
             ceiling |= fulfilment(dataset, split, again)
             transfer = dataset.split("gen", "transfer", samples["gen"])
-            held = [tuple(t for t in scene if (t.colour, t.shape) in dataset.held_out["gen"]) for scene in transfer.scenes]
+            held = [tuple(t for t in scene if (t.colour, t.shape) in dataset.held_out["gen"])
+                    for scene in transfer.scenes]
             others = drawn(model, tokenizer, [c.text for c in transfer.captions], *sampling)
             scores["gen"]["transfer_object_accuracy"] = fulfilment(
                 dataset, transfer._replace(scenes=held), others)["object_accuracy"]
@@ -275,7 +278,8 @@ def evaluate(model, tokenizer, found, dataset, plans, folder, suffix="", guidanc
             seen = dataset.split("gen", "train", 18, options["seed"])
             pixels = drawn(model, tokenizer, [c.text for c in seen.captions], *sampling)
             sheets.append((pixels, [f"{c.text} (trained on)" for c in seen.captions], []))
-    scores["cost"] = cost(model, timing_batches(model, tokenizer, splits, options["batch_size"] // options["accumulate"]), plans)
+    rows = options["batch_size"] // options["accumulate"]
+    scores["cost"] = cost(model, timing_batches(model, tokenizer, splits, rows), plans)
     scores |= {"seconds": time.time() - start, "hardware": hardware(device)}
     (folder / f"eval{suffix}.json").write_text(json.dumps(scores, indent=1))
     pixels, texts, wrong = [], [], []
@@ -327,7 +331,8 @@ def summary(scores):
                      f"{percent(g.get('transfer_object_accuracy'))}, Frechet {g['frechet']:.3f} "
                      f"(reconstructions {g['ceiling']['frechet']:.3f}), loss {g['loss']:.3f}, n = {scores['n']['gen']}")
         lines += [f"   {kind:18}{percent(r['image_accuracy'])} (reconstructions "
-                  f"{percent(g['ceiling']['by_type'][kind]['image_accuracy'])})" for kind, r in g.get("by_type", {}).items()]
+                  f"{percent(g['ceiling']['by_type'][kind]['image_accuracy'])})"
+                  for kind, r in g.get("by_type", {}).items()]
     for task in ("und", "gen"):
         if "matching" in scores.get(task, {}):
             rates = scores[task]["matching"]
@@ -347,13 +352,24 @@ ROWS = {
     "u-dense": ("U only, dense", dict(objective="und"), (52.86, 79.40, None, "1")),
     "g-dense": ("G only, dense", dict(objective="gen"), (None, None, 17.45, "1")),
     "joint-dense": ("joint, dense", {}, (56.00, 82.30, 15.78, "1")),
-    "u-himix": ("U only, HiMix", dict(objective="und", und_plan="himix", projections="image"), (49.92, 78.75, None, "0.24")),
-    "g-hmgen": ("G only, HMGen", dict(objective="gen", gen_plan="hmgen", projections="image"), (None, None, 12.16, "0.85")),
+    "u-himix": ("U only, HiMix", dict(objective="und", und_plan="himix", projections="image"),
+                (49.92, 78.75, None, "0.24")),
+    "g-hmgen": ("G only, HMGen", dict(objective="gen", gen_plan="hmgen", projections="image"),
+                (None, None, 12.16, "0.85")),
     "joint-share-all": ("joint, HiMix + HMGen, share all", dict(und_plan="himix", gen_plan="hmgen"),
                         (33.00, 67.59, 12.53, "0.56")),
     "joint-share-partial": ("joint, HiMix + HMGen, share partial",
                             dict(und_plan="himix", gen_plan="hmgen", projections="task"), (47.05, 76.58, 14.54, "0.55")),
 }
+
+# title, where in eval.json, times what, digits
+COLUMNS = [("questions right, %", ("und", "accuracy"), 100, 1), ("chance", ("und", "chance"), 100, 1),
+           ("POPE F1, %", ("und", "pope", "f1"), 100, 1), ("transfer, %", ("und", "transfer_accuracy"), 100, 1),
+           ("images right, %", ("gen", "image_accuracy"), 100, 1), ("objects right, %", ("gen", "object_accuracy"), 100, 1),
+           ("transfer, %", ("gen", "transfer_object_accuracy"), 100, 1), ("Fréchet (less is better)", ("gen", "frechet"), 1, 3),
+           ("FLOPs", ("cost", "flops_ratio"), 1, 2), ("paper's formula", ("cost", "paper_flops_ratio"), 1, 2),
+           ("time", ("cost", "step_ratio"), 1, 2), ("parameters, M", ("config", "parameters"), 1e-6, 2),
+           ("examples of each task", ("config", "examples"), 1, 0)]
 
 
 def table(folder):
@@ -365,7 +381,7 @@ def table(folder):
     if not found:
         fail(f"{folder}: no finished run in it (expected folders with an eval.json)")
 
-    def cell(runs, *path, scale=100, digits=1):
+    def cell(runs, path, scale, digits):
         values = []
         for value in runs:
             for key in path:
@@ -377,23 +393,16 @@ def table(folder):
         spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.{digits}f}{spread}"
 
-    lines = ["| run | seeds | questions right, % | chance | POPE F1, % | transfer, % | images right, % | objects right, % "
-             "| transfer, % | Fréchet (less is better) | FLOPs | paper's formula | time | parameters, M | examples per task "
-             "| paper: GQA | POPE F1 | MJHQ FID (less is better) | FLOPs |", "|---|" + "---:|" * 18]
+    lines = ["| run | seeds | " + " | ".join(title for title, *_ in COLUMNS) + " | paper: GQA | POPE F1 | MJHQ FID (less is "
+             "better) | FLOPs |", "|---|" + "---:|" * (len(COLUMNS) + 5)]
     for name in [*ROWS, *sorted(set(found) - set(ROWS))]:
         if runs := found.get(name):
             title, _, paper = ROWS.get(name, (name, {}, (None,) * 4))
-            lines.append("| " + " | ".join([
-                title, str(len(runs)), cell(runs, "und", "accuracy"), cell(runs, "und", "chance"), cell(runs, "und", "pope", "f1"),
-                cell(runs, "und", "transfer_accuracy"), cell(runs, "gen", "image_accuracy"), cell(runs, "gen", "object_accuracy"),
-                cell(runs, "gen", "transfer_object_accuracy"), cell(runs, "gen", "frechet", scale=1, digits=3),
-                cell(runs, "cost", "flops_ratio", scale=1, digits=2), cell(runs, "cost", "paper_flops_ratio", scale=1, digits=2),
-                cell(runs, "cost", "step_ratio", scale=1, digits=2), cell(runs, "config", "parameters", scale=1e-6, digits=2),
-                cell([{"examples": r["config"]["steps"] * r["config"]["batch_size"]} for r in runs], "examples", scale=1, digits=0),
-                *("–" if x is None else str(x) for x in paper)]) + " |")
+            lines.append("| " + " | ".join([title, str(len(runs)), *(cell(runs, *column[1:]) for column in COLUMNS),
+                                            *("–" if x is None else str(x) for x in paper)]) + " |")
     runs = [run for some in found.values() for run in some]
     n = {key: count for run in runs for key, count in run["n"].items()}
-    return "\n".join([*lines, "", f"Mean ± standard deviation over seeds. {runs[0]['hardware']}; questions and pictures: {n}."])
+    return "\n".join([*lines, "", f"Mean ± standard deviation over seeds; n = {n}; {runs[0]['hardware']}."])
 
 
 def main():
@@ -443,8 +452,8 @@ def main():
             print(f"{args.run / 'draw.png'}: {args.n} pictures of {args.draw!r}")
         else:
             dataset = data_sets.load(options["data"], options["preset"])
-            changed = (names["und"], names["gen"], shallow) != tuple(options[k] for k in ("und_plan", "gen_plan", "shallow"))
-            suffix = f"-{names['und']}-{names['gen']}{shallow}" if changed else ""
+            trained = tuple(options[key] for key in ("und_plan", "gen_plan", "shallow"))
+            suffix = "" if (*names.values(), shallow) == trained else f"-{names['und']}-{names['gen']}{shallow}"
             if sampling != (GUIDANCE, TEMPERATURE, None):
                 suffix += f"-g{args.guidance:g}-t{args.temperature:g}-k{args.top_k}"
             found["options"] = {**options, "und_plan": names["und"], "gen_plan": names["gen"], "shallow": shallow}

@@ -31,12 +31,9 @@ def segments(batch):
     order = torch.arange(sum(batch.layout), device=batch.tokens.device)
     real, image = batch.turns >= 0, (order >= before) & (order < before + m)
     system = real & (batch.places < 2) & (order < before)
-    if batch.task == "gen":
-        return {"system": system, "image": torch.zeros_like(real), "instruction": real & ~system & ~image, "output": image & real}
-    # An answer begins one token after the first that has an answer as its target.
-    output = torch.zeros_like(real)
+    output = torch.zeros_like(real)                 # a token is output if the one before it had to foretell it
     output[:, 1:] = (batch.weights == 1)[:, :-1]
-    return {"system": system, "image": image & real, "instruction": real & ~system & ~image & ~output, "output": output & real}
+    return {"system": system, "image": image & ~output, "instruction": real & ~system & ~image & ~output, "output": output}
 
 
 @torch.no_grad()
@@ -87,7 +84,8 @@ def heatmaps(attention, batch, path, columns):
             colours = stops[low] + (stops[low + 1] - stops[low]) * (level - low)[..., None]
             x, y = gap + column * (size + gap), gap + 20 + row * (size + 2 * gap)
             sheet.paste(Image.fromarray(colours.round().astype(np.uint8)).resize((size, size), Image.NEAREST), (x, y))
-            draw.text((x, y - 18), f"{ {'und': 'understanding', 'gen': 'generation'}[task]}, layer {layer + 1}", (30, 30, 30), font)
+            name = {"und": "understanding", "gen": "generation"}[task]
+            draw.text((x, y - 18), f"{name}, layer {layer + 1}", (30, 30, 30), font)
             for _, where in bounds:
                 if len(where):
                     edge = x + size * where[0].item() / len(a)
@@ -107,11 +105,11 @@ def probe(model, tokenizer, options, n):
         split = dataset.split(task, "val", n, questions=1)
         codes = tokenizer.encode(split.pixels)
         batch = (understanding(tokenizer, codes, list(map(pairs, split.questions)), c.und.after) if task == "und" else
-                 generation(tokenizer, codes, [x.text for x in split.captions], c.gen.before)).to(model.embed.weight.device)
+                 generation(tokenizer, codes, [x.text for x in split.captions], c.gen.before))
+        batches[task] = batch.to(model.embed.weight.device)
         plan = plan_for(task, options[f"{task}_plan"], c.layers, options["shallow"])
-        every, output, attention[task] = allocation(model, batch, plan)
+        every, output, attention[task] = allocation(model, batches[task], plan)
         shares[task] = every | {"output_queries": output}
-        batches[task] = batch
     return shares, attention, batches
 
 
@@ -128,9 +126,11 @@ def main():
     options, suffix = found["options"], ""
     if args.untrained:
         torch.manual_seed(options["seed"])
-        model, suffix = Model(model.config, tokenizer.vq.codebook.cpu()).to(model.embed.weight.device).eval(), "-untrained"
+        model = Model(model.config, tokenizer.vq.codebook.cpu()).to(model.embed.weight.device).eval()
+        suffix = "-untrained"
     shares, attention, batches = probe(model, tokenizer, options, args.n)
-    (args.run / f"attention{suffix}.json").write_text(json.dumps(shares | {"n": len(next(iter(batches.values())).tokens), "config": options}, indent=1))
+    n = {task: len(batch.tokens) for task, batch in batches.items()}
+    (args.run / f"attention{suffix}.json").write_text(json.dumps(shares | {"n": n, "config": options}, indent=1))
     for task, own in shares.items():
         print(f"{task}: share of attention by layer, over all queries | over those that foretell output")
         for name in SEGMENTS:

@@ -262,7 +262,8 @@ def train_tokenizer(dataset, preset, device, seed=0, steps=None):
     for task in ("und", "gen"):
         split = dataset.split(task, "train", 300 if preset == "tiny" else 3000, seed)
         texts += [c.text for c in split.captions] + [t for some in split.questions for q in some for t in q[:2]]
-    pixels = torch.tensor(dataset.split(None, "train", {"tiny": 500, "cpu": 6000, "gpu": 20_000}[preset], seed, questions=0).pixels)
+    pictures = {"tiny": 500, "cpu": 6000, "gpu": 20_000}[preset]
+    pixels = torch.tensor(dataset.split(None, "train", pictures, seed, questions=0).pixels)
     images = pixels.to(device).permute(0, 3, 1, 2)
 
     vq = VQ(config).to(device, memory_format=torch.channels_last)

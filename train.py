@@ -49,9 +49,12 @@ class Preset:
     shallow: int                # HMGen's K: a quarter of the layers, as the paper's K = 5 (0.75 of the FLOPs)
 
 
-PRESETS = {"tiny": Preset(steps=100, batch_size=8, scenes={"und": 300, "gen": 300}, heads=2, lr=.02, lr_rest=1e-2, text=40, shallow=1),
-           "cpu": Preset(steps=1600, batch_size=16, scenes={"und": 8000, "gen": 20_000}, heads=4, lr=.02, lr_rest=1e-2, text=80, shallow=1),
-           "gpu": Preset(steps=6000, batch_size=64, scenes={"und": 40_000, "gen": 60_000}, heads=6, lr=.02, lr_rest=1e-2, text=192, shallow=3)}
+PRESETS = {"tiny": Preset(steps=100, batch_size=8, scenes={"und": 300, "gen": 300}, heads=2, lr=.02, lr_rest=1e-2,
+                          text=40, shallow=1),
+           "cpu": Preset(steps=1600, batch_size=16, scenes={"und": 8000, "gen": 20_000}, heads=4, lr=.02, lr_rest=1e-2,
+                         text=80, shallow=1),
+           "gpu": Preset(steps=6000, batch_size=64, scenes={"und": 40_000, "gen": 60_000}, heads=6, lr=.02, lr_rest=1e-2,
+                         text=192, shallow=3)}
 WARM_UP, DECAY = 50, .6         # steps of rising rate; the share of training, its end, over which it falls to nothing
 LOSS_WEIGHT = {"und": 1., "gen": 2.}            # of the tasks in the gradient; logged losses are without it
 CLIP = 1.                       # largest norm of the gradient of AdamW's part (Muon's step has the same size anyway)
@@ -167,14 +170,15 @@ def run(options, resume, device):
     dataset = data_sets.load(options["data"], options["preset"])
     tokenizer = Tokenizer.from_state(resume["tokenizer"]) if resume else get_tokenizer(options, dataset, device, first)
     tokenizer.vq.to(device)
-    splits = {task: dataset.split(task, "train", preset.scenes[task], seed, questions=10 if task == "und" else 0) for task in tasks}
+    splits = {t: dataset.split(t, "train", preset.scenes[t], seed, questions=10 if t == "und" else 0) for t in tasks}
     seen = [*splits.values(), *(dataset.split(t, part, evaluation.SAMPLES[options["preset"]][t]) for t in tasks
                                 for part in (("val", "transfer") if dataset.name == "shapes" else ("val",)))]
     try:
         after, before = text_lengths(tokenizer, seen, preset.text)
         vq = tokenizer.vq
         c = Config(tokenizer.vocab, size.layers, size.width, Layout(2, vq.side ** 2, after), Layout(before, vq.side ** 2, 0),
-                   hidden=size.hidden, heads=preset.heads, side=vq.side, first_code=tokenizer.first_code, projections=options["projections"])
+                   hidden=size.hidden, heads=preset.heads, side=vq.side, first_code=tokenizer.first_code,
+                   projections=options["projections"])
         sets = {task: training_set(task, splits[task], tokenizer, c, seed).to(device) for task in tasks}
     except ValueError as error:
         fail(f"--data {options['data']}: {error}")
@@ -182,8 +186,9 @@ def run(options, resume, device):
     model = Model(c, vq.codebook.cpu()).to(device)
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    lr_rest = preset.lr_rest * options["lr"] / preset.lr
     optimizers = [Muon(matrices, options["lr"]),
-                  torch.optim.AdamW(rest, preset.lr_rest * options["lr"] / preset.lr, betas=(.9, .99), weight_decay=0, fused=True)]
+                  torch.optim.AdamW(rest, lr_rest, betas=(.9, .99), weight_decay=0, fused=True)]
     highest = [o.param_groups[0]["lr"] for o in optimizers]
 
     start = 0
@@ -256,7 +261,8 @@ def run(options, resume, device):
                 row = {"step": step + 1, "loss": sum(values.values()), "loss_und": values.get("und"),
                        "loss_gen": values.get("gen"), "lr": optimizers[0].param_groups[0]["lr"],
                        "tokens_per_s": tokens / seconds, "step_ms": 1e3 * seconds,
-                       "mfu": operations / seconds / peak / world if peak else None, "peak_memory_mb": peak_memory(device)}
+                       "mfu": operations / seconds / peak / world if peak else None,
+                       "peak_memory_mb": peak_memory(device)}
                 if first:
                     with log.open("a") as file:
                         file.write(json.dumps(row) + "\n")
@@ -281,8 +287,8 @@ def run(options, resume, device):
                out / "loss.png", "training loss (nats per output token)", "step")
     found = {"options": options, "step": steps}
     print(evaluation.summary(evaluation.evaluate(model, tokenizer, found, dataset, plans, out)))
-    print(f"{time.time() - began:.0f} s in all, a training step {statistics.median(r['step_ms'] for r in rows):.0f} ms (median), "
-          f"peak memory {peak_memory(device) or math.nan:.0f} MB\n"
+    print(f"{time.time() - began:.0f} s in all, a training step {statistics.median(r['step_ms'] for r in rows):.0f} ms "
+          f"(median), peak memory {peak_memory(device) or math.nan:.0f} MB\n"
           f"look at {out}/samples.png, {out}/eval.json, {out}/loss.png; then: python probe.py {out}")
 
 
@@ -381,7 +387,8 @@ def main():
     parser.add_argument("--table", type=Path, metavar="DIR", help="train all rows of the paper's table 3 into DIR")
     parser.add_argument("--seeds", type=int, help="of --table (default: 1)")
     given = vars(parser.parse_args())
-    device, resume, folder, seeds = given.pop("device"), given.pop("resume"), given.pop("table", None), given.pop("seeds", None)
+    device, resume = given.pop("device"), given.pop("resume")
+    folder, seeds = given.pop("table", None), given.pop("seeds", None)
 
     if "RANK" in os.environ:                                            # started by torchrun
         dist.init_process_group("nccl" if torch.cuda.is_available() and device in ("auto", "cuda") else "gloo")
