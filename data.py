@@ -31,6 +31,10 @@ def fail(message):
     raise SystemExit(2)
 
 
+if sys.version_info < (3, 10):
+    fail(f"Python {sys.version.split()[0]} is too old: expected 3.10 or newer")
+
+
 class Question(NamedTuple):
     text: str
     answer: str

@@ -17,8 +17,8 @@ from data import fail
 from prune import PLANS, Layout, Size, make_plan, positions
 from tokenizer import Tokenizer, read
 
-INSTRUCTION_WEIGHT = .2     # of a question's token in the loss, where an output token has 1: the paper's eq. 1 counts both
-                            # alike, but a question has five times as many tokens as its answer
+INSTRUCTION_WEIGHT = .2     # of a question's token in the loss, where an output token has 1. The paper's eq. 1 counts both
+                            # alike, but here a question has five times as many tokens as its answer
 
 
 @dataclass

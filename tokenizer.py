@@ -9,6 +9,7 @@ Ids of the one vocabulary: 0 to 255 bytes, from 256 merged text, 507 to 511 spec
 import argparse
 import math
 import os
+import re
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -233,7 +234,9 @@ def read(path, kind):
 
 
 def pick_device(name):
-    """The torch.device that --device names; "auto" takes the best there is. Says which and why."""
+    """The torch.device that --device names; "auto" takes the best there is. Says which and why, and what is too old."""
+    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 11):
+        fail(f"PyTorch {torch.__version__} is too old: expected 2.11 or newer (pip install -r requirements.txt)")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(d for d in available if available[d])
