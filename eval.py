@@ -278,8 +278,9 @@ def evaluate(model, tokenizer, found, dataset, plans, folder, suffix="", guidanc
             seen = dataset.split("gen", "train", 18, options["seed"])
             pixels = drawn(model, tokenizer, [c.text for c in seen.captions], *sampling)
             sheets.append((pixels, [f"{c.text} (trained on)" for c in seen.captions], []))
-    rows = options["batch_size"] // options["accumulate"]
-    scores["cost"] = cost(model, timing_batches(model, tokenizer, splits, rows), plans)
+    parts = options["accumulate"]                                       # of a step, which may not fit as a whole
+    scores["cost"] = cost(model, timing_batches(model, tokenizer, splits, options["batch_size"] // parts), plans)
+    scores["cost"] |= {key: parts * scores["cost"][key] for key in ("flops_per_step", "step_ms")}
     scores |= {"seconds": time.time() - start, "hardware": hardware(device)}
     (folder / f"eval{suffix}.json").write_text(json.dumps(scores, indent=1))
     pixels, texts, wrong = [], [], []
