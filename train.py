@@ -286,7 +286,8 @@ def run(options, resume, device):
                 (("loss_und", "understanding"), ("loss_gen", "generation")) if rows[0][key] is not None},
                out / "loss.png", "training loss (nats per output token)", "step")
     found = {"options": options, "step": steps}
-    print(evaluation.summary(evaluation.evaluate(model, tokenizer, found, dataset, plans, out)))
+    print(evaluation.summary(evaluation.evaluate(model, tokenizer, found, dataset, plans, out,
+                                              evaluation.sampling_for(options["data"]))))
     print(f"{time.time() - began:.0f} s in all, a training step {statistics.median(r['step_ms'] for r in rows):.0f} ms "
           f"(median), peak memory {peak_memory(device) or math.nan:.0f} MB\n"
           f"look at {out}/samples.png, {out}/eval.json, {out}/loss.png; then: python probe.py {out}")

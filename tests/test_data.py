@@ -120,14 +120,17 @@ def test_folders(tmp_path):
         for i in range(30):
             mode = ("RGB", "RGBA", "L", "P", "CMYK")[i % 5]
             Image.new("RGB", (20 + i, 30), colour).convert(mode).save(tmp_path / name / f"{i}.{'tif' if mode == 'CMYK' else 'png'}")
-            Image.fromarray(np.random.default_rng(i).integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(tmp_path / name / f"n{i}.png")
+        for i in range(100):
+            noise = np.random.default_rng([i, len(name)]).integers(0, 255, (9, 9, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(tmp_path / name / f"n{i}.png")
     folder = Folder(tmp_path)
     train, val = folder.split("und", "train", 1000), folder.split("gen", "val", 1000)
-    assert len(train.pixels) + len(val.pixels) == 120 and train.pixels.shape[1:] == (32, 32, 3)
+    assert len(train.pixels) + len(val.pixels) == 260 and train.pixels.shape[1:] == (32, 32, 3)
     assert {c.text for c in train.captions} == {"red dot", "blue dot"}
     assert not {p.tobytes() for p in train.pixels} & {p.tobytes() for p in val.pixels}
 
-    rows = [{"file_name": f"red_dot/n{i}.png", "text": f"noise {i}", "qa": [{"question": "which?", "answer": str(i)}]} for i in range(30)]
+    rows = [{"file_name": f"red_dot/n{i}.png", "text": f"noise {i}", "qa": [{"question": "which?", "answer": str(i)}]}
+            for i in range(100)]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     split = Folder(tmp_path).split("und", "train", 5)
     assert all(c.text == f"noise {q[0].answer}" for c, q in zip(split.captions, split.questions))
