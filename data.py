@@ -435,8 +435,8 @@ def read_metadata(root):
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            fail(f"{where}: not JSON ({error.msg})")
+        except (ValueError, RecursionError) as error:
+            fail(f"{where}: not JSON ({str(error)[:80]})")
         pairs = row.get("qa", [row] if "question" in row else []) if isinstance(row, dict) else None
         if not isinstance(pairs, list) or not all(isinstance(p, dict) for p in pairs):
             fail(f"{where}: expected an object with file_name, text and, if you like, qa: a list of objects")
@@ -444,10 +444,14 @@ def read_metadata(root):
         if not all(isinstance(t, str) and t.strip() for t in texts):
             fail(f"{where}: file_name, text, question and answer have to be strings that are not empty")
         path = root / row["file_name"]
-        if not path.resolve().is_relative_to(root.resolve()):
-            fail(f"{where}: file_name {row['file_name']!r} leads out of {root}")
-        if not path.is_file():
-            fail(f"{where}: no file {path}")
+        try:
+            "".join(texts).encode()                                     # a lone surrogate is in no UTF-8 text
+            if not path.resolve().is_relative_to(root.resolve()):
+                fail(f"{where}: file_name {row['file_name']!r} leads out of {root}")
+            if not path.is_file():
+                fail(f"{where}: no file {path}")
+        except (OSError, ValueError) as error:                          # names with NUL, or too long ones
+            fail(f"{where}: {str(error)[:80]}")
         rows.append((path, row["text"], [(p["question"], p["answer"]) for p in pairs], where))
     return rows
 

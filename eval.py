@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
 import data as data_sets
@@ -34,8 +35,8 @@ def pairs(questions):
 
 
 def sampling_for(data):
-    """Guidance, temperature and top-k of drawing unless told otherwise, chosen on runs that no result shows. A folder's few
-    pictures are known by heart, under the empty caption too: guidance leads astray there."""
+    """Guidance, temperature and top-k of drawing unless told otherwise: see results/README.md, what was tried. A folder's
+    few pictures are known by heart, under the empty caption too: guidance leads astray there."""
     return (1.5, .7, None) if data == "shapes" else (1., .1, None)
 
 
@@ -456,7 +457,8 @@ def main():
                 fail(f"--draw: {args.run} was trained to understand only")
             pixels = drawn(model, tokenizer, [args.draw] * args.n, plans["gen"], *sampling)
             contact_sheet(pixels, [""] * args.n, args.run / "draw.png", columns=min(args.n, 6))
-            print(f"{args.run / 'draw.png'}: {args.n} pictures of {args.draw!r}")
+            Image.fromarray(pixels[0]).save(args.run / "draw-0.png")
+            print(f"{args.run}/draw.png: {args.n} pictures of {args.draw!r}, draw-0.png: the first of them in its own size")
         else:
             dataset = data_sets.load(options["data"], options["preset"])
             trained = tuple(options[key] for key in ("und_plan", "gen_plan", "shallow"))

@@ -70,10 +70,10 @@ class Config:
     code_dim: int = 8           # numbers in a code: few, and normalised, so that no code is left unused
 
 
-# Training, beside the architecture: steps, pictures a step, learning rate.
-PRESETS = {"tiny": (Config(image_size=16, width=32, blocks=1, codes=32, code_dim=4), 150, 16, 4e-3),
-           "cpu": (Config(), 1200, 16, 4e-3),
-           "gpu": (Config(image_size=64, width=128, codes=512), 3000, 128, 4e-3)}
+# Training, beside the architecture: pictures, steps, pictures a step, learning rate.
+PRESETS = {"tiny": (Config(image_size=16, width=32, blocks=1, codes=32, code_dim=4), 500, 150, 16, 4e-3),
+           "cpu": (Config(), 6000, 1200, 16, 4e-3),
+           "gpu": (Config(image_size=64, width=128, codes=512), 20_000, 3000, 128, 4e-3)}
 
 
 class Residual(nn.Module):
@@ -258,14 +258,13 @@ def defaults(device, data):
 def train_tokenizer(dataset, preset, device, seed=0, steps=None):
     """Train the byte pairs on the data's text and the VQ on its pictures (reconstruction error + commitment). Returns
     a Tokenizer and what save writes."""
-    config, default_steps, batch_size, lr = PRESETS[preset]
+    config, pictures, default_steps, batch_size, lr = PRESETS[preset]
     steps = steps or default_steps
     torch.manual_seed(seed)
     texts = []
     for task in ("und", "gen"):
         split = dataset.split(task, "train", 300 if preset == "tiny" else 3000, seed)
         texts += [c.text for c in split.captions] + [t for some in split.questions for q in some for t in q[:2]]
-    pictures = {"tiny": 500, "cpu": 6000, "gpu": 20_000}[preset]
     pixels = torch.tensor(dataset.split(None, "train", pictures, seed, questions=0).pixels)
     images = pixels.to(device).permute(0, 3, 1, 2)
 

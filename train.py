@@ -46,7 +46,7 @@ class Preset:
     lr: float                   # Muon's, of all matrices in the layers
     lr_rest: float              # AdamW's, of embeddings, head, norms and positions
     text: int                   # most text tokens that a sequence may have
-    shallow: int                # HMGen's K: a quarter of the layers, as the paper's K = 5 (0.75 of the FLOPs)
+    shallow: int                # HMGen's K: a quarter of the layers or nearly, as the paper's K = 5 (0.75 of the FLOPs)
 
 
 PRESETS = {"tiny": Preset(steps=100, batch_size=8, scenes={"und": 300, "gen": 300}, heads=2, lr=.02, lr_rest=1e-2,
@@ -67,7 +67,7 @@ PEAKS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PC
 
 DEFAULTS = dict(objective="joint", und_plan="dense", gen_plan="dense", projections="shared", data="shapes", seed=0,
                 accumulate=1, save_every=200)
-HOW = {"out", "tokenizer", "compile", "accumulate", "save_every"}      # options that do not decide what is learned
+HOW = {"out", "compile", "accumulate", "save_every"}    # options that do not decide what is learned
 
 
 class Muon(torch.optim.Optimizer):
@@ -117,12 +117,13 @@ def text_lengths(tokenizer, splits, limit):
     is longer than the limit is refused, except that of several questions on a picture some may be left out."""
     asked = max(sum(len(tokenizer.ids(t)) for q in some for t in q[:2]) + len(some)
                 for split in splits for some in split.questions)
-    texts = [x.text for split in splits for x in split.captions]
-    texts += [q.text + q.answer for split in splits for some in split.questions for q in some]
-    longest = max(texts, key=lambda t: len(tokenizer.ids(t)))
-    if len(tokenizer.ids(longest)) > limit - 4:
-        fail(f"a caption, or a question with its answer, has {len(tokenizer.ids(longest))} tokens, expected at most "
-             f"{limit - 4}: {longest[:60]!r} ...")
+    texts = [(x.text,) for split in splits for x in split.captions]
+    texts += [q[:2] for split in splits for some in split.questions for q in some]
+    longest = max(texts, key=lambda some: sum(len(tokenizer.ids(t)) for t in some))
+    n = sum(len(tokenizer.ids(t)) for t in longest)
+    if n > limit - 2:
+        fail(f"a caption, or a question with its answer, has {n} tokens, expected at most {limit - 2}: "
+             f"{' '.join(longest)[:60]!r} ...")
     return min(asked, limit), 2 + max(len(tokenizer.ids(x.text)) for split in splits for x in split.captions)
 
 
@@ -169,6 +170,8 @@ def run(options, resume, device):
     # ---- data and model
     dataset = data_sets.load(options["data"], options["preset"])
     tokenizer = Tokenizer.from_state(resume["tokenizer"]) if resume else get_tokenizer(options, dataset, device, first)
+    if resume and resume["identity"] != dataset.identity:
+        fail(f"--data {options['data']}: the run to resume was trained on {resume['identity']}, this is {dataset.identity}")
     tokenizer.vq.to(device)
     splits = {t: dataset.split(t, "train", preset.scenes[t], seed, questions=10 if t == "und" else 0) for t in tasks}
     seen = [*splits.values(), *(dataset.split(t, part, evaluation.SAMPLES[options["preset"]][t]) for t in tasks
@@ -207,7 +210,8 @@ def run(options, resume, device):
         if first:
             save({"kind": "run", "options": options, "config": asdict(c) | {"und": list(c.und), "gen": list(c.gen)},
                   "tokenizer": tokenizer.state(), "model": model.state_dict(),
-                  "optimizers": [o.state_dict() for o in optimizers], "step": step}, out / "checkpoint.pt")
+                  "optimizers": [o.state_dict() for o in optimizers], "step": step, "identity": dataset.identity},
+                 out / "checkpoint.pt")
 
     # ---- training
     model.train()
@@ -353,7 +357,7 @@ def run_table(folder, seeds, given, device):
             found = load(out, "cpu")[2] if (out / "checkpoint.pt").exists() else None
             if found:
                 same_run(options, found["options"], out)
-            if not (out / "eval.json").exists():
+            if not found or found["step"] < options["steps"] or not (out / "eval.json").exists():
                 if first:
                     print(f"\n{out}")
                 run(options, found, device)
@@ -396,6 +400,8 @@ def main():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device = pick_device(device)
+    if seeds is not None and seeds < 1:
+        fail(f"--seeds {seeds}: expected at least 1")
     if folder is not None:
         own = {"out", "seed", "objective", "und_plan", "gen_plan", "projections"} & given.keys()
         if resume or own:
@@ -408,7 +414,9 @@ def main():
         options = completed(given, device)
         found = load(options["out"], "cpu")[2]
         same_run(given, found["options"], options["out"])
-        run({**found["options"], **{key: options[key] for key in given.keys() & HOW | {"out", "compile"}}}, found, device)
+        options = {**found["options"], **{key: options[key] for key in given.keys() & HOW | {"out", "compile"}}}
+        check(options)
+        run(options, found, device)
     else:
         options = completed(given, device)
         check(options)
