@@ -120,7 +120,7 @@ def test_a_folder_of_images(tmp_path):
     script("train.py", "--data", tmp_path / "images", "--preset", "tiny", "--steps", 30, "--device", "cpu", "--tokenizer", tmp_path / "t.pt",
            "--out", tmp_path / "run")
     scores = json.loads((tmp_path / "run" / "eval.json").read_text())
-    assert set(scores["und"]["matching"]) == {"caption", "image"} and scores["gen"]["bits_per_token"] > 0
+    assert set(scores["und"]["matching"]) == {"caption", "image", "chance"} and scores["gen"]["bits_per_token"] > 0
 
 
 @pytest.mark.parametrize("args, complaint", [
