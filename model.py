@@ -150,11 +150,12 @@ class Block(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)        # (B, n, d) -> (B, H, n, Dh)
 
     def rotated_query(self, q, rope):
-        return rotate(self.norm_q(self.split_heads(q)), *rope)
+        q = self.split_heads(q).type_as(self.norm_q.weight)             # autocast hands over bfloat16; norms stay exact
+        return rotate(self.norm_q(q), *rope)
 
     def rotated_key_value(self, kv, rope):
         k, v = map(self.split_heads, kv.chunk(2, dim=-1))
-        return rotate(self.norm_k(k), *rope), v
+        return rotate(self.norm_k(k.type_as(self.norm_k.weight)), *rope), v
 
     def update(self, x, attended):
         """Residual stream (B, n, d) and outputs of the heads (B, H, n, Dh) -> residual stream after this layer."""
