@@ -91,6 +91,10 @@ class Thing(NamedTuple):
     dx: int = 0
     dy: int = 0
 
+    @property
+    def pair(self):
+        return self.colour, self.shape
+
 
 @lru_cache(None)
 def stated(fields):
@@ -304,7 +308,7 @@ class Shapes:
     def question(self, rng, scene, kind, avoid=(), about=None):
         """One Question of this kind, or None where the scene has none. `avoid`: (colour, shape) pairs never named;
         `about`: the pairs that the question has to be about (for the transfer split)."""
-        things = [t for t in scene if not about or (t.colour, t.shape) in about]
+        things = [t for t in scene if not about or t.pair in about]
         if not things and not (about and kind == "existence"):
             return None
         thing = rng.choice(things) if things else None
@@ -327,7 +331,7 @@ class Shapes:
             fields, value = rng.choice(groups[number])
             plural = self.phrase(Thing(0, 0, 0, 0)._replace(**dict.fromkeys(fields, value)), fields, plural=True)
             return ask(rng, kind, NUMBERS[number], plural)
-        others = [t for t in scene if t is not thing and (not about or (t.colour, t.shape) not in about)]
+        others = [t for t in scene if t is not thing and (not about or t.pair not in about)]
         if not others:
             return None
         other = rng.choice(others)
@@ -392,7 +396,7 @@ class Shapes:
         while len(scenes) < n:
             scene = self.scene(rng, avoid)
             validation = zlib.crc32(repr([t[:4] for t in scene]).encode()) % 10 == 0
-            if validation != (part != "train") or about and not any((t.colour, t.shape) in about for t in scene):
+            if validation != (part != "train") or about and not any(t.pair in about for t in scene):
                 continue
             scenes.append(scene)
             captions.append(self.caption(rng, scene, about))
@@ -531,8 +535,8 @@ def contact_sheet(pixels, texts, path, columns=6, size=160, wrong=()):
     sheet.save(path)
 
 
-def line_chart(lines, path, title, x_label, top_y=None, size=(560, 360)):
-    """{name: [(x, y)]}, y >= 0, as lines with a legend, as a PNG. The y axis ends at top_y, by default with the data."""
+def line_chart(lines, title, x_label, top_y=None, size=(560, 360)):
+    """{name: [(x, y)]}, y >= 0, as an Image of lines with a legend. The y axis ends at top_y, by default with the data."""
     (width, height), font = size, ImageFont.load_default(12)
     left, top, right, bottom = 50, 50, width - 16, height - 40
     points = [p for line in lines.values() for p in line]
@@ -558,7 +562,7 @@ def line_chart(lines, path, title, x_label, top_y=None, size=(560, 360)):
         draw.line([at(*p) for p in line], fill=ink, width=2)
         draw.line([(x, 34), (x + 16, 34)], fill=ink, width=3)
         draw.text((x + 22, 34), name, TEXT, font, anchor="lm")
-    sheet.save(path)
+    return sheet
 
 
 def main():

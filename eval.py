@@ -22,16 +22,12 @@ from tqdm import tqdm
 
 import data as data_sets
 from data import KINDS, CAPTIONS, contact_sheet, fail
-from model import aimed, answer, draw, generation, load, plan_for, understanding
+from model import aimed, answer, draw, generation, load, plans_for, sequences, understanding
 from prune import FULL, flops, paper_cost
 from tokenizer import pick_device
 
 # How many validation pictures, by preset: with questions, with captions; of the transfer splits as many.
 SAMPLES = {"tiny": {"und": 40, "gen": 20}, "cpu": {"und": 1000, "gen": 400}, "gpu": {"und": 2000, "gen": 1000}}
-
-
-def pairs(questions):
-    return [(q.text, q.answer) for q in questions]
 
 
 def sampling_for(data):
@@ -43,20 +39,18 @@ def sampling_for(data):
 # ------------------------------------------------------------------------------------------------ understanding
 
 @torch.no_grad()
-def answered(model, tokenizer, split, plan, batch=64):
-    """Which questions on the pictures of a split the model answers right, word for word, when it decodes greedily.
+def answered(model, tokenizer, split, rows, plan, size=64):
+    """Which questions of a split the model answers right, word for word, when it decodes greedily. rows: its sequences.
 
     Answers are scored by teacher forcing: greedy decoding gives the right answer just when every one of its tokens,
     the end included, is the likeliest after the right ones before it. Returns [(Question, right, what it said)] and the
     mean loss (nats) of an answer token.
     """
     results, loss, outputs = [], 0., 0
-    codes, c, device = tokenizer.encode(split.pixels), model.config, model.embed.weight.device
-    for i in tqdm(range(0, len(codes), batch), desc="answering", leave=False):
-        asked = split.questions[i:i + batch]
-        rows = understanding(tokenizer, codes[i:i + batch], list(map(pairs, asked)), c.und.after).to(device)
-        logits, _ = model(rows, plan)
-        targets, turns, output = (x[:, aimed(rows)] for x in (rows.targets, rows.turns, rows.weights == 1))
+    for i in tqdm(range(0, len(rows.tokens), size), desc="answering", leave=False):
+        asked, some = split.questions[i:i + size], rows.rows(slice(i, i + size))
+        logits, _ = model(some, plan)
+        targets, turns, output = (x[:, aimed(some)] for x in (some.targets, some.turns, some.weights == 1))
         loss += F.cross_entropy(logits[output].float(), targets[output], reduction="sum").item()
         outputs += output.sum().item()
         for questions, *columns in zip(asked, *(x.tolist() for x in (turns, output, logits.argmax(-1), targets))):
@@ -122,7 +116,8 @@ def drawn(model, tokenizer, captions, plan, guidance, temperature, top_k, batch=
 
 
 def fulfilment(dataset, split, pixels):
-    """What the checker says of pictures beside their captions: object and image accuracy, also by kind of caption."""
+    """What the checker says of pictures beside their captions: object and image accuracy, also by kind of caption; and
+    which pictures are wrong."""
     rows = [(caption.kind, len(scene), *dataset.fulfilled(caption, scene, seen))
             for caption, scene, seen in zip(split.captions, split.scenes, dataset.read(pixels))]
 
@@ -131,17 +126,15 @@ def fulfilment(dataset, split, pixels):
                 "image_accuracy": share(right for *_, right in rows), "n": len(rows)}
 
     kinds = [kind for kind in CAPTIONS if any(row[0] == kind for row in rows)]
-    return {**rates(rows), "by_type": {kind: rates([row for row in rows if row[0] == kind]) for kind in kinds}}
+    return ({**rates(rows), "by_type": {kind: rates([row for row in rows if row[0] == kind]) for kind in kinds}},
+            [i for i, (*_, right) in enumerate(rows) if not right])
 
 
 @torch.no_grad()
-def generation_loss(model, tokenizer, split, plan, batch=64):
+def generation_loss(model, rows, plan, size=64):
     """Mean loss (nats) of an image token after its caption."""
-    codes, c, total = tokenizer.encode(split.pixels), model.config, 0.
-    for i in range(0, len(codes), batch):
-        rows = generation(tokenizer, codes[i:i + batch], [x.text for x in split.captions[i:i + batch]], c.gen.before)
-        total += model(rows.to(model.embed.weight.device), plan)[1].item() * len(rows.tokens)
-    return total / len(codes)
+    parts = [rows.rows(slice(i, i + size)) for i in range(0, len(rows.tokens), size)]
+    return sum(model(part, plan)[1].item() * len(part.tokens) for part in parts) / len(rows.tokens)
 
 
 # ------------------------------------------------------------------------------------------------ matching
@@ -237,54 +230,54 @@ def evaluate(model, tokenizer, found, dataset, plans, folder, sampling, suffix="
     found: its checkpoint, or of it the "options" and the "step"; sampling: (guidance, temperature, top_k).
     """
     start, device, options = time.time(), model.embed.weight.device, found["options"]
-    samples = SAMPLES[options["preset"]]
+    samples, c = SAMPLES[options["preset"]], model.config
     model.eval()
     scores = {"config": {**options, **dict(zip(("guidance", "temperature", "top_k"), sampling)), "step": found["step"],
                          "parameters": sum(p.numel() for p in model.parameters()),
                          "examples": found["step"] * options["batch_size"]}, "n": {}}
     folder, sheets = Path(folder), []
     splits = {task: dataset.split(task, "val", samples[task]) for task in plans}
+    rows = {task: sequences(task, tokenizer, split, c).to(device) for task, split in splits.items()}
     is_shapes = splits[next(iter(plans))].scenes is not None
     if "und" in plans:
-        results, loss = answered(model, tokenizer, splits["und"], plans["und"])
+        results, loss = answered(model, tokenizer, splits["und"], rows["und"], plans["und"])
         scores["und"] = understanding_scores(results, loss)
         scores["n"]["und"] = len(results)
         if is_shapes:
-            transfer, _ = answered(model, tokenizer, dataset.split("und", "transfer", samples["und"]), plans["und"])
+            split = dataset.split("und", "transfer", samples["und"])
+            transfer, _ = answered(model, tokenizer, split, sequences("und", tokenizer, split, c).to(device), plans["und"])
             scores["und"]["transfer_accuracy"] = share(right for _, right, _ in transfer)
             scores["n"]["und_transfer"] = len(transfer)
         sheets.append(question_sheet(splits["und"], results))
     if "gen" in plans:
         split = splits["gen"]
-        pixels = drawn(model, tokenizer, [c.text for c in split.captions], plans["gen"], *sampling)
+        pixels = drawn(model, tokenizer, [x.text for x in split.captions], plans["gen"], *sampling)
         again = tokenizer.decode(tokenizer.encode(split.pixels))
         ceiling = {"frechet": frechet(again, split.pixels)}
         scores["gen"] = {"frechet": frechet(pixels, split.pixels), "ceiling": ceiling,
-                         "loss": generation_loss(model, tokenizer, split, plans["gen"])}
-        scores["n"]["gen"] = len(pixels)
-        right = None
+                         "loss": generation_loss(model, rows["gen"], plans["gen"])}
+        scores["n"]["gen"], wrong = len(pixels), []
         if is_shapes:
-            scores["gen"] |= fulfilment(dataset, split, pixels)
-            ceiling |= fulfilment(dataset, split, again)
+            rates, wrong = fulfilment(dataset, split, pixels)
+            scores["gen"] |= rates
+            ceiling |= fulfilment(dataset, split, again)[0]
             transfer = dataset.split("gen", "transfer", samples["gen"])
-            held = [tuple(t for t in scene if (t.colour, t.shape) in dataset.held_out["gen"])
-                    for scene in transfer.scenes]
-            others = drawn(model, tokenizer, [c.text for c in transfer.captions], plans["gen"], *sampling)
-            scores["gen"]["transfer_object_accuracy"] = fulfilment(
-                dataset, transfer._replace(scenes=held), others)["object_accuracy"]
+            held = [tuple(t for t in scene if t.pair in dataset.held_out["gen"]) for scene in transfer.scenes]
+            others = drawn(model, tokenizer, [x.text for x in transfer.captions], plans["gen"], *sampling)
+            rates, _ = fulfilment(dataset, transfer._replace(scenes=held), others)
+            scores["gen"]["transfer_object_accuracy"] = rates["object_accuracy"]
             scores["n"]["gen_transfer"] = len(others)
-            right = [dataset.fulfilled(*row)[1] for row in zip(split.captions, split.scenes, dataset.read(pixels))]
-        sheets.append((pixels[:18], [c.text for c in split.captions[:18]],
-                       [i for i in range(18) if right and not right[i]]))
+        sheets.append((pixels[:18], [x.text for x in split.captions[:18]], [i for i in wrong if i < 18]))
     if not is_shapes:
         for task, rates in matching(model, tokenizer, splits[next(iter(plans))], plans).items():
             scores[task] |= {"matching": rates, "bits_per_token": scores[task]["loss"] / np.log(2)}
         if "gen" in plans:          # words that it has seen, too: names do not tell what an unseen picture looks like
             seen = dataset.split("gen", "train", 18, options["seed"])
-            pixels = drawn(model, tokenizer, [c.text for c in seen.captions], plans["gen"], *sampling)
-            sheets.append((pixels, [f"{c.text} (trained on)" for c in seen.captions], []))
+            pixels = drawn(model, tokenizer, [x.text for x in seen.captions], plans["gen"], *sampling)
+            sheets.append((pixels, [f"{x.text} (trained on)" for x in seen.captions], []))
     parts = options["accumulate"]                                       # of a step, which may not fit as a whole
-    scores["cost"] = cost(model, timing_batches(model, tokenizer, splits, options["batch_size"] // parts), plans)
+    index = torch.arange(options["batch_size"] // parts, device=device)
+    scores["cost"] = cost(model, {task: some.rows(index % len(some.tokens)) for task, some in rows.items()}, plans)
     scores["cost"] |= {key: parts * scores["cost"][key] for key in ("flops_per_step", "step_ms")}
     scores |= {"seconds": time.time() - start, "hardware": hardware(device)}
     (folder / f"eval{suffix}.json").write_text(json.dumps(scores, indent=1))
@@ -294,19 +287,6 @@ def evaluate(model, tokenizer, found, dataset, plans, folder, sampling, suffix="
         pixels, texts = [*pixels, *some], texts + lines
     contact_sheet(pixels, texts, folder / f"samples{suffix}.png", wrong=wrong)
     return scores
-
-
-def timing_batches(model, tokenizer, splits, size):
-    """A training batch of each task, from validation pictures, repeated if there are too few."""
-    c, batches = model.config, {}
-    for task, split in splits.items():
-        index = [i % len(split.pixels) for i in range(size)]
-        codes = tokenizer.encode(split.pixels[index])
-        batches[task] = (understanding(tokenizer, codes, [pairs(split.questions[i]) for i in index], c.und.after)
-                         if task == "und" else
-                         generation(tokenizer, codes, [split.captions[i].text for i in index], c.gen.before))
-        batches[task] = batches[task].to(model.embed.weight.device)
-    return batches
 
 
 def question_sheet(split, results, n=18):
@@ -435,14 +415,12 @@ def main():
         return
 
     model, tokenizer, found = load(args.run, pick_device(args.device))
-    options = dict(found["options"])
-    names = {task: getattr(args, f"{task}_plan") or options[f"{task}_plan"] for task in ("und", "gen")}
-    shallow = options["shallow"] if args.shallow is None else args.shallow
+    changed = {key: getattr(args, key) for key in ("und_plan", "gen_plan", "shallow") if getattr(args, key) is not None}
+    options = {**found["options"], **changed}
     for task in ("und", "gen"):
-        if options["objective"] not in (task, "joint") and getattr(args, f"{task}_plan"):
+        if options["objective"] not in (task, "joint") and f"{task}_plan" in changed:
             fail(f"--{task}-plan: {args.run} was not trained for that task")
-    tasks = [t for t in ("und", "gen") if options["objective"] in (t, "joint")]
-    plans = {task: plan_for(task, names[task], model.config.layers, shallow) for task in tasks}
+    plans = plans_for(options, model.config.layers)
     usual = sampling_for(options["data"])
     sampling = tuple(own if given is None else given
                      for own, given in zip(usual, (args.guidance, args.temperature, args.top_k)))
@@ -461,12 +439,11 @@ def main():
             print(f"{args.run}/draw.png: {args.n} pictures of {args.draw!r}, draw-0.png: the first of them in its own size")
         else:
             dataset = data_sets.load(options["data"], options["preset"])
-            trained = tuple(options[key] for key in ("und_plan", "gen_plan", "shallow"))
-            suffix = "" if (*names.values(), shallow) == trained else f"-{names['und']}-{names['gen']}{shallow}"
+            suffix = "" if options == found["options"] else "-{und_plan}-{gen_plan}{shallow}".format(**options)
             if sampling != usual:
                 suffix += "-g{:g}-t{:g}-k{}".format(*sampling)
-            found["options"] = {**options, "und_plan": names["und"], "gen_plan": names["gen"], "shallow": shallow}
-            print(summary(evaluate(model, tokenizer, found, dataset, plans, args.run, sampling, suffix)))
+            scores = evaluate(model, tokenizer, found | {"options": options}, dataset, plans, args.run, sampling, suffix)
+            print(summary(scores))
             print(f"{args.run}/eval{suffix}.json, samples{suffix}.png")
     except ValueError as error:
         fail(str(error))

@@ -110,6 +110,15 @@ def generation(tokenizer, codes, captions, length):
                  (targets >= 0).float())
 
 
+def sequences(task, tokenizer, split, c):
+    """All pictures of a data.Split as one Batch of a task. ValueError where a text does not fit."""
+    codes = tokenizer.encode(split.pixels)
+    if task == "und":
+        turns = [[(q.text, q.answer) for q in questions] for questions in split.questions]
+        return understanding(tokenizer, codes, turns, c.und.after)
+    return generation(tokenizer, codes, [caption.text for caption in split.captions], c.gen.before)
+
+
 def aimed(batch):
     """The slice of positions that may have a target: the only ones that logits are computed for."""
     before, m, _ = batch.layout
@@ -388,12 +397,18 @@ def load(folder, device):
     return model.to(device).eval(), tokenizer, found
 
 
-def plan_for(task, name, layers, shallow):
-    """make_plan for what --und-plan or --gen-plan says; a plan that cannot work for the task is refused in one line."""
-    if task == "gen" and name == "himix":
-        fail("--gen-plan himix: image tokens that are never updated cannot tell their own successors apart; expected one "
-             f"of {', '.join(p for p in PLANS if p != 'himix')}")
-    try:
-        return make_plan(name, layers, shallow)
-    except ValueError as error:
-        fail(f"--{task}-plan {name}: {error}")
+def plans_for(options, layers):
+    """{task: plan} of the tasks that a run has; a plan that cannot work for its task is refused in one line."""
+    plans = {}
+    for task in ("und", "gen"):
+        name = options[f"{task}_plan"]
+        if options["objective"] not in (task, "joint"):
+            continue
+        if task == "gen" and name == "himix":
+            fail("--gen-plan himix: image tokens that are never updated cannot tell their own successors apart; expected "
+                 f"one of {', '.join(p for p in PLANS if p != 'himix')}")
+        try:
+            plans[task] = make_plan(name, layers, options["shallow"])
+        except ValueError as error:
+            fail(f"--{task}-plan {name}: {error}")
+    return plans

@@ -13,12 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 import data as data_sets
 from data import fail, line_chart
-from eval import pairs
-from model import Model, generation, load, plan_for, understanding
+from model import Model, load, plans_for, sequences
 from prune import positions
 from tokenizer import pick_device
 
@@ -86,12 +84,11 @@ def heatmaps(attention, batch, path, columns):
             sheet.paste(Image.fromarray(colours.round().astype(np.uint8)).resize((size, size), Image.NEAREST), (x, y))
             name = {"und": "understanding", "gen": "generation"}[task]
             draw.text((x, y - 18), f"{name}, layer {layer + 1}", (30, 30, 30), font)
-            for _, where in bounds:
+            for name, where in bounds:
                 if len(where):
                     edge = x + size * where[0].item() / len(a)
                     draw.line([(edge, y + size), (edge, y + size + 6)], fill=(30, 30, 30))
-            for name, where in bounds:
-                if len(where) > 5:
+                if len(where) > 5:                                      # else there is no room for its name
                     middle = x + size * (where[0].item() + where[-1].item() + 1) / 2 / len(a)
                     draw.text((middle, y + size + 4), name, (90, 90, 90), font, anchor="mt")
     sheet.save(path)
@@ -101,13 +98,9 @@ def probe(model, tokenizer, options, n):
     """The shares of both tasks on n validation pictures, and what the pictures of them need."""
     dataset, c = data_sets.load(options["data"], options["preset"]), model.config
     shares, attention, batches = {}, {}, {}
-    for task in [t for t in ("und", "gen") if options["objective"] in (t, "joint")]:
+    for task, plan in plans_for(options, c.layers).items():
         split = dataset.split(task, "val", n, questions=1)
-        codes = tokenizer.encode(split.pixels)
-        batch = (understanding(tokenizer, codes, list(map(pairs, split.questions)), c.und.after) if task == "und" else
-                 generation(tokenizer, codes, [x.text for x in split.captions], c.gen.before))
-        batches[task] = batch.to(model.embed.weight.device)
-        plan = plan_for(task, options[f"{task}_plan"], c.layers, options["shallow"])
+        batches[task] = sequences(task, tokenizer, split, c).to(model.embed.weight.device)
         every, output, attention[task] = allocation(model, batches[task], plan)
         shares[task] = every | {"output_queries": output}
     return shares, attention, batches
@@ -139,14 +132,9 @@ def main():
     charts = [({name: list(enumerate(own[name], 1)) for name in SEGMENTS}, title) for task, whole in shares.items()
               for own, title in ((whole, f"{task}: attention share, all queries"),
                                  (whole["output_queries"], f"{task}: attention share, output queries"))]
-    pictures = []
-    for lines, title in charts:
-        line_chart(lines, args.run / "part.png", title, "layer", 1., (460, 320))
-        pictures.append(Image.open(args.run / "part.png").copy())
-    (args.run / "part.png").unlink()
-    sheet = Image.new("RGB", (920, 320 * (len(pictures) // 2)))
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (460 * (i % 2), 320 * (i // 2)))
+    sheet = Image.new("RGB", (920, 320 * len(shares)))
+    for i, (lines, title) in enumerate(charts):
+        sheet.paste(line_chart(lines, title, "layer", 1., (460, 320)), (460 * (i % 2), 320 * (i // 2)))
     sheet.save(args.run / f"attention{suffix}.png")
     heatmaps(attention, batches, args.run / f"heatmaps{suffix}.png", min(4, model.config.layers))
     print(f"{args.run}/attention{suffix}.json, attention{suffix}.png, heatmaps{suffix}.png")

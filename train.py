@@ -31,7 +31,7 @@ from tqdm import tqdm
 import data as data_sets
 import eval as evaluation
 from data import fail, line_chart
-from model import Config, Model, generation, load, plan_for, understanding
+from model import Config, Model, load, plans_for, sequences
 from prune import PLANS, SIZES, Layout, flops
 from tokenizer import Tokenizer, defaults, pick_device, read, save, score_tokenizer, train_tokenizer
 
@@ -102,14 +102,9 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(some, list(x.unbind()), alpha=-group["lr"] * max(1, rows / columns) ** .5)
 
 
-def training_set(task, split, tokenizer, c, seed):
-    """All training sequences of a task as one Batch: on the device it stays there, and a step only picks rows."""
-    codes = tokenizer.encode(split.pixels)
-    if task == "und":
-        return understanding(tokenizer, codes, list(map(evaluation.pairs, split.questions)), c.und.after)
+def without_some_captions(split, seed):
     luck = random.Random(f"{seed} dropout")
-    return generation(tokenizer, codes, ["" if luck.random() < CAPTION_DROPOUT else x.text for x in split.captions],
-                      c.gen.before)
+    return split._replace(captions=[x._replace(text="") if luck.random() < CAPTION_DROPOUT else x for x in split.captions])
 
 
 def text_lengths(tokenizer, splits, limit):
@@ -163,9 +158,9 @@ def run(options, resume, device):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     first = rank == 0
     preset, steps, seed = PRESETS[options["preset"]], options["steps"], options["seed"]
-    tasks = [t for t in ("und", "gen") if options["objective"] in (t, "joint")]
     size = SIZES[options["preset"]]
-    plans = {task: plan_for(task, options[f"{task}_plan"], size.layers, options["shallow"]) for task in tasks}
+    plans = plans_for(options, size.layers)
+    tasks = list(plans)
 
     # ---- data and model
     dataset = data_sets.load(options["data"], options["preset"])
@@ -182,7 +177,9 @@ def run(options, resume, device):
         c = Config(tokenizer.vocab, size.layers, size.width, Layout(2, vq.side ** 2, after), Layout(before, vq.side ** 2, 0),
                    hidden=size.hidden, heads=preset.heads, side=vq.side, first_code=tokenizer.first_code,
                    projections=options["projections"])
-        sets = {task: training_set(task, splits[task], tokenizer, c, seed).to(device) for task in tasks}
+        # All sequences of a task are one Batch that stays on the device: a step only picks rows.
+        sets = {task: sequences(task, tokenizer, without_some_captions(split, seed), c).to(device)
+                for task, split in splits.items()}
     except ValueError as error:
         fail(f"--data {options['data']}: {error}")
     torch.manual_seed(seed)
@@ -288,7 +285,7 @@ def run(options, resume, device):
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     line_chart({name: [(r["step"], r[key]) for r in rows] for key, name in
                 (("loss_und", "understanding"), ("loss_gen", "generation")) if rows[0][key] is not None},
-               out / "loss.png", "training loss (nats per output token)", "step")
+               "training loss (nats per output token)", "step").save(out / "loss.png")
     found = {"options": options, "step": steps}
     print(evaluation.summary(evaluation.evaluate(model, tokenizer, found, dataset, plans, out,
                                               evaluation.sampling_for(options["data"]))))

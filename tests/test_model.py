@@ -236,7 +236,6 @@ def test_plans_that_do_not_fit_are_refused():
 
 def test_a_tiny_model_learns_both_tasks():
     """Twenty pictures by heart: what is on them, and how to draw them; dense and accelerated."""
-    rng = random.Random(10)
     torch.manual_seed(0)
     codes = torch.randint(CODES, (20, 9))
     for und, gen, projections in (("dense", "dense", "shared"), ("himix", "hmgen", "task")):
