@@ -23,7 +23,7 @@ from tqdm import tqdm
 import data as data_sets
 from data import KINDS, CAPTIONS, contact_sheet, fail
 from model import aimed, answer, draw, generation, load, plans_for, sequences, understanding
-from prune import FULL, flops, paper_cost
+from prune import FULL, SIZES, flops, make_plan, paper_cost
 from tokenizer import pick_device
 
 # How many validation pictures, by preset: with questions, with captions; of the transfer splits as many.
@@ -333,20 +333,45 @@ def summary(scores):
 
 # ------------------------------------------------------------------------------------------------ the table
 
-# The rows of the paper's table 3: options of train.py, and the paper's GQA, POPE F1, MJHQ FID and FLOPs.
-ROWS = {
-    "u-dense": ("U only, dense", dict(objective="und"), (52.86, 79.40, None, "1")),
-    "g-dense": ("G only, dense", dict(objective="gen"), (None, None, 17.45, "1")),
-    "joint-dense": ("joint, dense", {}, (56.00, 82.30, 15.78, "1")),
-    "u-himix": ("U only, HiMix", dict(objective="und", und_plan="himix", projections="image"),
-                (49.92, 78.75, None, "0.24")),
-    "g-hmgen": ("G only, HMGen", dict(objective="gen", gen_plan="hmgen", projections="image"),
-                (None, None, 12.16, "0.85")),
-    "joint-share-all": ("joint, HiMix + HMGen, share all", dict(und_plan="himix", gen_plan="hmgen"),
-                        (33.00, 67.59, 12.53, "0.56")),
-    "joint-share-partial": ("joint, HiMix + HMGen, share partial",
-                            dict(und_plan="himix", gen_plan="hmgen", projections="task"), (47.05, 76.58, 14.54, "0.55")),
-}
+# The paper's table 3: GQA, POPE F1, MJHQ FID and FLOPs of its rows.
+PAPER = {"u-dense": (52.86, 79.40, None, "1"), "g-dense": (None, None, 17.45, "1"), "joint-dense": (56.00, 82.30, 15.78, "1"),
+         "u-himix": (49.92, 78.75, None, "0.24"), "g-hmgen": (None, None, 12.55, "0.75"), "g-hmgen-15": (None, None, 12.16, "0.85"),
+         "joint-share-all": (33.00, 67.59, 12.53, "0.56"), "joint-share-partial": (47.05, 76.58, 14.54, "0.55")}
+
+
+def table_rows(options):
+    """{name: (title, how its options differ from `options`)}, first the rows of the paper, then controls that it lacks."""
+    size, both = SIZES[options["preset"]], dict(und_plan="himix", gen_plan="hmgen")
+    u, g = dict(objective="und"), dict(objective="gen")
+    himix_cost = flops(size, "und", make_plan("himix", size.layers)) / flops(size, "und", make_plan("dense", size.layers))
+    rows = {"u-dense": ("U only, dense", u),
+            "g-dense": ("G only, dense", g),
+            "joint-dense": ("joint, dense", {}),
+            "u-himix": ("U only, HiMix, own projections", dict(u, und_plan="himix", projections="image")),
+            "g-hmgen": ("G only, HMGen, own projections", dict(g, gen_plan="hmgen", projections="image")),
+            "g-hmgen-15": ("the same, K/L near .15", dict(g, gen_plan="hmgen", projections="image",
+                                                          shallow=round(.15 * size.layers))),
+            "joint-share-all": ("joint, HiMix + HMGen, share all", both),
+            "joint-share-partial": ("joint, HiMix + HMGen, share partial", dict(both, projections="task")),
+            "joint-hmgen-both": ("joint, HMGen in both tasks", dict(und_plan="hmgen", gen_plan="hmgen")),
+            "joint-sparse-both": ("joint, every second image token skips the middle", dict(und_plan="sparse", gen_plan="sparse")),
+            "joint-himix-only": ("joint, HiMix, generation dense", dict(und_plan="himix")),
+            "joint-hmgen-only": ("joint, understanding dense, HMGen", dict(gen_plan="hmgen")),
+            "joint-dense-task": ("joint, dense, projections of each task", dict(projections="task")),
+            "joint-dense-image": ("joint, dense, own projections", dict(projections="image")),
+            "u-himix-shared": ("U only, HiMix, shared projections", dict(u, und_plan="himix")),
+            "u-dense-short": ("U only, dense, as many FLOPs as HiMix", dict(u, steps=round(himix_cost * options["steps"]))),
+            "g-dense-image": ("G only, dense, own projections", dict(g, projections="image")),
+            "g-naive": ("G only, naive control in the middle", dict(g, gen_plan="naive", shallow=1)),
+            "g-naive-all": ("G only, naive control in every layer", dict(g, gen_plan="naive-all"))}
+    if rows["g-hmgen-15"][1]["shallow"] in (0, options["shallow"]):     # too few layers for two ratios
+        del rows["g-hmgen-15"]
+    return rows
+
+
+# What is tried with trained runs: plans that they were not trained with (cf. fig. 5).
+LATER = {"u-dense": ("HiMix at inference only", dict(und_plan="himix")),
+         "g-dense": ("HMGen at inference only", dict(gen_plan="hmgen"))}
 
 # title, where in eval.json, times what, digits
 COLUMNS = [("questions right, %", ("und", "accuracy"), 100, 1), ("chance", ("und", "chance"), 100, 1),
@@ -361,9 +386,8 @@ COLUMNS = [("questions right, %", ("und", "accuracy"), 100, 1), ("chance", ("und
 def table(folder):
     """The runs in a folder, averaged over seeds, as a Markdown table beside the paper's numbers."""
     found = defaultdict(list)
-    for file in sorted(Path(folder).glob("*/eval.json")):
-        scores = json.loads(file.read_text())
-        found[file.parent.name.rsplit("-seed", 1)[0]].append(scores)
+    for file in sorted(Path(folder).glob("*/eval*.json")):
+        found[file.parent.name.rsplit("-seed", 1)[0] + file.stem.removeprefix("eval")].append(json.loads(file.read_text()))
     if not found:
         fail(f"{folder}: no finished run in it (expected folders with an eval.json)")
 
@@ -381,14 +405,35 @@ def table(folder):
 
     lines = ["| run | seeds | " + " | ".join(title for title, *_ in COLUMNS) + " | paper: GQA | POPE F1 | MJHQ FID (less is "
              "better) | FLOPs |", "|---|" + "---:|" * (len(COLUMNS) + 5)]
-    for name in [*ROWS, *sorted(set(found) - set(ROWS))]:
+    options = next(iter(found.values()))[0]["config"]
+    titles = {name: title for name, (title, _) in table_rows(options).items()}
+    for name, (title, changed) in LATER.items():
+        titles[name + suffix(options, changed)] = f"{titles[name]}, {title}"
+    for name in [*titles, *sorted(set(found) - set(titles))]:
         if runs := found.get(name):
-            title, _, paper = ROWS.get(name, (name, {}, (None,) * 4))
-            lines.append("| " + " | ".join([title, str(len(runs)), *(cell(runs, *column[1:]) for column in COLUMNS),
-                                            *("–" if x is None else str(x) for x in paper)]) + " |")
+            cells = [titles.get(name, name), str(len(runs)), *(cell(runs, *column[1:]) for column in COLUMNS)]
+            lines.append("| " + " | ".join([*cells, *("–" if x is None else str(x) for x in PAPER.get(name, (None,) * 4))]) + " |")
     runs = [run for some in found.values() for run in some]
     n = {key: count for run in runs for key, count in run["n"].items()}
     return "\n".join([*lines, "", f"Mean ± standard deviation over seeds; n = {n}; {runs[0]['hardware']}."])
+
+
+def suffix(options, changed):
+    """Of the files with scores under other plans than a run was trained with."""
+    return "-{und_plan}-{gen_plan}{shallow}".format(**{**options, **changed}) if changed else ""
+
+
+def opened(folder, device, changed):
+    """A trained run under other plans: `changed` has new values of und_plan, gen_plan, shallow. Returns the model, its
+    tokenizer, its checkpoint with those options, {task: plan} and what the names of its files end with."""
+    model, tokenizer, found = load(folder, device)
+    changed = {key: value for key, value in changed.items() if value != found["options"][key]}
+    options = {**found["options"], **changed}
+    for task in ("und", "gen"):
+        if options["objective"] not in (task, "joint") and f"{task}_plan" in changed:
+            fail(f"--{task}-plan: {folder} was not trained for that task")
+    plans = plans_for(options, model.config.layers)
+    return model, tokenizer, {**found, "options": options}, plans, suffix(found["options"], changed)
 
 
 def main():
@@ -414,13 +459,9 @@ def main():
         print(table(args.table))
         return
 
-    model, tokenizer, found = load(args.run, pick_device(args.device))
     changed = {key: getattr(args, key) for key in ("und_plan", "gen_plan", "shallow") if getattr(args, key) is not None}
-    options = {**found["options"], **changed}
-    for task in ("und", "gen"):
-        if options["objective"] not in (task, "joint") and f"{task}_plan" in changed:
-            fail(f"--{task}-plan: {args.run} was not trained for that task")
-    plans = plans_for(options, model.config.layers)
+    model, tokenizer, found, plans, end = opened(args.run, pick_device(args.device), changed)
+    options = found["options"]
     usual = sampling_for(options["data"])
     sampling = tuple(own if given is None else given
                      for own, given in zip(usual, (args.guidance, args.temperature, args.top_k)))
@@ -439,12 +480,11 @@ def main():
             print(f"{args.run}/draw.png: {args.n} pictures of {args.draw!r}, draw-0.png: the first of them in its own size")
         else:
             dataset = data_sets.load(options["data"], options["preset"])
-            suffix = "" if options == found["options"] else "-{und_plan}-{gen_plan}{shallow}".format(**options)
             if sampling != usual:
-                suffix += "-g{:g}-t{:g}-k{}".format(*sampling)
-            scores = evaluate(model, tokenizer, found | {"options": options}, dataset, plans, args.run, sampling, suffix)
+                end += "-g{:g}-t{:g}-k{}".format(*sampling)
+            scores = evaluate(model, tokenizer, found, dataset, plans, args.run, sampling, end)
             print(summary(scores))
-            print(f"{args.run}/eval{suffix}.json, samples{suffix}.png")
+            print(f"{args.run}/eval{end}.json, samples{end}.png")
     except ValueError as error:
         fail(str(error))
 

@@ -27,15 +27,16 @@ HIMIX = Rule(query=False, keys="embedding")     # sec. 5.1
 SHALLOW = Rule(query=False, keys="none")        # sec. 5.2: HMGen's shallow layers
 NAIVE = Rule(query=True, keys="none")           # sec. 5.2: the control that saves little and fails
 SPARSE = Rule(stride=2)                         # not in the paper: half of the image tokens skip the layer
+EVERY = {"dense": FULL, "himix": HIMIX, "naive-all": NAIVE}     # plans with the same rule in every layer
 MIDDLE = {"hmgen": SHALLOW, "naive": NAIVE, "sparse": SPARSE}   # plans that touch only some layers, in the middle
-PLANS = ("dense", "himix", *MIDDLE)
+PLANS = (*EVERY, *MIDDLE)
 
 
 def make_plan(name, layers, shallow=1):
     """The plan of that name: `layers` Rules. `shallow` is HMGen's K: as many layers in the middle, alternating with full
     ones; the first and the last layer are always full (sec. 5.2). ValueError where they do not fit."""
-    if name in ("dense", "himix"):
-        return ({"dense": FULL, "himix": HIMIX}[name],) * layers
+    if name in EVERY:
+        return (EVERY[name],) * layers
     if name not in MIDDLE:
         raise ValueError(f"unknown plan {name!r}: expected one of {', '.join(PLANS)}")
     if not 0 <= shallow <= (layers - 1) // 2:

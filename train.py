@@ -5,7 +5,7 @@
     python train.py --und-plan himix --gen-plan hmgen --projections task         both accelerated, "share partial"
     python train.py --data PATH                             a folder of your own captioned images
     python train.py --resume --out out/joint                goes on where that run stopped
-    python train.py --table out/table3 --seeds 3            all rows of the paper's table 3; goes on where it stopped
+    python train.py --table out/table3 --seeds 3            the paper's table 3, then controls; goes on where it stopped
     torchrun --nproc_per_node=8 train.py                    on several GPUs
 
 Finds the device and the size that fits it; on 2 CPU cores it takes ten minutes. `out/joint/` then holds checkpoint.pt,
@@ -22,6 +22,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -344,22 +345,28 @@ def check(options):
 
 
 def run_table(folder, seeds, given, device):
-    """Every row of the paper's table 3, seed by seed; what is finished is left alone, what was begun goes on."""
+    """Every row of eval.table_rows, first the paper's with all seeds, then the controls; what is finished is left alone,
+    what was begun goes on."""
     first = not dist.is_initialized() or dist.get_rank() == 0
-    for seed in range(seeds):
-        for name, (_, row, _) in evaluation.ROWS.items():
-            out = folder / f"{name}-seed{seed}"
-            options = completed({**given, **row, "seed": seed, "out": str(out)}, device)
-            check(options)
-            found = load(out, "cpu")[2] if (out / "checkpoint.pt").exists() else None
-            if found:
-                same_run(options, found["options"], out)
-            if not found or found["step"] < options["steps"] or not (out / "eval.json").exists():
-                if first:
-                    print(f"\n{out}")
-                run(options, found, device)
-            if dist.is_initialized():
-                dist.barrier()
+    rows = evaluation.table_rows(completed(given, device))
+    for seed, name in sorted(product(range(seeds), rows), key=lambda pair: pair[1] not in evaluation.PAPER):
+        out = folder / f"{name}-seed{seed}"
+        options = completed({**given, **rows[name][1], "seed": seed, "out": str(out)}, device)
+        check(options)
+        found = load(out, "cpu")[2] if (out / "checkpoint.pt").exists() else None
+        if found:
+            same_run(options, found["options"], out)
+        if not found or found["step"] < options["steps"] or not (out / "eval.json").exists():
+            if first:
+                print(f"\n{out}")
+            run(options, found, device)
+        if first and name in evaluation.LATER:
+            model, tokenizer, found, plans, end = evaluation.opened(out, device, evaluation.LATER[name][1])
+            if not (out / f"eval{end}.json").exists():
+                evaluation.evaluate(model, tokenizer, found, data_sets.load(options["data"], options["preset"]), plans, out,
+                                    evaluation.sampling_for(options["data"]), end)
+        if dist.is_initialized():
+            dist.barrier()
     if first:
         print(evaluation.table(folder))
 
