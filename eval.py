@@ -12,6 +12,7 @@ import platform
 import statistics
 import time
 from collections import Counter, defaultdict
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -181,37 +182,45 @@ def match(hits, task, table, texts):
 
 # ------------------------------------------------------------------------------------------------ cost
 
-def cost(model, batches, plans, repeats=5):
-    """What forward and backward cost under the plans: FLOPs as counted, and the time of uncompiled code, measured side by
-    side with the dense plan, medians of interleaved repeats. batches, plans: {task: ...}."""
-    c, dense = model.config, (FULL,) * model.config.layers
-    dense = {task: dense for task in plans}
+def timed(work, device, repeats):
+    """{name: function} -> {name: seconds of each repeat}, interleaved, so that what else the machine does hits all alike.
+    One more round, before these, warms up."""
+    seconds = {name: [] for name in work}
+    for _, (name, function) in tqdm(list(product(range(1 + repeats), work.items())), desc="timing", leave=False):
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        seconds[name].append(time.perf_counter() - start)
+    return {name: some[1:] for name, some in seconds.items()}
+
+
+def synchronize(device):
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def cost(model, batches, plans):
+    """What forward and backward cost under the plans: FLOPs as counted, and the time of uncompiled code beside that of the
+    dense plan, medians of five. batches, plans: {task: ...}."""
+    c, device = model.config, model.embed.weight.device
+    dense = dict.fromkeys(plans, (FULL,) * c.layers)
 
     def summed(count, plans):
         return sum(len(batches[task].tokens) * count(c, task, plan) for task, plan in plans.items())
 
-    times = {"plan": [], "dense": []}
-    for _ in range(1 + repeats):                                        # the first round warms up
-        for name, which in (("plan", plans), ("dense", dense)):
-            synchronize(model)
-            start = time.perf_counter()
-            for task, plan in which.items():
-                with torch.autocast("cuda", torch.bfloat16, enabled=model.embed.weight.is_cuda):
-                    _, loss = model(batches[task], plan)
-                loss.backward()
-            synchronize(model)
-            times[name].append(time.perf_counter() - start)
+    def work(plans):
+        for task, plan in plans.items():
+            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+                _, loss = model(batches[task], plan)
+            loss.backward()
+
+    seconds = timed({"plan": lambda: work(plans), "dense": lambda: work(dense)}, device, 5)
     model.zero_grad()
-    ms = {name: 1e3 * statistics.median(t[1:]) for name, t in times.items()}
+    ms = {name: 1e3 * statistics.median(some) for name, some in seconds.items()}
     return {"flops_per_step": summed(flops, plans), "flops_ratio": summed(flops, plans) / summed(flops, dense),
             "paper_flops_ratio": summed(paper_cost, plans) / summed(paper_cost, dense),
             "step_ms": ms["plan"], "step_ratio": 1. if plans == dense else ms["plan"] / ms["dense"]}
-
-
-def synchronize(model):
-    kind = model.embed.weight.device.type
-    if kind != "cpu":
-        getattr(torch, kind).synchronize()
 
 
 def hardware(device):

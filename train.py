@@ -19,7 +19,6 @@ import random
 import statistics
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from itertools import product
@@ -32,8 +31,8 @@ from tqdm import tqdm
 import data as data_sets
 import eval as evaluation
 from data import fail, line_chart
-from model import Config, Model, load, plans_for, sequences
-from prune import PLANS, SIZES, Layout, flops
+from model import Batch, Config, Model, load, plans_for, sequences
+from prune import PLANS, SIZES, Layout, flops, make_plan, paper_cost
 from tokenizer import Tokenizer, defaults, pick_device, read, save, score_tokenizer, train_tokenizer
 
 
@@ -123,12 +122,31 @@ def text_lengths(tokenizer, splits, limit):
     return min(asked, limit), 2 + max(len(tokenizer.ids(x.text)) for split in splits for x in split.captions)
 
 
-def shared_step(parameters):
-    """torchrun: the sum over all processes of every gradient (each process has weighted its own by its share)."""
-    if dist.is_initialized():
-        for p in parameters:
-            if p.grad is not None:
-                dist.all_reduce(p.grad)
+def optimizers_of(model, lr, lr_rest):
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    return Muon(matrices, lr), torch.optim.AdamW(rest, lr_rest, betas=(.9, .99), weight_decay=0, fused=True)
+
+
+def training_step(forward, parts, plans, optimizers):
+    """Forward, backward and update. parts: {task: [(Batch, its share of the step)]}. Returns {task: loss} of this process."""
+    losses = {}
+    for task, some in parts.items():
+        for batch, share in some:
+            with torch.autocast("cuda", torch.bfloat16, enabled=batch.tokens.is_cuda):
+                _, loss = forward(batch, plans[task])
+            loss = share * loss
+            (LOSS_WEIGHT[task] * loss).backward()
+            losses[task] = losses.get(task, 0) + loss.detach()
+    muon, adamw = ([p for group in o.param_groups for p in group["params"] if p.grad is not None] for o in optimizers)
+    if dist.is_initialized():                                           # torchrun: every process has weighted its own part
+        for p in muon + adamw:
+            dist.all_reduce(p.grad)
+    torch.nn.utils.clip_grad_norm_(adamw, CLIP)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
 
 
 def get_tokenizer(options, dataset, device, first):
@@ -185,11 +203,7 @@ def run(options, resume, device):
         fail(f"--data {options['data']}: {error}")
     torch.manual_seed(seed)
     model = Model(c, vq.codebook.cpu()).to(device)
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    lr_rest = preset.lr_rest * options["lr"] / preset.lr
-    optimizers = [Muon(matrices, options["lr"]),
-                  torch.optim.AdamW(rest, lr_rest, betas=(.9, .99), weight_decay=0, fused=True)]
+    optimizers = optimizers_of(model, options["lr"], preset.lr_rest * options["lr"] / preset.lr)
     highest = [o.param_groups[0]["lr"] for o in optimizers]
 
     start = 0
@@ -229,24 +243,15 @@ def run(options, resume, device):
         for step in range(start, steps):
             for optimizer, lr in zip(optimizers, highest):
                 optimizer.param_groups[0]["lr"] = lr * learning_rate(step, steps)
-            losses = {}
+            parts = {}
             for task in tasks:
                 # The step alone says which rows it takes: nothing about data has to be saved for a resumed run.
                 luck = torch.Generator().manual_seed(2 * (seed * 10 ** 9 + step) + (task == "gen"))
                 index = torch.randint(len(sets[task].tokens), (options["batch_size"],), generator=luck).to(device)
                 outputs = (sets[task].weights[index] == 1).sum()        # of the whole step, over all processes
-                for part in index[rank::world].chunk(options["accumulate"]):
-                    batch = sets[task].rows(part)
-                    with torch.autocast(device.type, torch.bfloat16) if on_gpu else nullcontext():
-                        _, loss = forward(batch, plans[task])
-                    loss = loss * (batch.weights == 1).sum() / outputs
-                    (LOSS_WEIGHT[task] * loss).backward()
-                    losses[task] = losses.get(task, 0) + loss.detach()
-            shared_step(model.parameters())
-            torch.nn.utils.clip_grad_norm_(rest, CLIP)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+                batches = [sets[task].rows(part) for part in index[rank::world].chunk(options["accumulate"])]
+                parts[task] = [(batch, (batch.weights == 1).sum() / outputs) for batch in batches]
+            losses = training_step(forward, parts, plans, optimizers)
             bar.update()
 
             last = step == steps - 1
@@ -371,6 +376,135 @@ def run_table(folder, seeds, given, device):
         print(evaluation.table(folder))
 
 
+# ------------------------------------------------------------------------------------------------ speed
+
+def bench_config(preset, side=None, projections="shared"):
+    size, heads = SIZES[preset], PRESETS[preset].heads
+    side = side or math.isqrt(size.und.image)
+    return Config(size.vocab, size.layers, size.width, size.und._replace(image=side ** 2), size.gen._replace(image=side ** 2),
+                  hidden=size.hidden, heads=heads, side=side, first_code=size.vocab // 2, projections=projections)
+
+
+def noise(task, c, rows):
+    """A Batch of random tokens: one stream without padding, each of its positions with a target."""
+    before, m, after = layout = getattr(c, task)
+    tokens = torch.randint(c.first_code, (rows, before + m + after))
+    tokens[:, before:before + m] += c.first_code
+    return Batch(task, layout, tokens, torch.arange(sum(layout)).expand(rows, -1), torch.zeros_like(tokens), tokens.roll(-1, 1),
+                 torch.ones(tokens.shape))
+
+
+def bench_step(task, plan, c, rows, device, compiled, muon=True):
+    """A function that takes one training step on random tokens. muon: else AdamW updates the matrices too."""
+    torch.manual_seed(0)
+    model = Model(c).to(device)
+    forward = torch.compile(model, dynamic=False) if compiled else model
+    batch, optimizers = noise(task, c, rows).to(device), optimizers_of(model, 1e-3, 1e-3)
+    if not muon:
+        optimizers = torch.optim.AdamW(optimizers[0].param_groups[0]["params"], 1e-3, fused=True), optimizers[1]
+    return lambda: training_step(forward, {task: [(batch, 1.)]}, {task: plan}, optimizers)
+
+
+def memory_of(step, device):
+    """MB at the peak of a step on CUDA; elsewhere what its forward pass keeps for the backward pass, weights included."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        step()
+    return sum(kept.values()) / 2 ** 20
+
+
+def time_steps(rows, shallow, device, compiled, matmul_rate, repeats=7):
+    """Time and memory of training steps, each (task, plan name, Config, sequences), beside the dense one of the same
+    task and Config."""
+    found, steps = [], {}
+    for i, (task, name, c, n) in enumerate(rows):
+        plan, dense = make_plan(name, c.layers, shallow), make_plan("dense", c.layers)
+        steps[i] = bench_step(task, plan, c, n, device, compiled)
+        found.append({"task": task, "plan": name, "projections": c.projections, "image_tokens": c.side ** 2, "batch_size": n,
+                      "flops": n * flops(c, task, plan), "flops_ratio": flops(c, task, plan) / flops(c, task, dense),
+                      "paper_flops_ratio": paper_cost(c, task, plan) / paper_cost(c, task, dense)})
+    seconds = evaluation.timed(steps, device, repeats)
+    for i, (row, (task, _, c, n)) in enumerate(zip(found, rows)):
+        middle = statistics.median(seconds[i])
+        row |= {"ms": 1e3 * middle, "ms_range": [1e3 * min(seconds[i]), 1e3 * max(seconds[i])],
+                "tokens_per_s": n * sum(getattr(c, task)) / middle, "of_matmul_rate": row["flops"] / middle / matmul_rate,
+                "memory_mb": memory_of(steps[i], device)}
+    for row, (task, _, c, _) in zip(found, rows):
+        dense = next(x for x, (t, name, other, _) in zip(found, rows) if (t, name, other) == (task, "dense", c))
+        row["time_ratio"] = row["ms"] / dense["ms"]
+    return found
+
+
+@torch.no_grad()
+def time_drawing(name, c, shallow, device, rows=8):
+    """Images a second that are drawn with and without the KV cache, and the share of codes that come out the same."""
+    torch.manual_seed(0)
+    model, plan, batch, codes = Model(c).to(device).eval(), make_plan(name, c.layers, shallow), noise("gen", c, rows).to(device), {}
+    for p in model.parameters():
+        p.add_(.1 * torch.randn_like(p))                                # a new model gives no code a better chance than others
+
+    def cached():
+        codes["cached"] = model.generate(batch, plan, c.gen.before, lambda logits: logits.argmax(-1)).clone()
+
+    def uncached():
+        """The readable twin of `generate`: for each token, all before it once more."""
+        for stop in range(c.gen.before, sum(c.gen)):
+            so_far = Batch("gen", c.gen._replace(image=stop - c.gen.before), *(x[:, :stop] for x in batch[2:]))
+            batch.tokens[:, stop] = model.next_logits(so_far, plan, 0, stop, None).argmax(-1)
+        codes["uncached"] = batch.tokens.clone()
+
+    seconds = evaluation.timed({"cached": cached, "uncached": uncached}, device, 3)
+    return {"plan": name, "image_tokens": c.gen.image, "batch_size": rows,
+            "same_codes": (codes["cached"] == codes["uncached"])[:, c.gen.before:].float().mean().item(),
+            **{f"{how}_images_per_s": rows / statistics.median(some) for how, some in seconds.items()}}
+
+
+def bench(options, device):
+    """What the plans save, measured on random tokens: nothing is learned. Writes results/bench-DEVICE.json and .png."""
+    preset, n, shallow, compiled = (options[key] for key in ("preset", "batch_size", "shallow", "compile"))
+    if compiled:
+        torch._dynamo.config.recompile_limit = 1000                     # the code of every row stays
+    edge = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, edge, edge, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    rate = 2 * edge ** 3 / statistics.median(evaluation.timed({"": lambda: a @ b}, device, 10)[""])
+    kinds = [(task, name) for task in ("und", "gen") for name in PLANS if (task, name) != ("gen", "himix")]
+    own = [bench_config(preset, None, projections) for projections in ("shared", "image", "task")]
+    pictures = [bench_config(preset, side) for side in (8, 16, 32)]
+    few = [("und", "dense"), ("und", "himix"), ("gen", "dense"), ("gen", "hmgen")]
+    result = {"hardware": evaluation.hardware(device), "preset": preset, "batch_size": n, "shallow": shallow, "compile": compiled,
+              "matmul_flops_per_s": rate,
+              "steps": time_steps([(*kind, c, n) for c in own for kind in kinds], shallow, device, compiled, rate),
+              "image_tokens": time_steps([(*kind, c, n) for c in pictures for kind in few], shallow, device, compiled, rate, 5),
+              "drawing": [time_drawing(name, pictures[1], shallow, device) for name in ("dense", "hmgen")]}
+    path = Path("results") / f"bench-{device.type}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1))
+    line_chart({f"{task} {name}": [(x["image_tokens"], x["ms"] / n) for x in result["image_tokens"] if (x["task"], x["plan"]) ==
+                                   (task, name)] for task, name in few},
+               "ms a picture in a training step", "image tokens").save(path.with_suffix(".png"))
+    print(f"{result['hardware']}; preset {preset}, {n} sequences a step, K = {shallow}; matmuls alone {rate / 1e12:.3g} TFLOP/s")
+    for title, key in (("plans and projections", "steps"), ("more and fewer image tokens", "image_tokens")):
+        print(f"\n{title}\n\n| task | plan | projections | image tokens | ms (least, most) | tokens/s | memory, MB | time | FLOPs | "
+              "time / FLOPs | paper's FLOPs | of the matmul rate |\n|---|---|---|" + "---:|" * 9)
+        for x in result[key]:
+            print("| {task} | {plan} | {projections} | {image_tokens} | {ms:.1f} ({ms_range[0]:.1f}, {ms_range[1]:.1f}) | "
+                  "{tokens_per_s:.0f} | {memory_mb:.0f} | {time_ratio:.2f} | {flops_ratio:.2f} | {over:.2f} | {paper_flops_ratio:.2f} | "
+                  "{of_matmul_rate:.2f} |".format(**x, over=x["time_ratio"] / x["flops_ratio"]))
+    for x in result["drawing"]:
+        print("\ndrawing, {plan}, {image_tokens} image tokens, batch {batch_size}: {cached_images_per_s:.2f} images/s with the KV "
+              "cache, {uncached_images_per_s:.2f} without; {same_codes:.0%} of codes the same".format(**x))
+    print(f"\n{path}, {path.with_suffix('.png')}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS)
@@ -395,8 +529,9 @@ def main():
     parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out")
     parser.add_argument("--table", type=Path, metavar="DIR", help="train all rows of the paper's table 3 into DIR")
     parser.add_argument("--seeds", type=int, help="of --table (default: 1)")
+    parser.add_argument("--bench", action="store_true", default=False, help="time every plan instead of training")
     given = vars(parser.parse_args())
-    device, resume = given.pop("device"), given.pop("resume")
+    device, resume, benchmark = given.pop("device"), given.pop("resume"), given.pop("bench")
     folder, seeds = given.pop("table", None), given.pop("seeds", None)
 
     if "RANK" in os.environ:                                            # started by torchrun
@@ -406,7 +541,13 @@ def main():
     device = pick_device(device)
     if seeds is not None and seeds < 1:
         fail(f"--seeds {seeds}: expected at least 1")
-    if folder is not None:
+    if benchmark:
+        if other := given.keys() - {"preset", "batch_size", "shallow", "compile"}:
+            fail(f"--bench times all plans: expected no --{min(other).replace('_', '-')} beside it")
+        options = completed(given, device)
+        check(options)
+        bench(options, device)
+    elif folder is not None:
         own = {"out", "seed", "objective", "und_plan", "gen_plan", "projections"} & given.keys()
         if resume or own:
             fail(f"--table says itself what its rows are, and goes on by itself: expected no "

@@ -1,0 +1,117 @@
+"""Is our training step as fast as what one would take instead? On the same shape, batch, sequence length and precision:
+
+    pip install transformers && python results/compare.py [--preset gpu --device cuda --compile]
+
+ours, ours with AdamW alone, a GPT written the usual way (nanoGPT's structure: LayerNorm, one QKV product, GELU, learned positions, tied head, logits
+and loss at every position, AdamW) and `transformers`' Llama (SwiGLU as wide as needed for as many weights, AdamW). Ours has its
+mask of packed questions, QK norm and rotary positions, and computes logits only where there may be a target. Medians of
+interleaved repeats. Writes results/compare-DEVICE.json.
+"""
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from eval import hardware, timed                                        # noqa: E402
+from prune import SIZES, make_plan                               # noqa: E402
+from tokenizer import pick_device                                       # noqa: E402
+from train import PRESETS, bench_config, bench_step                                   # noqa: E402
+
+
+class GPTBlock(nn.Module):
+    def __init__(self, d, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
+        self.up, self.down = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
+
+    def forward(self, x):
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(self.norm1(x)).chunk(3, -1))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    def __init__(self, vocab, layers, d, heads, length):
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(vocab, d), nn.Embedding(length, d)
+        self.blocks = nn.Sequential(*(GPTBlock(d, heads) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, vocab, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids):
+        x = self.tokens(ids) + self.places.weight[:ids.size(1)]
+        logits = self.head(self.norm(self.blocks(x)))
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+class Llama(nn.Module):
+    def __init__(self, vocab, layers, d, heads, length):
+        super().__init__()
+        from transformers import LlamaConfig, LlamaForCausalLM
+        self.model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=vocab, hidden_size=d, intermediate_size=8 * d // 3, num_hidden_layers=layers, num_attention_heads=heads,
+            max_position_embeddings=length, use_cache=False, attn_implementation="sdpa"))
+
+    def forward(self, ids):
+        return self.model(input_ids=ids, labels=ids).loss
+
+
+def usual_step(model, ids, compiled):
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+    forward = torch.compile(model, dynamic=False) if compiled else model
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
+            loss = forward(ids)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="cpu", choices=SIZES)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--repeats", type=int, default=15)
+    args = parser.parse_args()
+    import transformers
+    device, size, preset = pick_device(args.device), SIZES[args.preset], PRESETS[args.preset]
+    rows, versions = [], f"transformers {transformers.__version__}"
+    for task in ("und", "gen"):
+        length, batch = sum(getattr(size, task)), preset.batch_size
+        ids = torch.randint(size.vocab, (batch, length), device=device)
+        shape = (size.vocab, size.layers, size.width, preset.heads, length)
+        plan, c = make_plan("dense", size.layers), bench_config(args.preset)
+        steps = {"ours": bench_step(task, plan, c, batch, device, args.compile),
+                 "ours, AdamW alone": bench_step(task, plan, c, batch, device, args.compile, muon=False),
+                 "GPT, usual": usual_step(GPT(*shape).to(device), ids, args.compile),
+                 "Llama, transformers": usual_step(Llama(*shape).to(device), ids, args.compile)}
+        for name, seconds in timed(steps, device, args.repeats).items():
+            ms = 1e3 * statistics.median(seconds)
+            rows.append({"task": task, "step": name, "length": length, "batch_size": batch, "ms": ms,
+                         "ms_range": [1e3 * min(seconds), 1e3 * max(seconds)], "tokens_per_s": 1e3 * batch * length / ms})
+    result = {"hardware": hardware(device), "versions": versions, "preset": args.preset, "compile": args.compile,
+              "repeats": args.repeats, "rows": rows}
+    Path(__file__).with_name(f"compare-{device.type}.json").write_text(json.dumps(result, indent=1))
+    print(f"{result['hardware']}, {versions}, preset {args.preset}\n\n| task | step | tokens a sequence | batch | ms (least, most) | tokens/s "
+          "|\n|---|---|---:|---:|---:|---:|")
+    for row in rows:
+        print("| {task} | {step} | {length} | {batch_size} | {ms:.1f} ({ms_range[0]:.1f}, {ms_range[1]:.1f}) | {tokens_per_s:.0f} |"
+              .format(**row))
+
+
+if __name__ == "__main__":
+    main()
