@@ -9,6 +9,7 @@ Both kinds give the rest of the project one thing, a `Split`: pixels, one captio
 import argparse
 import json
 import math
+import os
 import random
 import sys
 import warnings
@@ -25,10 +26,25 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 
+# Operators that Apple GPUs lack run on the CPU, and PyTorch says so. It reads this when it is imported: after this file.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+
+
 def fail(message):
     """Bad input: one line that says what was expected, exit status 2, no traceback."""
     tqdm.write(f"error: {message}", file=sys.stderr)                    # which clears a progress bar, if there is one
     raise SystemExit(2)
+
+
+def command(main):
+    """Runs a script's main. What ends it from outside, Ctrl-C or a disk that is full, is told in one line, too."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        tqdm.write("stopped", file=sys.stderr)
+        raise SystemExit(130)
+    except OSError as error:
+        fail(f"{error.filename or 'a file'} cannot be read or written: {error.strerror or error}")
 
 
 if sys.version_info < (3, 10):
@@ -413,6 +429,7 @@ def open_picture(path, size, where):
     """Any image that Pillow reads -> (size, size, 3) uint8: upright, on white where transparent, its middle square."""
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 image = ImageOps.exif_transpose(image)              # of an animation: the first frame
@@ -422,8 +439,34 @@ def open_picture(path, size, where):
                 image = image.convert("RGBA")
                 paper = Image.new("RGBA", image.size, "white")
                 return np.array(ImageOps.fit(Image.alpha_composite(paper, image).convert("RGB"), (size, size)))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Exception as error:                                          # Pillow raises nearly anything on broken files
         fail(f"{where}: {path} cannot be used as an image ({(str(error) or type(error).__name__).splitlines()[0]})")
+
+
+LONGEST = 2000              # characters of a text; a sequence takes far fewer
+
+
+def check_text(text, where):
+    """A caption, question or answer as it can be used: not empty, not too long, and encodable (lone surrogates are not)."""
+    if not isinstance(text, str) or not text.strip():
+        fail(f"{where}: file_name, text, question and answer have to be strings that are not empty")
+    if len(text) > LONGEST:
+        fail(f"{where}: a text has {len(text)} characters, expected at most {LONGEST}: {text[:40]!r} ...")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        fail(f"{where}: {text[:40]!r} is no Unicode text ({error.reason})")
+
+
+def check_inside(path, root, where):
+    """A file below the folder `root`, not reached by `..` or a link that leads out of it."""
+    try:
+        if not path.resolve().is_relative_to(root.resolve()):
+            fail(f"{where}: {str(path)!r} leads out of {root}")
+        if not path.is_file():
+            fail(f"{where}: no file {path}")
+    except (OSError, ValueError, RuntimeError) as error:                # names with NUL, too long ones, loops of links
+        fail(f"{where}: {str(error)[:80]}")
 
 
 def read_metadata(root):
@@ -444,18 +487,10 @@ def read_metadata(root):
         pairs = row.get("qa", [row] if "question" in row else []) if isinstance(row, dict) else None
         if not isinstance(pairs, list) or not all(isinstance(p, dict) for p in pairs):
             fail(f"{where}: expected an object with file_name, text and, if you like, qa: a list of objects")
-        texts = [row.get("file_name"), row.get("text")] + [p.get(k) for p in pairs for k in ("question", "answer")]
-        if not all(isinstance(t, str) and t.strip() for t in texts):
-            fail(f"{where}: file_name, text, question and answer have to be strings that are not empty")
+        for text in [row.get("file_name"), row.get("text"), *(p.get(k) for p in pairs for k in ("question", "answer"))]:
+            check_text(text, where)
         path = root / row["file_name"]
-        try:
-            "".join(texts).encode()                                     # a lone surrogate is in no UTF-8 text
-            if not path.resolve().is_relative_to(root.resolve()):
-                fail(f"{where}: file_name {row['file_name']!r} leads out of {root}")
-            if not path.is_file():
-                fail(f"{where}: no file {path}")
-        except (OSError, ValueError) as error:                          # names with NUL, or too long ones
-            fail(f"{where}: {str(error)[:80]}")
+        check_inside(path, root, where)
         rows.append((path, row["text"], [(p["question"], p["answer"]) for p in pairs], where))
     return rows
 
@@ -473,6 +508,9 @@ class Folder:
         else:
             rows = [(file, file.parent.name.replace("_", " "), [], str(file.parent)) for file in sorted(root.glob("*/*"))
                     if file.suffix.lower() in SUFFIXES]
+            for file, text, _, where in rows:
+                check_text(text, where)
+                check_inside(file, root, where)
         if not rows:
             fail(f"{path}: no images: expected a metadata.jsonl or one folder of images for each class")
         pixels = np.stack([open_picture(file, self.image_size, where)
@@ -579,4 +617,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -15,17 +15,18 @@ from collections import Counter, defaultdict
 from itertools import product
 from pathlib import Path
 
+import data as data_sets                                            # before torch: it sets an environment variable
+from data import CAPTIONS, KINDS, command, contact_sheet, fail
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-import data as data_sets
-from data import KINDS, CAPTIONS, contact_sheet, fail
 from model import aimed, answer, draw, generation, load, plans_for, sequences, understanding
-from prune import FULL, SIZES, flops, make_plan, paper_cost
-from tokenizer import pick_device
+from prune import FULL, MIDDLE, SIZES, flops, make_plan, paper_cost
+from tokenizer import pick_device, write
 
 # How many validation pictures, by preset: with questions, with captions; of the transfer splits as many.
 SAMPLES = {"tiny": {"und": 40, "gen": 20}, "cpu": {"und": 1000, "gen": 400}, "gpu": {"und": 2000, "gen": 1000}}
@@ -289,12 +290,12 @@ def evaluate(model, tokenizer, found, dataset, plans, folder, sampling, suffix="
     scores["cost"] = cost(model, {task: some.rows(index % len(some.tokens)) for task, some in rows.items()}, plans)
     scores["cost"] |= {key: parts * scores["cost"][key] for key in ("flops_per_step", "step_ms")}
     scores |= {"seconds": time.time() - start, "hardware": hardware(device)}
-    (folder / f"eval{suffix}.json").write_text(json.dumps(scores, indent=1))
     pixels, texts, wrong = [], [], []
     for some, lines, bad in sheets:
         wrong += [len(texts) + i for i in bad]
         pixels, texts = [*pixels, *some], texts + lines
     contact_sheet(pixels, texts, folder / f"samples{suffix}.png", wrong=wrong)
+    write(folder / f"eval{suffix}.json", json.dumps(scores, indent=1))  # last: where it is, all is
     return scores
 
 
@@ -441,6 +442,8 @@ def opened(folder, device, changed):
     for task in ("und", "gen"):
         if options["objective"] not in (task, "joint") and f"{task}_plan" in changed:
             fail(f"--{task}-plan: {folder} was not trained for that task")
+    if "shallow" in changed and not {options["und_plan"], options["gen_plan"]} & MIDDLE.keys():
+        fail(f"--shallow {options['shallow']}: expected beside a plan that has such layers, one of {', '.join(MIDDLE)}")
     plans = plans_for(options, model.config.layers)
     return model, tokenizer, {**found, "options": options}, plans, suffix(found["options"], changed)
 
@@ -464,6 +467,13 @@ def main():
         fail("expected the folder of a run, or --table and a folder of runs")
     if args.n < 1 or (args.temperature or 1) <= 0 or (args.top_k or 1) < 1 or (args.guidance or 0) < 0:
         fail("--n and --top-k have to be at least 1, --temperature above 0, --guidance at least 0")
+    given = {key for key, value in vars(args).items() if value not in (None, parser.get_default(key))}
+    used = ({"table"} if args.table else {"run", "device", "und_plan", "shallow", "ask"} if args.ask else
+            {"run", "device", "gen_plan", "shallow", "draw", "n", "guidance", "temperature", "top_k"} if args.draw is not None else
+            {"run", "device", "und_plan", "gen_plan", "shallow", "guidance", "temperature", "top_k"})
+    if given - used:
+        fail(f"--{min(given - used).replace('_', '-')} does not belong there: expected only "
+             + ", ".join(f"--{key.replace('_', '-')}" for key in sorted(used - {"run"})))
     if args.table:
         print(table(args.table))
         return
@@ -499,4 +509,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -14,11 +14,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import fail
-from prune import PLANS, Layout, Size, make_plan, positions
-from tokenizer import Tokenizer, read
+from prune import PLANS, SIZES, Layout, Size, make_plan, positions
+from tokenizer import Tokenizer, check_sizes, fitting, read
 
 INSTRUCTION_WEIGHT = .2     # of a question's token in the loss, where an output token has 1. The paper's eq. 1 counts both
                             # alike, but here a question has five times as many tokens as its answer
+
+PROJECTIONS = {"shared": ["text"], "image": ["text", "image"], "task": ["text", "und", "gen"]}      # and whose they are
 
 
 @dataclass
@@ -31,7 +33,17 @@ class Config(Size):
                                     # each task ("task", the paper's share partial, sec. 6.2)
 
     def __post_init__(self):
+        """ValueError for what no model can be built from: a configuration may come from anyone's file."""
+        check_sizes(self, vocab=2 ** 20, layers=1000, width=65536, hidden=64, heads=1024, side=256, first_code=2 ** 20)
         self.und, self.gen = Layout(*self.und), Layout(*self.gen)
+        if not all(type(n) is int and 0 <= n <= 2 ** 16 for n in self.und + self.gen):
+            raise ValueError(f"layouts {self.und}, {self.gen}: expected whole numbers")
+        if self.und.image != self.side ** 2 or self.gen.image != self.side ** 2:
+            raise ValueError(f"{self.side}x{self.side} image tokens do not fit layouts {self.und}, {self.gen}")
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width {self.width} has to be a multiple of twice the number of heads, {self.heads}")
+        if self.projections not in PROJECTIONS:
+            raise ValueError(f"projections {self.projections!r}: expected one of {', '.join(PROJECTIONS)}")
 
 
 class Batch(NamedTuple):
@@ -137,7 +149,7 @@ class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         d, self.heads, self.projections = c.width, c.heads, c.projections
-        owners = {"shared": ["text"], "image": ["text", "image"], "task": ["text", "und", "gen"]}[c.projections]
+        owners = PROJECTIONS[c.projections]
         self.norm1, self.norm2 = nn.RMSNorm(d), nn.RMSNorm(d)
         self.q = nn.ModuleDict({name: nn.Linear(d, d, bias=False) for name in owners})
         self.kv = nn.ModuleDict({name: nn.Linear(d, 2 * d, bias=False) for name in owners})
@@ -384,16 +396,26 @@ def answer(model, tokenizer, codes, question, plan, longest=24):
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
+OPTIONS = dict(objective=str, und_plan=str, gen_plan=str, projections=str, data=str, preset=str, seed=int, steps=int, batch_size=int,
+               accumulate=int, save_every=int, shallow=int, lr=float, compile=bool, tokenizer=str, out=str)      # of a run
+
+
 def load(folder, device):
     """A trained run, by its folder: the model, its tokenizer, and the whole checkpoint (options, step, ...)."""
     path = Path(folder) / "checkpoint.pt"
     found = read(path, "run")
     try:
-        tokenizer = Tokenizer.from_state(found["tokenizer"])
-        model = Model(Config(**found["config"]))
-        model.load_state_dict(found["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        fail(f"{path}: its parts do not fit together ({str(error).splitlines()[0]})")
+        for key, kind in OPTIONS.items():
+            if type(found["options"][key]) is not kind:
+                raise ValueError(f"option {key} is {found['options'][key]!r}")
+        tokenizer, c = Tokenizer.from_state(found["tokenizer"]), Config(**found["config"])
+        if (c.vocab, c.side, c.first_code) != (tokenizer.vocab, tokenizer.vq.side, tokenizer.first_code):
+            raise ValueError("the model has another vocabulary than the tokenizer")
+        if found["options"]["preset"] not in SIZES or not 0 <= found["step"] <= found["options"]["steps"]:
+            raise ValueError(f"preset {found['options']['preset']}, step {found['step']}")
+        model = fitting(Model, c, found["model"])
+    except Exception as error:                                          # anything at all may be in a file
+        fail(f"{path}: its parts do not fit together ({type(error).__name__}: {(str(error) or '?').splitlines()[0][:200]})")
     tokenizer.vq.to(device)
     return model.to(device).eval(), tokenizer, found
 

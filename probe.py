@@ -10,15 +10,16 @@ import argparse
 import json
 from pathlib import Path
 
+import data as data_sets                                            # before torch: it sets an environment variable
+from data import command, fail, line_chart
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-import data as data_sets
-from data import fail, line_chart
 from model import Model, load, plans_for, sequences
 from prune import positions
-from tokenizer import pick_device
+from tokenizer import pick_device, write
 
 SEGMENTS = ("system", "image", "instruction", "output")
 
@@ -123,7 +124,7 @@ def main():
         suffix = "-untrained"
     shares, attention, batches = probe(model, tokenizer, options, args.n)
     n = {task: len(batch.tokens) for task, batch in batches.items()}
-    (args.run / f"attention{suffix}.json").write_text(json.dumps(shares | {"n": n, "config": options}, indent=1))
+    write(args.run / f"attention{suffix}.json", json.dumps(shares | {"n": n, "config": options}, indent=1))
     for task, own in shares.items():
         print(f"{task}: share of attention by layer, over all queries | over those that foretell output")
         for name in SEGMENTS:
@@ -141,4 +142,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

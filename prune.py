@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from data import command
+
 
 class Rule(NamedTuple):
     """What image tokens do in one layer. Text tokens always take part in full."""
@@ -188,4 +190,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -7,6 +7,7 @@
 Ids of the one vocabulary: 0 to 255 bytes, from 256 merged text, 507 to 511 special tokens, from 512 image codes.
 """
 import argparse
+import io
 import math
 import os
 import re
@@ -15,6 +16,9 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import data as data_sets                                            # before torch: it sets an environment variable
+from data import fail
+
 import regex
 import tiktoken
 import torch
@@ -22,8 +26,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import data as data_sets
-from data import fail
 
 # ------------------------------------------------------------------------------------------------ text
 
@@ -60,6 +62,24 @@ def train_bpe(texts, size=FIRST_CODE - len(SPECIAL)):
 
 # ------------------------------------------------------------------------------------------------ images
 
+def check_sizes(config, **most):
+    """ValueError unless these fields of a configuration, which may come from anyone's file, are whole numbers in range."""
+    for name, limit in most.items():
+        value = getattr(config, name)
+        if type(value) is not int or not 1 <= value <= limit:
+            raise ValueError(f"{name} {value!r}: expected a whole number from 1 to {limit}")
+
+
+def fitting(network, config, state):
+    """network(config) with the weights `state`. Nothing of a size that a file only claims is built: RuntimeError where the
+    weights do not have the shapes that the configuration asks for."""
+    with torch.device("meta"):
+        network(config).load_state_dict(dict(state), assign=True)      # a copy: `assign` is noted in what it is given
+    real = network(config)
+    real.load_state_dict(state)
+    return real
+
+
 @dataclass
 class Config:
     image_size: int = 32
@@ -68,6 +88,11 @@ class Config:
     blocks: int = 2             # residual blocks of the decoder
     codes: int = 256            # size of the codebook
     code_dim: int = 8           # numbers in a code: few, and normalised, so that no code is left unused
+
+    def __post_init__(self):
+        check_sizes(self, image_size=4096, patch=256, width=65536, blocks=100, codes=65536, code_dim=4096)
+        if self.image_size % self.patch or self.width % 8:
+            raise ValueError(f"image size {self.image_size} has to be a multiple of the patch, {self.patch}, and width {self.width} of 8")
 
 
 # Training, beside the architecture: pictures, steps, pictures a step, learning rate.
@@ -204,28 +229,42 @@ class Tokenizer:
 
     @staticmethod
     def from_state(state):
-        vq = VQ(Config(**state["config"]))
-        vq.load_state_dict(state["vq"])
-        return Tokenizer({bytes.fromhex(token): rank for rank, token in enumerate(state["ranks"])}, vq)
+        """From what `state` gave. ValueError, or another, where the parts do not fit together."""
+        tokens = [bytes.fromhex(token) for token in state["ranks"]]
+        ranks = {token: rank for rank, token in enumerate(tokens)}
+        if tokens[:256] != [bytes([b]) for b in range(256)] or not len(ranks) == len(tokens) <= FIRST_CODE - len(SPECIAL):
+            raise ValueError("its ranks are not those of byte pairs")
+        return Tokenizer(ranks, fitting(VQ, Config(**state["config"]), state["vq"]))
 
 
 # ------------------------------------------------------------------------------------------------ files and devices
 
-def save(what, path):
-    """Write a checkpoint so that, whatever happens meanwhile, `path` holds either the old one or the new one."""
+def write(path, content):
+    """Writes bytes or text so that, whatever happens meanwhile, `path` holds either what it held or all of the new."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    torch.save(what, part)
-    os.replace(part, path)
+    try:
+        part.write_bytes(content if isinstance(content, bytes) else content.encode())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk does not say for which file
+
+
+def save(what, path):
+    """Writes a checkpoint."""
+    buffer = io.BytesIO()
+    torch.save(what, buffer)
+    write(path, buffer.getvalue())
 
 
 def read(path, kind):
     """Read a checkpoint written by this project; anything else is refused in one line."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        fail(f"{path}: no such file")
+    except OSError as error:
+        fail(f"{path}: {error.strerror}")
     except Exception as error:      # whatever the bytes are, the unpickler's complaint is not the reader's problem
         fail(f"{path} is not a {kind} checkpoint of this project, or is damaged ({type(error).__name__})")
     if not isinstance(found, dict) or found.get("kind") != kind:
@@ -315,6 +354,8 @@ def main():
     args = parser.parse_args()
     if args.steps is not None and args.steps < 1:
         fail(f"--steps {args.steps}: expected at least 1")
+    if not 0 <= args.seed < 2 ** 32:
+        fail(f"--seed {args.seed}: expected 0 to 2**32 - 1")
     start, device = time.time(), pick_device(args.device)
     preset, out = defaults(device, args.data)
     args.preset, args.out = args.preset or preset, args.out or Path(out)
@@ -329,4 +370,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    data_sets.command(main)

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import random
+import signal
 import statistics
 import sys
 import time
@@ -24,16 +25,17 @@ from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
+import data as data_sets                                            # before torch: it sets an environment variable
+from data import command, fail, line_chart
+
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import data as data_sets
 import eval as evaluation
-from data import fail, line_chart
 from model import Batch, Config, Model, load, plans_for, sequences
-from prune import PLANS, SIZES, Layout, flops, make_plan, paper_cost
-from tokenizer import Tokenizer, defaults, pick_device, read, save, score_tokenizer, train_tokenizer
+from prune import MIDDLE, PLANS, SIZES, Layout, flops, make_plan, paper_cost
+from tokenizer import Tokenizer, defaults, pick_device, read, save, score_tokenizer, train_tokenizer, write
 
 
 @dataclass
@@ -160,10 +162,14 @@ def get_tokenizer(options, dataset, device, first):
     if dist.is_initialized():
         dist.barrier()
     found = read(path, "tokenizer")
-    if (found["data"], found["preset"]) != (dataset.identity, options["preset"]):
-        fail(f"{path} was trained on {found['data']} with preset {found['preset']}; expected {dataset.identity} with preset "
-             f"{options['preset']}: give another --tokenizer PATH (it is trained if there is no such file)")
-    return Tokenizer.from_state(found)
+    own, expected = (found.get("data"), found.get("preset")), (dataset.identity, options["preset"])
+    if own != expected:
+        fail(f"{path} was trained on {own[0]} with preset {own[1]}; expected {expected[0]} with preset {expected[1]}: give another "
+             "--tokenizer PATH (it is trained if there is no such file)")
+    try:
+        return Tokenizer.from_state(found)
+    except Exception as error:                                          # anything at all may be in a file
+        fail(f"{path}: its parts do not fit together ({type(error).__name__}: {str(error)[:200]})")
 
 
 def learning_rate(step, steps):
@@ -208,25 +214,43 @@ def run(options, resume, device):
 
     start = 0
     if resume:
-        model.load_state_dict(resume["model"])
-        for optimizer, state in zip(optimizers, resume["optimizers"]):
-            optimizer.load_state_dict(state)
+        try:
+            model.load_state_dict(resume["model"])
+            for optimizer, state in zip(optimizers, resume["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+        except Exception as error:                                      # anything at all may be in a file
+            fail(f"{out}/checkpoint.pt does not fit these options and data ({str(error).splitlines()[0][:200]})")
         start = resume["step"]
-    if first:
-        out.mkdir(parents=True, exist_ok=True)
-        log = out / "log.jsonl"                                         # what came after the checkpoint comes again
-        lines = log.read_text().splitlines() if resume and log.exists() else []
-        log.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
+    log = out / "log.jsonl"
+    if first:                                                           # what came after the checkpoint comes again
+        lines = log.read_text().splitlines(True) if resume and log.exists() else []
+        write(log, "".join(lines[:start // LOG_EVERY + (start == steps and start % LOG_EVERY > 0)]))
 
     def checkpoint(step):
+        if not all(p.isfinite().all() for p in model.parameters()):
+            broken(step, "some weights are")
         if first:
             save({"kind": "run", "options": options, "config": asdict(c) | {"und": list(c.und), "gen": list(c.gen)},
                   "tokenizer": tokenizer.state(), "model": model.state_dict(),
                   "optimizers": [o.state_dict() for o in optimizers], "step": step, "identity": dataset.identity},
                  out / "checkpoint.pt")
 
+    def broken(step, what):
+        kept = out / "checkpoint.pt"
+        fail(f"{what} not finite at step {step}; the last good checkpoint "
+             + (f"is {kept}: --resume with it, or begin again with a lower --lr" if kept.exists() else "was not written yet"))
+
     # ---- training
     model.train()
+    stop = []                                                           # by Ctrl-C or SIGTERM: at the end of a step, saved
+
+    def on_signal(number, _):
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(number)
+
+    signals = (signal.SIGINT, signal.SIGTERM) if world == 1 else ()     # torchrun ends its processes itself
+    before = {number: signal.signal(number, on_signal) for number in signals}
     on_gpu = device.type == "cuda"
     if options["compile"]:
         torch._dynamo.reset()                                           # of a table, the last run's code
@@ -239,51 +263,49 @@ def run(options, resume, device):
               f"{operations / 1e9:.0f} GFLOP a step; data and tokenizer took {time.time() - began:.0f} s")
     bar = tqdm(total=steps, initial=start, desc=out.name, unit="step", disable=not first)
     logged, clock = start, time.perf_counter()
-    try:
-        for step in range(start, steps):
-            for optimizer, lr in zip(optimizers, highest):
-                optimizer.param_groups[0]["lr"] = lr * learning_rate(step, steps)
-            parts = {}
-            for task in tasks:
-                # The step alone says which rows it takes: nothing about data has to be saved for a resumed run.
-                luck = torch.Generator().manual_seed(2 * (seed * 10 ** 9 + step) + (task == "gen"))
-                index = torch.randint(len(sets[task].tokens), (options["batch_size"],), generator=luck).to(device)
-                outputs = (sets[task].weights[index] == 1).sum()        # of the whole step, over all processes
-                batches = [sets[task].rows(part) for part in index[rank::world].chunk(options["accumulate"])]
-                parts[task] = [(batch, (batch.weights == 1).sum() / outputs) for batch in batches]
-            losses = training_step(forward, parts, plans, optimizers)
-            bar.update()
+    for step in range(start, steps):
+        for optimizer, lr in zip(optimizers, highest):
+            optimizer.param_groups[0]["lr"] = lr * learning_rate(step, steps)
+        parts = {}
+        for task in tasks:
+            # The step alone says which rows it takes: nothing about data has to be saved for a resumed run.
+            luck = torch.Generator().manual_seed(2 * (seed * 10 ** 9 + step) + (task == "gen"))
+            index = torch.randint(len(sets[task].tokens), (options["batch_size"],), generator=luck).to(device)
+            outputs = (sets[task].weights[index] == 1).sum()            # of the whole step, over all processes
+            batches = [sets[task].rows(part) for part in index[rank::world].chunk(options["accumulate"])]
+            parts[task] = [(batch, (batch.weights == 1).sum() / outputs) for batch in batches]
+        losses = training_step(forward, parts, plans, optimizers)
+        bar.update()
 
-            last = step == steps - 1
-            if (step + 1) % LOG_EVERY == 0 or last:
-                values = torch.stack(list(losses.values()))
-                if dist.is_initialized():
-                    dist.all_reduce(values)
-                values = dict(zip(tasks, values.tolist()))              # waits for the device
-                if not math.isfinite(sum(values.values())):
-                    kept = out / "checkpoint.pt"
-                    fail(f"the loss is not finite at step {step + 1} ({values}); the last checkpoint "
-                         + (f"is {kept}" if kept.exists() else "was not written yet"))
-                seconds, logged = (time.perf_counter() - clock) / (step + 1 - logged), step + 1
-                row = {"step": step + 1, "loss": sum(values.values()), "loss_und": values.get("und"),
-                       "loss_gen": values.get("gen"), "lr": optimizers[0].param_groups[0]["lr"],
-                       "tokens_per_s": tokens / seconds, "step_ms": 1e3 * seconds,
-                       "mfu": operations / seconds / peak / world if peak else None,
-                       "peak_memory_mb": peak_memory(device)}
-                if first:
-                    with log.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-                    bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s'] / 1e3:.1f}k tokens/s"
-                                        + (f", MFU {100 * row['mfu']:.0f} %" if peak else ""))
-                if (step + 1) % options["save_every"] == 0 or last:
-                    checkpoint(step + 1)
-                clock = time.perf_counter()
-    except KeyboardInterrupt:
-        bar.close()
-        print(f"\nstopped; python train.py --resume --out {out} goes on from the last checkpoint"
-              if (out / "checkpoint.pt").exists() else "\nstopped before the first checkpoint", file=sys.stderr)
-        raise SystemExit(130)
+        last = step == steps - 1
+        if (step + 1) % LOG_EVERY == 0 or last:
+            values = torch.stack(list(losses.values()))
+            if dist.is_initialized():
+                dist.all_reduce(values)
+            values = dict(zip(tasks, values.tolist()))                  # waits for the device
+            if not math.isfinite(sum(values.values())):
+                broken(step + 1, f"the loss {values} is")
+            seconds, logged = (time.perf_counter() - clock) / (step + 1 - logged), step + 1
+            row = {"step": step + 1, "loss": sum(values.values()), "loss_und": values.get("und"),
+                   "loss_gen": values.get("gen"), "lr": optimizers[0].param_groups[0]["lr"],
+                   "tokens_per_s": tokens / seconds, "step_ms": 1e3 * seconds,
+                   "mfu": operations / seconds / peak / world if peak else None,
+                   "peak_memory_mb": peak_memory(device)}
+            if first:
+                with log.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s'] / 1e3:.1f}k tokens/s"
+                                    + (f", MFU {100 * row['mfu']:.0f} %" if peak else ""))
+            clock = time.perf_counter()
+        if stop or last or (step + 1) % options["save_every"] == 0:
+            checkpoint(step + 1)
+        if stop:
+            bar.close()
+            print(f"stopped after step {step + 1} and saved; python train.py --resume --out {out} goes on", file=sys.stderr)
+            raise SystemExit(128 + stop[0])
     bar.close()
+    for number, handler in before.items():
+        signal.signal(number, handler)
     if not first:
         return
 
@@ -331,8 +353,15 @@ def same_run(options, stored, out):
             fail(f"--{key.replace('_', '-')} {options[key]}: the run in {out} has {stored.get(key)}")
 
 
-def check(options):
+def check(options, given=()):
     """Refuse options that make no sense, before any work begins."""
+    used = {options[f"{task}_plan"] for task in ("und", "gen")}
+    if "shallow" in given and not used & MIDDLE.keys():
+        fail(f"--shallow {options['shallow']}: expected beside a plan that has such layers, one of {', '.join(MIDDLE)}")
+    if options["projections"] == "task" and options["objective"] != "joint":
+        fail("--projections task: a run of one task has one kind of image tokens; expected image")
+    if not 0 <= options["seed"] < 2 ** 32:
+        fail(f"--seed {options['seed']}: expected 0 to 2**32 - 1")
     for key in ("steps", "batch_size", "accumulate"):
         if options[key] < 1:
             fail(f"--{key.replace('_', '-')} {options[key]}: expected at least 1")
@@ -486,8 +515,7 @@ def bench(options, device):
               "image_tokens": time_steps([(*kind, c, n) for c in pictures for kind in few], shallow, device, compiled, rate, 5),
               "drawing": [time_drawing(name, pictures[1], shallow, device) for name in ("dense", "hmgen")]}
     path = Path("results") / f"bench-{device.type}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1))
+    write(path, json.dumps(result, indent=1))
     line_chart({f"{task} {name}": [(x["image_tokens"], x["ms"] / n) for x in result["image_tokens"] if (x["task"], x["plan"]) ==
                                    (task, name)] for task, name in few},
                "ms a picture in a training step", "image tokens").save(path.with_suffix(".png"))
@@ -560,11 +588,12 @@ def main():
         found = load(options["out"], "cpu")[2]
         same_run(given, found["options"], options["out"])
         options = {**found["options"], **{key: options[key] for key in given.keys() & HOW | {"out", "compile"}}}
-        check(options)
+        check(options, given)
         run(options, found, device)
     else:
         options = completed(given, device)
-        check(options)
+        check(options, given)
+        plans_for(options, SIZES[options["preset"]].layers)
         if (Path(options["out"]) / "checkpoint.pt").exists():
             fail(f"{options['out']} holds a run already: --resume goes on with it, --out PATH begins another")
         run(options, None, device)
@@ -573,4 +602,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command(main)
