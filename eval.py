@@ -16,12 +16,12 @@ from itertools import product
 from pathlib import Path
 
 import data as data_sets                                            # before torch: it sets an environment variable
-from data import CAPTIONS, KINDS, command, contact_sheet, fail
+from data import CAPTIONS, INK, KINDS, LINE, TEXT, command, contact_sheet, fail
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from model import aimed, answer, draw, generation, load, plans_for, sequences, understanding
@@ -386,46 +386,142 @@ LATER = {"u-dense": ("HiMix at inference only", dict(und_plan="himix")),
 # title, where in eval.json, times what, digits
 COLUMNS = [("questions right, %", ("und", "accuracy"), 100, 1), ("chance", ("und", "chance"), 100, 1),
            ("POPE F1, %", ("und", "pope", "f1"), 100, 1), ("transfer, %", ("und", "transfer_accuracy"), 100, 1),
+           ("loss", ("und", "loss"), 1, 3),
            ("images right, %", ("gen", "image_accuracy"), 100, 1), ("objects right, %", ("gen", "object_accuracy"), 100, 1),
-           ("transfer, %", ("gen", "transfer_object_accuracy"), 100, 1), ("Fréchet (less is better)", ("gen", "frechet"), 1, 3),
+           ("transfer, %", ("gen", "transfer_object_accuracy"), 100, 1), ("Fréchet (less is better)", ("gen", "frechet"), 1, 3), ("loss", ("gen", "loss"), 1, 3),
            ("FLOPs", ("cost", "flops_ratio"), 1, 2), ("paper's formula", ("cost", "paper_flops_ratio"), 1, 2),
            ("time", ("cost", "step_ratio"), 1, 2), ("parameters, M", ("config", "parameters"), 1e-6, 2),
            ("examples of each task", ("config", "examples"), 1, 0)]
 
 
-def table(folder):
-    """The runs in a folder, averaged over seeds, as a Markdown table beside the paper's numbers."""
-    found = defaultdict(list)
-    for file in sorted(Path(folder).glob("*/eval*.json")):
-        found[file.parent.name.rsplit("-seed", 1)[0] + file.stem.removeprefix("eval")].append(json.loads(file.read_text()))
+# The paper's claims, each as a difference between rows that it says is above a margin: name, the two rows, where in eval.json,
+# margin. 3 points are what HiMix costs in the paper (GQA 52.86 -> 49.92), which calls that kept.
+CLAIMS = [("HiMix alone keeps understanding", "u-himix", "u-dense", ("und", "accuracy"), -3),
+          ("HMGen alone keeps generation", "g-hmgen", "g-dense", ("gen", "image_accuracy"), -3),
+          ("joint training helps understanding", "joint-dense", "u-dense", ("und", "accuracy"), 0),
+          ("joint training helps generation", "joint-dense", "g-dense", ("gen", "image_accuracy"), 0),
+          ("understanding learns words from generation", "joint-dense", "u-dense", ("und", "transfer_accuracy"), 0),
+          ("generation learns words from understanding", "joint-dense", "g-dense", ("gen", "transfer_object_accuracy"), 0),
+          ("HiMix + HMGen, share all, lose understanding", "joint-dense", "joint-share-all", ("und", "accuracy"), 0),
+          ("HiMix + HMGen, share all, lose generation", "joint-dense", "joint-share-all", ("gen", "image_accuracy"), 0),
+          ("share partial wins back understanding", "joint-share-partial", "joint-share-all", ("und", "accuracy"), 0),
+          ("share partial wins back generation", "joint-share-partial", "joint-share-all", ("gen", "image_accuracy"), 0)]
+T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)          # 97.5 % quantiles of Student's t, 1 to 9 degrees of freedom
+
+
+def value(scores, path):
+    for key in path:
+        scores = scores.get(key) if isinstance(scores, dict) else None
+    return scores
+
+
+def cell(runs, path, scale, digits):
+    """Mean ± standard deviation over seeds of one figure."""
+    values = [scale * x for x in (value(run, path) for run in runs.values()) if x is not None]
+    if not values:
+        return "–"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def claims(found):
+    """What the rows say of CLAIMS: [(claim, difference in points over seeds, half of its 95 % interval, seeds, answer)].
+    Runs of one seed share data and order: differences are taken seed by seed."""
+    answers = []
+    for claim, a, b, path, margin in CLAIMS:
+        seeds = [seed for seed in found[a] if value(found[a][seed], path) is not None and value(found[b].get(seed), path) is not None]
+        if len(seeds) > 1:
+            differences = [100 * (value(found[a][seed], path) - value(found[b][seed], path)) for seed in seeds]
+            mean, n = statistics.mean(differences), len(seeds)
+            half = T975[min(n - 1, len(T975)) - 1] * statistics.stdev(differences) / n ** .5
+            answer = "holds" if mean - half > margin else "does not hold" if mean + half < margin else "not decided here"
+            answers.append((claim + (f" (less than {-margin} points lost)" if margin else ""), mean, half, n, answer))
+    return answers
+
+
+def strip(groups, path):
+    """One picture: for each {title: {row: [percent]}}, a dot for each seed and a tick at the mean of each row."""
+    font, left, width, step = ImageFont.load_default(12), 330, 330, 19
+    names = list(dict.fromkeys(name for rows in groups.values() for name in rows))
+    sheet = Image.new("RGB", (left + len(groups) * (width + 40), 60 + step * len(names)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, name in enumerate(names):
+        draw.text((left - 14, 50 + step * i), name, TEXT, font, anchor="rm")
+    for k, (title, rows) in enumerate(groups.items()):
+        x0, low = left + k * (width + 40), 10 * int(min(min(some) for some in rows.values()) // 10)
+        draw.text((x0, 6), title, TEXT, font)
+        for tick in range(low, 101, 10 if low > 30 else 20):
+            x = x0 + width * (tick - low) / (100 - low)
+            draw.line([(x, 40), (x, sheet.height - 8)], LINE)
+            draw.text((x, 30), str(tick), TEXT, font, anchor="mm")
+        for name, some in rows.items():
+            y, places = 50 + step * names.index(name), [x0 + width * (p - low) / (100 - low) for p in some]
+            middle = statistics.mean(places)
+            draw.line([(middle, y - 7), (middle, y + 7)], TEXT, 2)
+            for x in places:
+                draw.ellipse((x - 4, y - 4, x + 4, y + 4), INK[k])
+    sheet.save(path)
+
+
+def table(folder, device):
+    """The runs in a folder beside the paper's: prints Markdown, and writes it, all scores, a picture of the accuracies and
+    pictures that the runs draw under the same captions to results/."""
+    found = defaultdict(dict)
+    for file in sorted(Path(folder).glob("*-seed*/eval*.json")):
+        name, seed = file.parent.name.rsplit("-seed", 1)
+        found[name + file.stem.removeprefix("eval")][seed] = json.loads(file.read_text())
     if not found:
-        fail(f"{folder}: no finished run in it (expected folders with an eval.json)")
-
-    def cell(runs, path, scale, digits):
-        values = []
-        for value in runs:
-            for key in path:
-                value = value.get(key) if isinstance(value, dict) else None
-            if value is not None:
-                values.append(scale * value)
-        if not values:
-            return "–"
-        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.{digits}f}{spread}"
-
-    lines = ["| run | seeds | " + " | ".join(title for title, *_ in COLUMNS) + " | paper: GQA | POPE F1 | MJHQ FID (less is "
-             "better) | FLOPs |", "|---|" + "---:|" * (len(COLUMNS) + 5)]
-    options = next(iter(found.values()))[0]["config"]
+        fail(f"{folder}: no finished run in it (expected folders NAME-seedN with an eval.json)")
+    every = [scores for some in found.values() for scores in some.values()]
+    options = every[0]["config"]
     titles = {name: title for name, (title, _) in table_rows(options).items()}
     for name, (title, changed) in LATER.items():
-        titles[name + suffix(options, changed)] = f"{titles[name]}, {title}"
-    for name in [*titles, *sorted(set(found) - set(titles))]:
-        if runs := found.get(name):
-            cells = [titles.get(name, name), str(len(runs)), *(cell(runs, *column[1:]) for column in COLUMNS)]
-            lines.append("| " + " | ".join([*cells, *("–" if x is None else str(x) for x in PAPER.get(name, (None,) * 4))]) + " |")
-    runs = [run for some in found.values() for run in some]
-    n = {key: count for run in runs for key, count in run["n"].items()}
-    return "\n".join([*lines, "", f"Mean ± standard deviation over seeds; n = {n}; {runs[0]['hardware']}."])
+        titles[name + suffix({**options, **table_rows(options)[name][1]}, changed)] = f"{titles[name]}, {title}"
+    names = [name for name in [*titles, *sorted(set(found) - set(titles))] if name in found]
+    n = {key: count for scores in every for key, count in scores["n"].items()}
+
+    def markdown(columns, extra=("", ())):
+        lines = ["| run | seeds | " + " | ".join(title for title, *_ in columns) + " |" + extra[0],
+                 "|---|" + "---:|" * (1 + len(columns) + len(extra[1]))]
+        for name in names:
+            cells = [cell(found[name], *column[1:]) for column in columns]
+            if set(cells) != {"–"}:
+                own = PAPER.get(name, (None,) * 4)
+                cells += ["–" if own[i] is None else str(own[i]) for i in extra[1]]
+                lines.append("| " + " | ".join([titles.get(name, name), str(len(found[name])), *cells]) + " |")
+        return "\n".join(lines)
+
+    def kinds(task, names, what):
+        return [(kind, (task, "by_type", kind, what), 100, 1) for kind in names
+                if any(value(scores, (task, "by_type", kind)) for scores in every)]
+
+    parts = [markdown(COLUMNS, (" paper: GQA | POPE F1 | MJHQ FID (less is better) | FLOPs |", range(4))),
+             f"Mean ± standard deviation over seeds; n = {n} for each seed; {every[0]['hardware']}; preset {options['preset']}, "
+             f"{options['steps']} steps of {options['batch_size']} pictures of each task.",
+             "Questions right, %, by kind:", markdown(kinds("und", KINDS, "accuracy")),
+             "Images right, %, by kind of caption:", markdown(kinds("gen", CAPTIONS, "image_accuracy"))]
+    answers = claims(found)
+    if answers:
+        parts += ["| claim | difference, points, with 95 % interval over seeds | seeds | |\n|---|---:|---:|---|\n" + "\n".join(
+            f"| {claim} | {mean:+.1f} ± {half:.1f} | {count} | {answer} |" for claim, mean, half, count, answer in answers)]
+    text, path = "\n\n".join(parts), Path("results") / f"{Path(folder).name}-{options['preset']}"
+    write(path.with_suffix(".md"), text + "\n")
+    write(path.with_suffix(".json"), json.dumps({"titles": titles, "runs": found}))
+    strip({title: {titles.get(name, name): shares for name in names
+                   if (shares := [100 * x for x in (value(scores, where) for scores in found[name].values()) if x is not None])}
+           for title, where in (("questions right, %", ("und", "accuracy")), ("images right, %", ("gen", "image_accuracy")))
+           if any(value(scores, where) is not None for scores in every)}, path.with_suffix(".png"))
+    pixels, texts = [], []                                              # of the same captions by each row's seed 0 (cf. fig. 5)
+    for name in names:
+        base = name if (Path(folder) / f"{name}-seed0").exists() else next(b for b in LATER if name.startswith(f"{b}-"))
+        if "gen" in found[name].get("0", {}):
+            model, tokenizer, run, plans, _ = opened(Path(folder) / f"{base}-seed0", device, LATER[base][1] if base != name else {})
+            captions = [x.text for x in data_sets.load(options["data"], options["preset"]).split("gen", "val", 6).captions]
+            pixels += [*drawn(model, tokenizer, captions, plans["gen"], *sampling_for(options["data"]))]
+            texts += [f"{titles.get(name, name)}:\n{caption}" for caption in captions]
+    if pixels:
+        contact_sheet(pixels, texts, f"{path}-samples.png")
+    print(f"{text}\n\n{path}.md, .json, .png, -samples.png")
 
 
 def suffix(options, changed):
@@ -468,14 +564,14 @@ def main():
     if args.n < 1 or (args.temperature or 1) <= 0 or (args.top_k or 1) < 1 or (args.guidance or 0) < 0:
         fail("--n and --top-k have to be at least 1, --temperature above 0, --guidance at least 0")
     given = {key for key, value in vars(args).items() if value not in (None, parser.get_default(key))}
-    used = ({"table"} if args.table else {"run", "device", "und_plan", "shallow", "ask"} if args.ask else
+    used = ({"table", "device"} if args.table else {"run", "device", "und_plan", "shallow", "ask"} if args.ask else
             {"run", "device", "gen_plan", "shallow", "draw", "n", "guidance", "temperature", "top_k"} if args.draw is not None else
             {"run", "device", "und_plan", "gen_plan", "shallow", "guidance", "temperature", "top_k"})
     if given - used:
         fail(f"--{min(given - used).replace('_', '-')} does not belong there: expected only "
              + ", ".join(f"--{key.replace('_', '-')}" for key in sorted(used - {"run"})))
     if args.table:
-        print(table(args.table))
+        table(args.table, pick_device(args.device))
         return
 
     changed = {key: getattr(args, key) for key in ("und_plan", "gen_plan", "shallow") if getattr(args, key) is not None}

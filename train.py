@@ -262,7 +262,7 @@ def run(options, resume, device):
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {tokens} tokens and "
               f"{operations / 1e9:.0f} GFLOP a step; data and tokenizer took {time.time() - began:.0f} s")
     bar = tqdm(total=steps, initial=start, desc=out.name, unit="step", disable=not first)
-    logged, clock = start, time.perf_counter()
+    logged, clock, loop_began = start, time.perf_counter(), time.time()
     for step in range(start, steps):
         for optimizer, lr in zip(optimizers, highest):
             optimizer.param_groups[0]["lr"] = lr * learning_rate(step, steps)
@@ -304,6 +304,7 @@ def run(options, resume, device):
             print(f"stopped after step {step + 1} and saved; python train.py --resume --out {out} goes on", file=sys.stderr)
             raise SystemExit(128 + stop[0])
     bar.close()
+    training = time.time() - loop_began
     for number, handler in before.items():
         signal.signal(number, handler)
     if not first:
@@ -317,8 +318,8 @@ def run(options, resume, device):
     found = {"options": options, "step": steps}
     print(evaluation.summary(evaluation.evaluate(model, tokenizer, found, dataset, plans, out,
                                               evaluation.sampling_for(options["data"]))))
-    print(f"{time.time() - began:.0f} s in all, a training step {statistics.median(r['step_ms'] for r in rows):.0f} ms "
-          f"(median), peak memory {peak_memory(device) or math.nan:.0f} MB\n"
+    print(f"{time.time() - began:.0f} s in all, {training / (time.time() - began):.0%} of them in training steps; a step "
+          f"{statistics.median(r['step_ms'] for r in rows):.0f} ms (median), peak memory {peak_memory(device) or math.nan:.0f} MB\n"
           f"look at {out}/samples.png, {out}/eval.json, {out}/loss.png; then: python probe.py {out}")
 
 
@@ -402,7 +403,7 @@ def run_table(folder, seeds, given, device):
         if dist.is_initialized():
             dist.barrier()
     if first:
-        print(evaluation.table(folder))
+        evaluation.table(folder, device)
 
 
 # ------------------------------------------------------------------------------------------------ speed
