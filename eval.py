@@ -8,6 +8,7 @@
 """
 import argparse
 import json
+import math
 import platform
 import statistics
 import time
@@ -16,16 +17,16 @@ from itertools import product
 from pathlib import Path
 
 import data as data_sets                                            # before torch: it sets an environment variable
-from data import CAPTIONS, INK, KINDS, LINE, TEXT, command, contact_sheet, fail
+from data import CAPTIONS, KINDS, command, contact_sheet, fail, strip_chart
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm import tqdm
 
 from model import aimed, answer, draw, generation, load, plans_for, sequences, understanding
-from prune import FULL, MIDDLE, SIZES, flops, make_plan, paper_cost
+from prune import FULL, SIZES, flops, make_plan, paper_cost
 from tokenizer import pick_device, write
 
 # How many validation pictures, by preset: with questions, with captions; of the transfer splits as many.
@@ -285,10 +286,10 @@ def evaluate(model, tokenizer, found, dataset, plans, folder, sampling, suffix="
             seen = dataset.split("gen", "train", 18, options["seed"])
             pixels = drawn(model, tokenizer, [x.text for x in seen.captions], plans["gen"], *sampling)
             sheets.append((pixels, [f"{x.text} (trained on)" for x in seen.captions], []))
-    parts = options["accumulate"]                                       # of a step, which may not fit as a whole
-    index = torch.arange(options["batch_size"] // parts, device=device)
-    scores["cost"] = cost(model, {task: some.rows(index % len(some.tokens)) for task, some in rows.items()}, plans)
-    scores["cost"] |= {key: parts * scores["cost"][key] for key in ("flops_per_step", "step_ms")}
+    some = min(64, options["batch_size"])                               # sequences of a step, which may not fit as a whole
+    index = torch.arange(some, device=device)
+    scores["cost"] = cost(model, {task: batch.rows(index % len(batch.tokens)) for task, batch in rows.items()}, plans)
+    scores["cost"] |= {key: scores["cost"][key] * options["batch_size"] / some for key in ("flops_per_step", "step_ms")}
     scores |= {"seconds": time.time() - start, "hardware": hardware(device)}
     pixels, texts, wrong = [], [], []
     for some, lines, bad in sheets:
@@ -343,7 +344,7 @@ def summary(scores):
 
 # ------------------------------------------------------------------------------------------------ the table
 
-# The paper's table 3: GQA, POPE F1, MJHQ FID and FLOPs of its rows.
+# The paper's tables 2 (HMGen) and 3: GQA, POPE F1, MJHQ FID and FLOPs.
 PAPER = {"u-dense": (52.86, 79.40, None, "1"), "g-dense": (None, None, 17.45, "1"), "joint-dense": (56.00, 82.30, 15.78, "1"),
          "u-himix": (49.92, 78.75, None, "0.24"), "g-hmgen": (None, None, 12.55, "0.75"), "g-hmgen-15": (None, None, 12.16, "0.85"),
          "joint-share-all": (33.00, 67.59, 12.53, "0.56"), "joint-share-partial": (47.05, 76.58, 14.54, "0.55")}
@@ -383,16 +384,22 @@ def table_rows(options):
 LATER = {"u-dense": ("HiMix at inference only", dict(und_plan="himix")),
          "g-dense": ("HMGen at inference only", dict(gen_plan="hmgen"))}
 
-# title, where in eval.json, times what, digits
-COLUMNS = [("questions right, %", ("und", "accuracy"), 100, 1), ("chance", ("und", "chance"), 100, 1),
-           ("POPE F1, %", ("und", "pope", "f1"), 100, 1), ("transfer, %", ("und", "transfer_accuracy"), 100, 1),
-           ("loss", ("und", "loss"), 1, 3),
-           ("images right, %", ("gen", "image_accuracy"), 100, 1), ("objects right, %", ("gen", "object_accuracy"), 100, 1),
-           ("transfer, %", ("gen", "transfer_object_accuracy"), 100, 1), ("Fréchet (less is better)", ("gen", "frechet"), 1, 3), ("loss", ("gen", "loss"), 1, 3),
-           ("FLOPs", ("cost", "flops_ratio"), 1, 2), ("paper's formula", ("cost", "paper_flops_ratio"), 1, 2),
-           ("time", ("cost", "step_ratio"), 1, 2), ("parameters, M", ("config", "parameters"), 1e-6, 2),
-           ("examples of each task", ("config", "examples"), 1, 0)]
-
+# The table's parts: columns as (title, where in eval.json, times what, digits), and which of PAPER's figures stand beside them.
+PARTS = {"Understanding": ([("questions right, %", ("und", "accuracy"), 100, 1), ("chance", ("und", "chance"), 100, 1),
+                            ("POPE F1, %", ("und", "pope", "f1"), 100, 1), ("transfer, %", ("und", "transfer_accuracy"), 100, 1),
+                            ("loss", ("und", "loss"), 1, 3)], {"paper: GQA": 0, "paper: POPE F1": 1}),
+         "Generation": ([("images right, %", ("gen", "image_accuracy"), 100, 1),
+                         ("objects right, %", ("gen", "object_accuracy"), 100, 1),
+                         ("transfer, %", ("gen", "transfer_object_accuracy"), 100, 1),
+                         ("Fréchet (less is better)", ("gen", "frechet"), 1, 3), ("loss", ("gen", "loss"), 1, 3)],
+                        {"paper: MJHQ FID (less is better)": 2}),
+         "Cost of a step, relative to dense": ([("FLOPs", ("cost", "flops_ratio"), 1, 2),
+                                                ("paper's formula", ("cost", "paper_flops_ratio"), 1, 2),
+                                                ("time", ("cost", "step_ratio"), 1, 2),
+                                                ("parameters, M", ("config", "parameters"), 1e-6, 2),
+                                                ("examples of each task", ("config", "examples"), 1, 0)], {"paper: FLOPs": 3}),
+         "Questions right by kind, %": ([(kind, ("und", "by_type", kind, "accuracy"), 100, 1) for kind in KINDS], {}),
+         "Images right by kind of caption, %": ([(kind, ("gen", "by_type", kind, "image_accuracy"), 100, 1) for kind in CAPTIONS], {})}
 
 # The paper's claims, each as a difference between rows that it says is above a margin: name, the two rows, where in eval.json,
 # margin. 3 points are what HiMix costs in the paper (GQA 52.86 -> 49.92), which calls that kept.
@@ -406,7 +413,7 @@ CLAIMS = [("HiMix alone keeps understanding", "u-himix", "u-dense", ("und", "acc
           ("HiMix + HMGen, share all, lose generation", "joint-dense", "joint-share-all", ("gen", "image_accuracy"), 0),
           ("share partial wins back understanding", "joint-share-partial", "joint-share-all", ("und", "accuracy"), 0),
           ("share partial wins back generation", "joint-share-partial", "joint-share-all", ("gen", "image_accuracy"), 0)]
-T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)          # 97.5 % quantiles of Student's t, 1 to 9 degrees of freedom
+T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)          # Student's t, 97.5 %, 1 to 9 degrees of freedom
 
 
 def value(scores, path):
@@ -429,96 +436,72 @@ def claims(found):
     Runs of one seed share data and order: differences are taken seed by seed."""
     answers = []
     for claim, a, b, path, margin in CLAIMS:
-        seeds = [seed for seed in found[a] if value(found[a][seed], path) is not None and value(found[b].get(seed), path) is not None]
-        if len(seeds) > 1:
-            differences = [100 * (value(found[a][seed], path) - value(found[b][seed], path)) for seed in seeds]
-            mean, n = statistics.mean(differences), len(seeds)
+        pairs = [(value(one, path), value(found.get(b, {}).get(seed), path)) for seed, one in found.get(a, {}).items()]
+        differences = [100 * (x - y) for x, y in pairs if x is not None and y is not None]
+        if len(differences) > 1:
+            mean, n = statistics.mean(differences), len(differences)
             half = T975[min(n - 1, len(T975)) - 1] * statistics.stdev(differences) / n ** .5
             answer = "holds" if mean - half > margin else "does not hold" if mean + half < margin else "not decided here"
             answers.append((claim + (f" (less than {-margin} points lost)" if margin else ""), mean, half, n, answer))
     return answers
 
 
-def strip(groups, path):
-    """One picture: for each {title: {row: [percent]}}, a dot for each seed and a tick at the mean of each row."""
-    font, left, width, step = ImageFont.load_default(12), 330, 330, 19
-    names = list(dict.fromkeys(name for rows in groups.values() for name in rows))
-    sheet = Image.new("RGB", (left + len(groups) * (width + 40), 60 + step * len(names)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, name in enumerate(names):
-        draw.text((left - 14, 50 + step * i), name, TEXT, font, anchor="rm")
-    for k, (title, rows) in enumerate(groups.items()):
-        x0, low = left + k * (width + 40), 10 * int(min(min(some) for some in rows.values()) // 10)
-        draw.text((x0, 6), title, TEXT, font)
-        for tick in range(low, 101, 10 if low > 30 else 20):
-            x = x0 + width * (tick - low) / (100 - low)
-            draw.line([(x, 40), (x, sheet.height - 8)], LINE)
-            draw.text((x, 30), str(tick), TEXT, font, anchor="mm")
-        for name, some in rows.items():
-            y, places = 50 + step * names.index(name), [x0 + width * (p - low) / (100 - low) for p in some]
-            middle = statistics.mean(places)
-            draw.line([(middle, y - 7), (middle, y + 7)], TEXT, 2)
-            for x in places:
-                draw.ellipse((x - 4, y - 4, x + 4, y + 4), INK[k])
-    sheet.save(path)
-
-
 def table(folder, device):
     """The runs in a folder beside the paper's: prints Markdown, and writes it, all scores, a picture of the accuracies and
     pictures that the runs draw under the same captions to results/."""
-    found = defaultdict(dict)
+    found, where = defaultdict(dict), {}
     for file in sorted(Path(folder).glob("*-seed*/eval*.json")):
         name, seed = file.parent.name.rsplit("-seed", 1)
-        found[name + file.stem.removeprefix("eval")][seed] = json.loads(file.read_text())
+        name += file.stem.removeprefix("eval")
+        try:
+            found[name][seed] = scores = json.loads(file.read_text())
+            where.setdefault(name, (file.parent, scores["config"]))
+        except (ValueError, KeyError, TypeError):
+            fail(f"{file}: expected the scores of a run, as eval.py writes them")
     if not found:
         fail(f"{folder}: no finished run in it (expected folders NAME-seedN with an eval.json)")
     every = [scores for some in found.values() for scores in some.values()]
-    options = every[0]["config"]
+    options = {**every[0]["config"], "und_plan": "dense", "gen_plan": "dense"}
     titles = {name: title for name, (title, _) in table_rows(options).items()}
     for name, (title, changed) in LATER.items():
-        titles[name + suffix({**options, **table_rows(options)[name][1]}, changed)] = f"{titles[name]}, {title}"
-    names = [name for name in [*titles, *sorted(set(found) - set(titles))] if name in found]
-    n = {key: count for scores in every for key, count in scores["n"].items()}
+        titles[name + suffix(options, changed)] = f"{titles[name]}, {title}"
+    titles |= {name: name for name in sorted(set(found) - set(titles))}
+    names = [name for name in titles if name in found]
 
-    def markdown(columns, extra=("", ())):
-        lines = ["| run | seeds | " + " | ".join(title for title, *_ in columns) + " |" + extra[0],
-                 "|---|" + "---:|" * (1 + len(columns) + len(extra[1]))]
-        for name in names:
-            cells = [cell(found[name], *column[1:]) for column in columns]
-            if set(cells) != {"–"}:
-                own = PAPER.get(name, (None,) * 4)
-                cells += ["–" if own[i] is None else str(own[i]) for i in extra[1]]
-                lines.append("| " + " | ".join([titles.get(name, name), str(len(found[name])), *cells]) + " |")
-        return "\n".join(lines)
-
-    def kinds(task, names, what):
-        return [(kind, (task, "by_type", kind, what), 100, 1) for kind in names
-                if any(value(scores, (task, "by_type", kind)) for scores in every)]
-
-    parts = [markdown(COLUMNS, (" paper: GQA | POPE F1 | MJHQ FID (less is better) | FLOPs |", range(4))),
-             f"Mean ± standard deviation over seeds; n = {n} for each seed; {every[0]['hardware']}; preset {options['preset']}, "
-             f"{options['steps']} steps of {options['batch_size']} pictures of each task.",
-             "Questions right, %, by kind:", markdown(kinds("und", KINDS, "accuracy")),
-             "Images right, %, by kind of caption:", markdown(kinds("gen", CAPTIONS, "image_accuracy"))]
+    parts = []
+    for part, (columns, beside) in PARTS.items():
+        rows = {name: [cell(found[name], *column[1:]) for column in columns] for name in names}
+        rows = {name: cells for name, cells in rows.items() if set(cells) != {"–"}}
+        if rows:
+            parts.append("\n".join([f"{part}\n\n| run | seeds | " + " | ".join([title for title, *_ in columns] + list(beside)) + " |",
+                                    "|---|" + "---:|" * (1 + len(columns) + len(beside))]
+                                   + ["| " + " | ".join([titles[name], str(len(found[name])), *cells]
+                                                        + [str(PAPER.get(name, (None,) * 4)[i] or "–") for i in beside.values()]) + " |"
+                                      for name, cells in rows.items()]))
     answers = claims(found)
     if answers:
-        parts += ["| claim | difference, points, with 95 % interval over seeds | seeds | |\n|---|---:|---:|---|\n" + "\n".join(
-            f"| {claim} | {mean:+.1f} ± {half:.1f} | {count} | {answer} |" for claim, mean, half, count, answer in answers)]
-    text, path = "\n\n".join(parts), Path("results") / f"{Path(folder).name}-{options['preset']}"
-    write(path.with_suffix(".md"), text + "\n")
-    write(path.with_suffix(".json"), json.dumps({"titles": titles, "runs": found}))
-    strip({title: {titles.get(name, name): shares for name in names
-                   if (shares := [100 * x for x in (value(scores, where) for scores in found[name].values()) if x is not None])}
-           for title, where in (("questions right, %", ("und", "accuracy")), ("images right, %", ("gen", "image_accuracy")))
-           if any(value(scores, where) is not None for scores in every)}, path.with_suffix(".png"))
-    pixels, texts = [], []                                              # of the same captions by each row's seed 0 (cf. fig. 5)
+        parts.append("\n".join(["Claims\n\n| claim | difference in points, 95 % interval over seeds | seeds | |\n|---|---:|---:|---|"]
+                               + [f"| {claim} | {mean:+.1f} ± {half:.1f} | {n} | {answer} |" for claim, mean, half, n, answer in answers]))
+    n = {key: count for scores in every for key, count in scores["n"].items()}
+    parts.append(f"Mean ± standard deviation over seeds; n = {n} for each seed; {every[0]['hardware']}; preset {options['preset']}, "
+                 f"{options['steps']} steps of {options['batch_size']} pictures of each task.")
+    text, path = "\n\n".join(parts), f"results/{Path(folder).resolve().name}-{options['preset']}"
+    write(f"{path}.md", text + "\n")
+    write(f"{path}.json", json.dumps({"titles": {name: titles[name] for name in names}, "runs": found}))
+    shares = {title: {titles[name]: some for name in names
+                      if (some := [100 * x for x in (value(scores, key) for scores in found[name].values()) if x is not None])}
+              for title, key in (("questions right, %", ("und", "accuracy")), ("images right, %", ("gen", "image_accuracy")))}
+    if any(shares.values()):
+        strip_chart({title: rows for title, rows in shares.items() if rows}).save(f"{path}.png")
+
+    pixels, texts = [], []                                              # a row of pictures for each run (cf. fig. 5)
+    captions = [x.text for x in data_sets.load(options["data"], options["preset"]).split("gen", "val", 6, questions=0).captions]
     for name in names:
-        base = name if (Path(folder) / f"{name}-seed0").exists() else next(b for b in LATER if name.startswith(f"{b}-"))
-        if "gen" in found[name].get("0", {}):
-            model, tokenizer, run, plans, _ = opened(Path(folder) / f"{base}-seed0", device, LATER[base][1] if base != name else {})
-            captions = [x.text for x in data_sets.load(options["data"], options["preset"]).split("gen", "val", 6).captions]
-            pixels += [*drawn(model, tokenizer, captions, plans["gen"], *sampling_for(options["data"]))]
-            texts += [f"{titles.get(name, name)}:\n{caption}" for caption in captions]
+        run, config = where[name]
+        if config["objective"] != "und":
+            model, tokenizer, _, plans, _ = opened(run, device, {k: config[k] for k in ("und_plan", "gen_plan", "shallow")})
+            pixels += [*drawn(model, tokenizer, captions, plans["gen"], *(config[k] for k in ("guidance", "temperature", "top_k")))]
+            texts += [f"{titles[name]}:\n{caption}" for caption in captions]
     if pixels:
         contact_sheet(pixels, texts, f"{path}-samples.png")
     print(f"{text}\n\n{path}.md, .json, .png, -samples.png")
@@ -538,9 +521,7 @@ def opened(folder, device, changed):
     for task in ("und", "gen"):
         if options["objective"] not in (task, "joint") and f"{task}_plan" in changed:
             fail(f"--{task}-plan: {folder} was not trained for that task")
-    if "shallow" in changed and not {options["und_plan"], options["gen_plan"]} & MIDDLE.keys():
-        fail(f"--shallow {options['shallow']}: expected beside a plan that has such layers, one of {', '.join(MIDDLE)}")
-    plans = plans_for(options, model.config.layers)
+    plans = plans_for(options, model.config.layers, "shallow" in changed)
     return model, tokenizer, {**found, "options": options}, plans, suffix(found["options"], changed)
 
 
@@ -561,8 +542,10 @@ def main():
     args = parser.parse_args()
     if (args.run is None) == (args.table is None):
         fail("expected the folder of a run, or --table and a folder of runs")
-    if args.n < 1 or (args.temperature or 1) <= 0 or (args.top_k or 1) < 1 or (args.guidance or 0) < 0:
-        fail("--n and --top-k have to be at least 1, --temperature above 0, --guidance at least 0")
+    for name, least in (("n", 1), ("top_k", 1), ("temperature", 1e-6), ("guidance", 0)):
+        number = getattr(args, name)
+        if number is not None and not least <= number < math.inf:
+            fail(f"--{name.replace('_', '-')} {number}: expected at least {least:g}")
     given = {key for key, value in vars(args).items() if value not in (None, parser.get_default(key))}
     used = ({"table", "device"} if args.table else {"run", "device", "und_plan", "shallow", "ask"} if args.ask else
             {"run", "device", "gen_plan", "shallow", "draw", "n", "guidance", "temperature", "top_k"} if args.draw is not None else

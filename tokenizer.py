@@ -71,8 +71,11 @@ def check_sizes(config, **most):
 
 
 def fitting(network, config, state):
-    """network(config) with the weights `state`. Nothing of a size that a file only claims is built: RuntimeError where the
+    """network(config) with the weights `state`. Nothing of a size that a file only claims is built: an error where the
     weights do not have the shapes that the configuration asks for."""
+    for name, x in state.items():
+        if x.untyped_storage().nbytes() < x.numel() * x.element_size():
+            raise ValueError(f"{name} claims more numbers than there are")
     with torch.device("meta"):
         network(config).load_state_dict(dict(state), assign=True)      # a copy: `assign` is noted in what it is given
     real = network(config)
@@ -243,9 +246,12 @@ def write(path, content):
     """Writes bytes or text so that, whatever happens meanwhile, `path` holds either what it held or all of the new."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")            # two runs may want to write the same tokenizer
     try:
-        part.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with part.open("wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+            file.flush()
+            os.fsync(file.fileno())                                     # else a power cut may leave an empty file
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)

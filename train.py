@@ -33,8 +33,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import eval as evaluation
-from model import Batch, Config, Model, load, plans_for, sequences
-from prune import MIDDLE, PLANS, SIZES, Layout, flops, make_plan, paper_cost
+from model import PROJECTIONS, Batch, Config, Model, load, plans_for, sequences
+from prune import PLANS, SIZES, Layout, flops, make_plan, paper_cost
 from tokenizer import Tokenizer, defaults, pick_device, read, save, score_tokenizer, train_tokenizer, write
 
 
@@ -250,7 +250,7 @@ def run(options, resume, device):
         stop.append(number)
 
     signals = (signal.SIGINT, signal.SIGTERM) if world == 1 else ()     # torchrun ends its processes itself
-    before = {number: signal.signal(number, on_signal) for number in signals}
+    handlers = {number: signal.signal(number, on_signal) for number in signals}
     on_gpu = device.type == "cuda"
     if options["compile"]:
         torch._dynamo.reset()                                           # of a table, the last run's code
@@ -305,21 +305,22 @@ def run(options, resume, device):
             raise SystemExit(128 + stop[0])
     bar.close()
     training = time.time() - loop_began
-    for number, handler in before.items():
+    for number, handler in handlers.items():
         signal.signal(number, handler)
     if not first:
         return
 
     # ---- scores and pictures
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    line_chart({name: [(r["step"], r[key]) for r in rows] for key, name in
-                (("loss_und", "understanding"), ("loss_gen", "generation")) if rows[0][key] is not None},
-               "training loss (nats per output token)", "step").save(out / "loss.png")
+    if rows:                                                            # the checkpoint may have come without its log
+        line_chart({name: [(r["step"], r[key]) for r in rows] for key, name in
+                    (("loss_und", "understanding"), ("loss_gen", "generation")) if rows[0][key] is not None},
+                   "training loss (nats per output token)", "step").save(out / "loss.png")
     found = {"options": options, "step": steps}
     print(evaluation.summary(evaluation.evaluate(model, tokenizer, found, dataset, plans, out,
                                               evaluation.sampling_for(options["data"]))))
     print(f"{time.time() - began:.0f} s in all, {training / (time.time() - began):.0%} of them in training steps; a step "
-          f"{statistics.median(r['step_ms'] for r in rows):.0f} ms (median), peak memory {peak_memory(device) or math.nan:.0f} MB\n"
+          f"{statistics.median([r['step_ms'] for r in rows] or [math.nan]):.0f} ms (median), peak memory {peak_memory(device) or math.nan:.0f} MB\n"
           f"look at {out}/samples.png, {out}/eval.json, {out}/loss.png; then: python probe.py {out}")
 
 
@@ -356,9 +357,6 @@ def same_run(options, stored, out):
 
 def check(options, given=()):
     """Refuse options that make no sense, before any work begins."""
-    used = {options[f"{task}_plan"] for task in ("und", "gen")}
-    if "shallow" in given and not used & MIDDLE.keys():
-        fail(f"--shallow {options['shallow']}: expected beside a plan that has such layers, one of {', '.join(MIDDLE)}")
     if options["projections"] == "task" and options["objective"] != "joint":
         fail("--projections task: a run of one task has one kind of image tokens; expected image")
     if not 0 <= options["seed"] < 2 ** 32:
@@ -377,17 +375,19 @@ def check(options, given=()):
     for task, other in (("und", "gen"), ("gen", "und")):
         if options["objective"] == task and options[f"{other}_plan"] != "dense":
             fail(f"--{other}-plan {options[f'{other}_plan']}: there is no such task with --objective {task}")
+    plans_for(options, SIZES[options["preset"]].layers, "shallow" in given)
 
 
 def run_table(folder, seeds, given, device):
     """Every row of eval.table_rows, first the paper's with all seeds, then the controls; what is finished is left alone,
     what was begun goes on."""
     first = not dist.is_initialized() or dist.get_rank() == 0
-    rows = evaluation.table_rows(completed(given, device))
+    rows, todo = evaluation.table_rows(completed(given, device)), []
     for seed, name in sorted(product(range(seeds), rows), key=lambda pair: pair[1] not in evaluation.PAPER):
         out = folder / f"{name}-seed{seed}"
-        options = completed({**given, **rows[name][1], "seed": seed, "out": str(out)}, device)
-        check(options)
+        todo.append((name, out, completed({**given, **rows[name][1], "seed": seed, "out": str(out)}, device)))
+        check({**todo[-1][-1], **evaluation.LATER.get(name, (None, {}))[1]})
+    for name, out, options in todo:
         found = load(out, "cpu")[2] if (out / "checkpoint.pt").exists() else None
         if found:
             same_run(options, found["options"], out)
@@ -436,11 +436,13 @@ def bench_step(task, plan, c, rows, device, compiled, muon=True):
 
 
 def memory_of(step, device):
-    """MB at the peak of a step on CUDA; elsewhere what its forward pass keeps for the backward pass, weights included."""
+    """MB that a step takes at its peak on CUDA, beside what is there anyway; elsewhere what its forward pass keeps for the
+    backward pass, weights included."""
     if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step()
-        return torch.cuda.max_memory_allocated() / 2 ** 20
+        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
     kept = {}
 
     def keep(x):
@@ -507,7 +509,7 @@ def bench(options, device):
     a, b = torch.randn(2, edge, edge, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     rate = 2 * edge ** 3 / statistics.median(evaluation.timed({"": lambda: a @ b}, device, 10)[""])
     kinds = [(task, name) for task in ("und", "gen") for name in PLANS if (task, name) != ("gen", "himix")]
-    own = [bench_config(preset, None, projections) for projections in ("shared", "image", "task")]
+    own = [bench_config(preset, None, projections) for projections in PROJECTIONS]
     pictures = [bench_config(preset, side) for side in (8, 16, 32)]
     few = [("und", "dense"), ("und", "himix"), ("gen", "dense"), ("gen", "hmgen")]
     result = {"hardware": evaluation.hardware(device), "preset": preset, "batch_size": n, "shallow": shallow, "compile": compiled,
@@ -540,7 +542,7 @@ def main():
     parser.add_argument("--objective", choices=("joint", "und", "gen"), help="which tasks are trained (default: joint)")
     parser.add_argument("--und-plan", help=f"what image tokens do when understanding: {', '.join(PLANS)} (default: dense)")
     parser.add_argument("--gen-plan", help="the same when generating; himix is impossible there (default: dense)")
-    parser.add_argument("--projections", choices=("shared", "image", "task"), help="Q, K, V of image tokens: those of text, "
+    parser.add_argument("--projections", choices=PROJECTIONS, help="Q, K, V of image tokens: those of text, "
                         "their own, or their own for each task (default: shared)")
     parser.add_argument("--shallow", type=int, metavar="K", help="how many layers hmgen skips (default: a quarter of them)")
     parser.add_argument("--preset", choices=PRESETS, help="size of everything (default: what fits the device)")
@@ -556,7 +558,7 @@ def main():
     parser.add_argument("--tokenizer", metavar="PATH", help="trained if there is no such file (default: out/tokenizer.pt)")
     parser.add_argument("--out", help="the run's folder (default: out/OBJECTIVE)")
     parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out")
-    parser.add_argument("--table", type=Path, metavar="DIR", help="train all rows of the paper's table 3 into DIR")
+    parser.add_argument("--table", type=Path, metavar="DIR", help="train the paper's table 3 and controls into DIR")
     parser.add_argument("--seeds", type=int, help="of --table (default: 1)")
     parser.add_argument("--bench", action="store_true", default=False, help="time every plan instead of training")
     given = vars(parser.parse_args())
@@ -565,16 +567,18 @@ def main():
 
     if "RANK" in os.environ:                                            # started by torchrun
         dist.init_process_group("nccl" if torch.cuda.is_available() and device in ("auto", "cuda") else "gloo")
-        if torch.cuda.is_available():
+        if dist.get_backend() == "nccl":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device = pick_device(device)
     if seeds is not None and seeds < 1:
         fail(f"--seeds {seeds}: expected at least 1")
     if benchmark:
-        if other := given.keys() - {"preset", "batch_size", "shallow", "compile"}:
-            fail(f"--bench times all plans: expected no --{min(other).replace('_', '-')} beside it")
+        other = given.keys() - {"preset", "batch_size", "shallow", "compile"} | {
+            name for name, value in (("resume", resume), ("table", folder), ("seeds", seeds)) if value}
+        if other or dist.is_initialized():
+            fail(f"--bench times all plans, in one process: expected no --{min(other, default='torchrun').replace('_', '-')} beside it")
         options = completed(given, device)
-        check(options)
+        check({**options, "gen_plan": "hmgen"})
         bench(options, device)
     elif folder is not None:
         own = {"out", "seed", "objective", "und_plan", "gen_plan", "projections"} & given.keys()
@@ -594,7 +598,6 @@ def main():
     else:
         options = completed(given, device)
         check(options, given)
-        plans_for(options, SIZES[options["preset"]].layers)
         if (Path(options["out"]) / "checkpoint.pt").exists():
             fail(f"{options['out']} holds a run already: --resume goes on with it, --out PATH begins another")
         run(options, None, device)

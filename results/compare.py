@@ -16,13 +16,15 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from eval import hardware, timed                                        # noqa: E402
-from prune import SIZES, make_plan                               # noqa: E402
-from tokenizer import pick_device                                       # noqa: E402
-from train import PRESETS, bench_config, bench_step                                   # noqa: E402
+from data import command, fail
+from eval import hardware, timed
+from prune import SIZES, make_plan
+from tokenizer import pick_device, write
+from train import PRESETS, bench_config, bench_step
 
 
 class GPTBlock(nn.Module):
@@ -56,7 +58,6 @@ class GPT(nn.Module):
 class Llama(nn.Module):
     def __init__(self, vocab, layers, d, heads, length):
         super().__init__()
-        from transformers import LlamaConfig, LlamaForCausalLM
         self.model = LlamaForCausalLM(LlamaConfig(
             vocab_size=vocab, hidden_size=d, intermediate_size=8 * d // 3, num_hidden_layers=layers, num_attention_heads=heads,
             max_position_embeddings=length, use_cache=False, attn_implementation="sdpa"))
@@ -83,11 +84,12 @@ def usual_step(model, ids, compiled):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="cpu", choices=SIZES)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
-    import transformers
+    if args.repeats < 1:
+        fail(f"--repeats {args.repeats}: expected at least 1")
     device, size, preset = pick_device(args.device), SIZES[args.preset], PRESETS[args.preset]
     rows, versions = [], f"transformers {transformers.__version__}"
     for task in ("und", "gen"):
@@ -105,7 +107,7 @@ def main():
                          "ms_range": [1e3 * min(seconds), 1e3 * max(seconds)], "tokens_per_s": 1e3 * batch * length / ms})
     result = {"hardware": hardware(device), "versions": versions, "preset": args.preset, "compile": args.compile,
               "repeats": args.repeats, "rows": rows}
-    Path(__file__).with_name(f"compare-{device.type}.json").write_text(json.dumps(result, indent=1))
+    write(Path(__file__).with_name(f"compare-{device.type}.json"), json.dumps(result, indent=1))
     print(f"{result['hardware']}, {versions}, preset {args.preset}\n\n| task | step | tokens a sequence | batch | ms (least, most) | tokens/s "
           "|\n|---|---|---:|---:|---:|---:|")
     for row in rows:
@@ -114,4 +116,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

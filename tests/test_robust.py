@@ -4,7 +4,6 @@ import io
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -21,6 +20,8 @@ from data import open_picture, read_metadata
 from model import load
 from test_scripts import ENV, ROOT, script
 from tokenizer import save
+
+resource = pytest.importorskip("resource", reason="signals and limits as POSIX has them")
 
 
 def command(folder, *args):

@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from eval import CLAIMS, claims
+
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -104,10 +106,38 @@ def test_accumulation_and_several_processes_equal_one(trained):
 
 def test_the_table_trains_what_is_missing(trained):
     args = ("--preset", "tiny", "--steps", 5, "--tokenizer", trained / "tokenizer.pt", "--table", trained / "table", "--device", "cpu")
-    first = script("train.py", *args)
-    assert first.count("questions right") == 1 and "share partial" in first and "56.0" in first
-    assert script("train.py", *args).count("GFLOP a step") == 0          # nothing is trained twice
-    assert script("eval.py", "--table", trained / "table").count("\n") >= 9
+    first = script("train.py", *args, folder=trained)
+    assert first.count("questions right") == 1 and "share partial" in first and "56.0" in first and "at inference only" in first
+    assert script("train.py", *args, folder=trained).count("GFLOP a step") == 0          # nothing is trained twice
+    script("eval.py", "--table", trained / "table", folder=trained)
+    kept = json.loads((trained / "results" / "table-tiny.json").read_text())
+    assert set(kept["runs"]) == set(kept["titles"]) and len(kept["runs"]) == 20
+    assert Image.open(trained / "results" / "table-tiny.png").width > 600 < Image.open(trained / "results" / "table-tiny-samples.png").width
+
+
+def test_claims_are_differences_seed_by_seed_with_an_interval():
+    """Three seeds, differences 4, 5 and 6 points: 5 ± 4.30 * 1 / sqrt(3); one seed alone decides nothing."""
+    runs = {"joint-dense": {str(i): {"und": {"accuracy": .9}} for i in range(3)},
+            "u-dense": {str(i): {"und": {"accuracy": .9 - .04 - .01 * i}} for i in range(3)},
+            "u-himix": {"0": {"und": {"accuracy": .1}}}}
+    found = {**dict.fromkeys({name for _, a, b, *_ in CLAIMS for name in (a, b)}, {}), **runs}
+    ((claim, mean, half, n, answer),) = claims(found)
+    assert claim == "joint training helps understanding" and n == 3 and answer == "holds"
+    assert abs(mean - 5) < 1e-9 and abs(half - 4.30 / 3 ** .5) < 1e-9
+    found["u-dense"] = {str(i): {"und": {"accuracy": .9 + .03 * (i - 1)}} for i in range(3)}
+    assert claims(found)[0][-1] == "not decided here"
+
+
+def test_bench_counts_what_it_times(tmp_path):
+    printed = script("train.py", "--bench", "--preset", "tiny", "--batch-size", 1, "--device", "cpu", folder=tmp_path)
+    found = json.loads((tmp_path / "results" / "bench-cpu.json").read_text())
+    assert len(found["steps"]) == 33 and len(found["image_tokens"]) == 12 and "with the KV cache" in printed
+    for row in found["steps"] + found["image_tokens"]:
+        assert row["ms_range"][0] <= row["ms"] <= row["ms_range"][1] and (row["plan"] != "dense" or row["time_ratio"] == 1)
+    himix, dense = (next(x for x in found["image_tokens"] if (x["task"], x["plan"], x["image_tokens"]) == ("und", name, 1024))
+                    for name in ("himix", "dense"))
+    assert himix["flops_ratio"] < .1 and himix["time_ratio"] < .6 and himix["memory_mb"] < dense["memory_mb"] / 2
+    assert all(x["same_codes"] == 1 and x["cached_images_per_s"] > x["uncached_images_per_s"] for x in found["drawing"])
 
 
 def test_a_folder_of_images(tmp_path):
@@ -131,6 +161,21 @@ def test_a_folder_of_images(tmp_path):
     (("train.py", "--steps", "-1"), "--steps"),
     (("train.py", "--table", "t", "--projections", "task"), "--projections"),
     (("train.py", "--batch-size", "6", "--accumulate", "4"), "multiple"),
+    (("train.py", "--shallow", "1"), "--shallow 1"),
+    (("train.py", "--objective", "und", "--projections", "task"), "--projections task"),
+    (("train.py", "--seed", "-1"), "--seed -1"),
+    (("train.py", "--seed", str(2 ** 70)), "--seed"),
+    (("train.py", "--lr", "nan"), "--lr nan"),
+    (("train.py", "--save-every", "7"), "--save-every 7"),
+    (("train.py", "--seeds", "2"), "--seeds"),
+    (("train.py", "--bench", "--steps", "5"), "--steps"),
+    (("train.py", "--resume", "--table", "t"), "--resume"),
+    (("tokenizer.py", "--steps", "0"), "--steps 0"),
+    (("eval.py", "x", "--ask", "a.png", "what?", "--n", "2"), "--n"),
+    (("eval.py", "x", "--n", "2"), "--n"),
+    (("eval.py", "x", "--draw", "a", "--temperature", "0"), "--temperature"),
+    (("eval.py", "--table", "t", "--gen-plan", "hmgen"), "--gen-plan"),
+    (("probe.py", "x", "--n", "0"), "--n"),
     (("train.py", "--data", "nowhere"), "nowhere"),
     (("train.py", "--device", "cuda"), "--device cuda"),
     (("train.py", "--resume", "--out", "nowhere"), "nowhere"),
