@@ -219,7 +219,7 @@ def run(options, resume, device):
             for optimizer, state in zip(optimizers, resume["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
         except Exception as error:                                      # anything at all may be in a file
-            fail(f"{out}/checkpoint.pt does not fit these options and data ({str(error).splitlines()[0][:200]})")
+            fail(f"{out}/checkpoint.pt does not fit these options and data ({(str(error) or '?').splitlines()[0][:200]})")
         start = resume["step"]
     log = out / "log.jsonl"
     if first:                                                           # what came after the checkpoint comes again

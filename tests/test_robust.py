@@ -81,8 +81,8 @@ def test_killed_at_twenty_random_moments_a_table_ends_as_if_nothing_had_happened
     startup = time.time() - began
     assert table("whole") == 0
     took = time.time() - began - startup
-    for kill in range(20):
-        assert table("cut", startup + rng.random() * took / 12) is None, kill
+    for kill in range(20):                                              # half of the work, at most, is done by these
+        assert table("cut", startup + rng.random() * took / 20) is None, kill
     assert table("cut") == 0
     runs = sorted(f.name for f in (tmp_path / "whole" / "t").iterdir())
     assert runs == sorted(f.name for f in (tmp_path / "cut" / "t").iterdir()) and len(runs) == 3
@@ -163,7 +163,7 @@ def test_one_process_that_dies_ends_the_run(trained):
     wait_for_log(process, trained / "two", 1)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not children.exists():
-        process.kill()
+        process.terminate()
         pytest.skip("no /proc")
     os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
     process.communicate(timeout=90)
@@ -208,6 +208,9 @@ def test_checkpoints_of_strangers_are_used_or_refused_in_one_line(trained, tmp_p
             path.write_bytes(content)
         elif i == 40:
             torch.save({"kind": "run", "model": Code()}, path)
+        elif i == 41:                                                   # one number that claims to be a whole table
+            small = {name: torch.zeros(1).expand(x.shape) for name, x in checkpoint["model"].items()}
+            torch.save({**checkpoint, "model": small}, path)
         else:
             save(damaged(checkpoint, rng), path)
         try:
