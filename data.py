@@ -603,18 +603,17 @@ def line_chart(lines, title, x_label, top_y=None, size=(560, 360)):
     return sheet
 
 
-def strip_chart(groups):
-    """{title: {row: [percent]}} as an Image: side by side, a dot for each number and a tick at the mean of each row."""
-    font, left, width, step = ImageFont.load_default(12), 330, 330, 19
-    names = list(dict.fromkeys(name for rows in groups.values() for name in rows))
-    sheet = Image.new("RGB", (left + len(groups) * (width + 40), 60 + step * len(names)), "white")
+def strip_chart(names, groups):
+    """{title: {name: [percent]}} as an Image: side by side, a dot for each number and a tick at the mean of each row."""
+    font, left, width, step = ImageFont.load_default(12), 330, 250, 19
+    sheet = Image.new("RGB", (left + len(groups) * (width + 30), 60 + step * len(names)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, name in enumerate(names):
         draw.text((left - 14, 50 + step * i), name, TEXT, font, anchor="rm")
     for k, (title, rows) in enumerate(groups.items()):
-        x0, low = left + k * (width + 40), min(90, 10 * int(min(map(min, rows.values())) // 10))
+        x0, low = left + k * (width + 30), min(90, 10 * int(min(map(min, rows.values())) // 10))
         draw.text((x0, 6), title, TEXT, font)
-        for tick in range(low, 101, 10 if low > 30 else 20):
+        for tick in range(low, 101, 10 if low >= 40 else 20):
             x = x0 + width * (tick - low) / (100 - low)
             draw.line([(x, 40), (x, sheet.height - 8)], LINE)
             draw.text((x, 30), str(tick), TEXT, font, anchor="mm")
