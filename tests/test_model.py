@@ -188,7 +188,7 @@ def test_flops_are_exact(task, projections):
 
 def test_flops_by_hand():
     """T = 64 text, M = 256 image tokens, d = 512, one layer: HiMix is 0.20 of dense by the paper's formula."""
-    c = Config(1, 1, 512, Layout(2, 256, 62), Layout(64, 256, 0))
+    c = Config(1, 1, 512, Layout(2, 256, 62), Layout(64, 256, 0), side=16)
     assert paper_cost(c, "und", (FULL,)) == 320 * 320 * 512 + 8 * 320 * 512 ** 2
     assert round(paper_cost(c, "und", (HIMIX,)) / paper_cost(c, "und", (FULL,)), 2) == .20
     assert paper_cost(c, "gen", (SHALLOW,)) == 64 * 64 * 512 + 8 * 64 * 512 ** 2
