@@ -15,6 +15,7 @@ import sys
 import warnings
 import zlib
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import attrgetter
@@ -45,6 +46,15 @@ def command(main):
         raise SystemExit(130)
     except OSError as error:
         fail(f"{error.filename or 'a file'} cannot be read or written: {error.strerror or error}")
+
+
+@contextmanager
+def refusing(message):
+    """Around work with what a file holds, which may be anything at all: whatever goes wrong in it is told in one line."""
+    try:
+        yield
+    except Exception as error:
+        fail(f"{message} ({type(error).__name__}: {(str(error) or '?').splitlines()[0][:200]})")
 
 
 if sys.version_info < (3, 10):

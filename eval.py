@@ -197,6 +197,12 @@ def timed(work, device, repeats):
     return {name: some[1:] for name, some in seconds.items()}
 
 
+def speed(seconds, tokens):
+    """Of a step's repeats, as timed gives them: the median and the range in ms, and tokens a second."""
+    middle = statistics.median(seconds)
+    return {"ms": 1e3 * middle, "ms_range": [1e3 * min(seconds), 1e3 * max(seconds)], "tokens_per_s": tokens / middle}
+
+
 def synchronize(device):
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
@@ -366,6 +372,7 @@ def table_rows(options):
             "joint-share-partial": ("joint, HiMix + HMGen, share partial", dict(both, projections="task")),
             "joint-hmgen-both": ("joint, HMGen in both tasks", dict(und_plan="hmgen", gen_plan="hmgen")),
             "joint-sparse-both": ("joint, every second image token skips the middle", dict(und_plan="sparse", gen_plan="sparse")),
+            "joint-early": ("joint, image tokens updated in early layers only + HMGen", dict(und_plan="early", gen_plan="hmgen")),
             "joint-himix-only": ("joint, HiMix, generation dense", dict(und_plan="himix")),
             "joint-hmgen-only": ("joint, understanding dense, HMGen", dict(gen_plan="hmgen")),
             "joint-dense-task": ("joint, dense, projections of each task", dict(projections="task")),
@@ -495,14 +502,15 @@ def table(folder, device):
         strip_chart([titles[name] for name in names], {what: rows for what, rows in shares.items() if rows}).save(f"{path}.png")
 
     pixels, texts = [], []                                              # a row of pictures for each run (cf. fig. 5)
-    captions = [x.text for x in data_sets.load(options["data"], options["preset"]).split("gen", "val", 6, questions=0).captions]
-    for name in names:
-        run, config = where[name]
-        if config["objective"] != "und":
+    artists = [name for name in names if where[name][1]["objective"] != "und"]
+    if artists:
+        split = data_sets.load(options["data"], options["preset"]).split("gen", "val", 6, questions=0)
+        captions = [x.text for x in split.captions]
+        for name in artists:
+            run, config = where[name]
             model, tokenizer, _, plans, _ = opened(run, device, {k: config[k] for k in ("und_plan", "gen_plan", "shallow")})
             pixels += [*drawn(model, tokenizer, captions, plans["gen"], *(config[k] for k in ("guidance", "temperature", "top_k")))]
             texts += [f"{titles[name]}:\n{caption}" for caption in captions]
-    if pixels:
         contact_sheet(pixels, texts, f"{path}-samples.png")
     print(f"{text}\n\n{path}.md, .json, .png, -samples.png")
 

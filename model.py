@@ -13,8 +13,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import fail
-from prune import MIDDLE, PLANS, SIZES, Layout, Size, make_plan, positions
+from data import fail, refusing
+from prune import PLANS, SIZES, SOME, Layout, Size, make_plan, positions
 from tokenizer import Tokenizer, check_sizes, fitting, read
 
 INSTRUCTION_WEIGHT = .2     # of a question's token in the loss, where an output token has 1. The paper's eq. 1 counts both
@@ -404,7 +404,7 @@ def load(folder, device):
     """A trained run, by its folder: the model, its tokenizer, and the whole checkpoint (options, step, ...)."""
     path = Path(folder) / "checkpoint.pt"
     found = read(path, "run")
-    try:
+    with refusing(f"{path}: its parts do not fit together"):
         for key, kind in OPTIONS.items():
             if type(found["options"][key]) is not kind:
                 raise ValueError(f"option {key} is {found['options'][key]!r}")
@@ -417,8 +417,6 @@ def load(folder, device):
                 or min(options["batch_size"], options["accumulate"], options["save_every"]) < 1):
             raise ValueError(f"options {options}, step {step}")
         model = fitting(Model, c, found["model"])
-    except Exception as error:                                          # anything at all may be in a file
-        fail(f"{path}: its parts do not fit together ({type(error).__name__}: {(str(error) or '?').splitlines()[0][:200]})")
     tokenizer.vq.to(device)
     return model.to(device).eval(), tokenizer, found
 
@@ -426,8 +424,8 @@ def load(folder, device):
 def plans_for(options, layers, told_shallow=False):
     """{task: plan} of the tasks that a run has; a plan that cannot work for its task is refused in one line, and so is
     --shallow where no plan has such layers."""
-    if told_shallow and not {options["und_plan"], options["gen_plan"]} & MIDDLE.keys():
-        fail(f"--shallow {options['shallow']}: expected beside a plan that has such layers, one of {', '.join(MIDDLE)}")
+    if told_shallow and not {options["und_plan"], options["gen_plan"]} & SOME.keys():
+        fail(f"--shallow {options['shallow']}: expected beside a plan that has such layers, one of {', '.join(SOME)}")
     plans = {}
     for task in ("und", "gen"):
         name = options[f"{task}_plan"]

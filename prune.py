@@ -29,24 +29,26 @@ HIMIX = Rule(query=False, keys="embedding")     # sec. 5.1
 SHALLOW = Rule(query=False, keys="none")        # sec. 5.2: HMGen's shallow layers
 NAIVE = Rule(query=True, keys="none")           # sec. 5.2: the control that saves little and fails
 SPARSE = Rule(stride=2)                         # not in the paper: half of the image tokens skip the layer
+FROZEN = Rule(query=False)                      # not in the paper: as HiMix, but keys come from where updating stopped
 EVERY = {"dense": FULL, "himix": HIMIX, "naive-all": NAIVE}     # plans with the same rule in every layer
-MIDDLE = {"hmgen": SHALLOW, "naive": NAIVE, "sparse": SPARSE}   # plans that touch only some layers, in the middle
-PLANS = (*EVERY, *MIDDLE)
+SOME = {"hmgen": SHALLOW, "naive": NAIVE, "sparse": SPARSE, "early": FROZEN}    # plans that touch only some layers
+PLANS = (*EVERY, *SOME)
 
 
 def make_plan(name, layers, shallow=1):
     """The plan of that name: `layers` Rules. `shallow` is HMGen's K: as many layers in the middle, alternating with full
-    ones; the first and the last layer are always full (sec. 5.2). ValueError where they do not fit."""
+    ones; the first and the last layer are always full (sec. 5.2). "early" leaves the last 2 K layers instead, as many as
+    these span. ValueError where they do not fit."""
     if name in EVERY:
         return (EVERY[name],) * layers
-    if name not in MIDDLE:
+    if name not in SOME:
         raise ValueError(f"unknown plan {name!r}: expected one of {', '.join(PLANS)}")
     if not 0 <= shallow <= (layers - 1) // 2:
         raise ValueError(f"{shallow} shallow layers do not fit into {layers}: expected 0 to {(layers - 1) // 2}, because "
                          "they alternate with full ones and the first and last layer are full")
     first = (layers - 2 * shallow + 1) // 2
-    chosen = range(first, first + 2 * shallow, 2)
-    return tuple(MIDDLE[name] if i in chosen else FULL for i in range(layers))
+    chosen = range(layers - 2 * shallow, layers) if name == "early" else range(first, first + 2 * shallow, 2)
+    return tuple(SOME[name] if i in chosen else FULL for i in range(layers))
 
 
 class Layout(NamedTuple):
@@ -136,12 +138,12 @@ def draw_mask(rule, layout, cell):
 
 def draw_plans(path, cell=8):
     """Fig. 4: the masks of every kind of layer, small sequences of both tasks."""
-    font, some = ImageFont.load_default(13), [(f"{name}, chosen layers", rule) for name, rule in MIDDLE.items()]
+    font, some = ImageFont.load_default(13), [(f"{name}, chosen layers", rule) for name, rule in SOME.items()]
     kinds = [("und", "dense", FULL), ("und", "himix, every layer", HIMIX), ("gen", "dense; others' full layers", FULL)]
     kinds += [(task, title, rule) for task in ("und", "gen") for title, rule in some]
     layouts = {"und": Layout(2, 9, 6), "gen": Layout(6, 9, 0)}
     step = 17 * cell + 50
-    sheet = Image.new("RGB", (step * (len(MIDDLE) + 2), 2 * (step + 20) + 30), "white")
+    sheet = Image.new("RGB", (step * (len(SOME) + 2), 2 * (step + 20) + 30), "white")
     draw = ImageDraw.Draw(sheet)
     places = {"und": 0, "gen": 0}
     for task, title, rule in kinds:
@@ -172,10 +174,10 @@ def main():
           "counted, and by the paper's formula\n")
     print(f"{'plan':12}{'layers':>{size.layers + 2}}  " + "".join(f"{t:>24}" for t in ("understanding", "generation")))
     for name in PLANS:
-        for shallow in range(1, most + 1) if name in MIDDLE else [0]:
+        for shallow in range(1, most + 1) if name in SOME else [0]:
             plan = make_plan(name, size.layers, shallow)
             letters = "".join("F" if rule == FULL else name[0] for rule in plan)
-            line = f"{name + (f' K={shallow}' if name in MIDDLE else ''):12}{letters:>{size.layers + 2}}  "
+            line = f"{name + (f' K={shallow}' if name in SOME else ''):12}{letters:>{size.layers + 2}}  "
             for task in ("und", "gen"):
                 dense = (FULL,) * size.layers
                 if task == "gen" and name == "himix":

@@ -26,7 +26,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-
 # ------------------------------------------------------------------------------------------------ text
 
 PATTERN = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"        # a word takes the space before it along
@@ -278,6 +277,11 @@ def read(path, kind):
     return found
 
 
+def check_seed(seed):
+    if not 0 <= seed < 2 ** 32:
+        fail(f"--seed {seed}: expected 0 to 2**32 - 1")
+
+
 def pick_device(name):
     """The torch.device that --device names; "auto" takes the best there is. Says which and why, and what is too old."""
     if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 11):
@@ -360,8 +364,7 @@ def main():
     args = parser.parse_args()
     if args.steps is not None and args.steps < 1:
         fail(f"--steps {args.steps}: expected at least 1")
-    if not 0 <= args.seed < 2 ** 32:
-        fail(f"--seed {args.seed}: expected 0 to 2**32 - 1")
+    check_seed(args.seed)
     start, device = time.time(), pick_device(args.device)
     preset, out = defaults(device, args.data)
     args.preset, args.out = args.preset or preset, args.out or Path(out)

@@ -26,7 +26,7 @@ from itertools import product
 from pathlib import Path
 
 import data as data_sets                                            # before torch: it sets an environment variable
-from data import command, fail, line_chart
+from data import command, fail, line_chart, refusing
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,7 @@ from tqdm import tqdm
 import eval as evaluation
 from model import PROJECTIONS, Batch, Config, Model, load, plans_for, sequences
 from prune import PLANS, SIZES, Layout, flops, make_plan, paper_cost
-from tokenizer import Tokenizer, defaults, pick_device, read, save, score_tokenizer, train_tokenizer, write
+from tokenizer import Tokenizer, check_seed, defaults, pick_device, read, save, score_tokenizer, train_tokenizer, write
 
 
 @dataclass
@@ -166,10 +166,8 @@ def get_tokenizer(options, dataset, device, first):
     if own != expected:
         fail(f"{path} was trained on {own[0]} with preset {own[1]}; expected {expected[0]} with preset {expected[1]}: give another "
              "--tokenizer PATH (it is trained if there is no such file)")
-    try:
+    with refusing(f"{path}: its parts do not fit together"):
         return Tokenizer.from_state(found)
-    except Exception as error:                                          # anything at all may be in a file
-        fail(f"{path}: its parts do not fit together ({type(error).__name__}: {str(error)[:200]})")
 
 
 def learning_rate(step, steps):
@@ -214,12 +212,10 @@ def run(options, resume, device):
 
     start = 0
     if resume:
-        try:
+        with refusing(f"{out}/checkpoint.pt does not fit these options and data"):
             model.load_state_dict(resume["model"])
             for optimizer, state in zip(optimizers, resume["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-        except Exception as error:                                      # anything at all may be in a file
-            fail(f"{out}/checkpoint.pt does not fit these options and data ({(str(error) or '?').splitlines()[0][:200]})")
         start = resume["step"]
     log = out / "log.jsonl"
     if first:                                                           # what came after the checkpoint comes again
@@ -296,9 +292,10 @@ def run(options, resume, device):
                     file.write(json.dumps(row) + "\n")
                 bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s'] / 1e3:.1f}k tokens/s"
                                     + (f", MFU {100 * row['mfu']:.0f} %" if peak else ""))
-            clock = time.perf_counter()
         if stop or last or (step + 1) % options["save_every"] == 0:
             checkpoint(step + 1)
+        if logged == step + 1:                                          # saving is no part of a step's time
+            clock = time.perf_counter()
         if stop:
             bar.close()
             print(f"stopped after step {step + 1} and saved; python train.py --resume --out {out} goes on", file=sys.stderr)
@@ -359,8 +356,7 @@ def check(options, given=()):
     """Refuse options that make no sense, before any work begins."""
     if options["projections"] == "task" and options["objective"] != "joint":
         fail("--projections task: a run of one task has one kind of image tokens; expected image")
-    if not 0 <= options["seed"] < 2 ** 32:
-        fail(f"--seed {options['seed']}: expected 0 to 2**32 - 1")
+    check_seed(options["seed"])
     for key in ("steps", "batch_size", "accumulate"):
         if options[key] < 1:
             fail(f"--{key.replace('_', '-')} {options[key]}: expected at least 1")
@@ -396,8 +392,9 @@ def run_table(folder, seeds, given, device):
                 print(f"\n{out}")
             run(options, found, device)
         if first and name in evaluation.LATER:
-            model, tokenizer, found, plans, end = evaluation.opened(out, device, evaluation.LATER[name][1])
-            if not (out / f"eval{end}.json").exists():
+            changed = evaluation.LATER[name][1]
+            if not (out / f"eval{evaluation.suffix(options, changed)}.json").exists():
+                model, tokenizer, found, plans, end = evaluation.opened(out, device, changed)
                 evaluation.evaluate(model, tokenizer, found, data_sets.load(options["data"], options["preset"]), plans, out,
                                     evaluation.sampling_for(options["data"]), end)
         if dist.is_initialized():
@@ -466,10 +463,8 @@ def time_steps(rows, shallow, device, compiled, matmul_rate, repeats=7):
                       "paper_flops_ratio": paper_cost(c, task, plan) / paper_cost(c, task, dense)})
     seconds = evaluation.timed(steps, device, repeats)
     for i, (row, (task, _, c, n)) in enumerate(zip(found, rows)):
-        middle = statistics.median(seconds[i])
-        row |= {"ms": 1e3 * middle, "ms_range": [1e3 * min(seconds[i]), 1e3 * max(seconds[i])],
-                "tokens_per_s": n * sum(getattr(c, task)) / middle, "of_matmul_rate": row["flops"] / middle / matmul_rate,
-                "memory_mb": memory_of(steps[i], device)}
+        row |= evaluation.speed(seconds[i], n * sum(getattr(c, task)))
+        row |= {"of_matmul_rate": 1e3 * row["flops"] / row["ms"] / matmul_rate, "memory_mb": memory_of(steps[i], device)}
     for row, (task, _, c, _) in zip(found, rows):
         dense = next(x for x, (t, name, other, _) in zip(found, rows) if (t, name, other) == (task, "dense", c))
         row["time_ratio"] = row["ms"] / dense["ms"]

@@ -2,14 +2,13 @@
 
     pip install transformers && python results/compare.py [--preset gpu --device cuda --compile]
 
-ours, ours with AdamW alone, a GPT written the usual way (nanoGPT's structure: LayerNorm, one QKV product, GELU, learned positions, tied head, logits
-and loss at every position, AdamW) and `transformers`' Llama (SwiGLU as wide as needed for as many weights, AdamW). Ours has its
-mask of packed questions, QK norm and rotary positions, and computes logits only where there may be a target. Medians of
+ours, ours with AdamW alone, a GPT written the usual way (nanoGPT's structure: LayerNorm, one QKV product, GELU, learned
+positions, tied head, logits and loss at every position, AdamW) and `transformers`' Llama (SwiGLU as wide as needed for as many
+weights, AdamW). Ours has its mask of packed questions, QK norm and rotary positions, and computes logits only where there may be a target. Medians of
 interleaved repeats. Writes results/compare-DEVICE.json.
 """
 import argparse
 import json
-import statistics
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import command, fail
-from eval import hardware, timed
+from eval import hardware, speed, timed
 from prune import SIZES, make_plan
 from tokenizer import pick_device, write
 from train import PRESETS, bench_config, bench_step
@@ -102,9 +101,7 @@ def main():
                  "GPT, usual": usual_step(GPT(*shape).to(device), ids, args.compile),
                  "Llama, transformers": usual_step(Llama(*shape).to(device), ids, args.compile)}
         for name, seconds in timed(steps, device, args.repeats).items():
-            ms = 1e3 * statistics.median(seconds)
-            rows.append({"task": task, "step": name, "length": length, "batch_size": batch, "ms": ms,
-                         "ms_range": [1e3 * min(seconds), 1e3 * max(seconds)], "tokens_per_s": 1e3 * batch * length / ms})
+            rows.append({"task": task, "step": name, "length": length, "batch_size": batch, **speed(seconds, batch * length)})
     result = {"hardware": hardware(device), "versions": versions, "preset": args.preset, "compile": args.compile,
               "repeats": args.repeats, "rows": rows}
     write(Path(__file__).with_name(f"compare-{device.type}.json"), json.dumps(result, indent=1))
