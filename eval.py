@@ -391,6 +391,12 @@ def table_rows(options):
 LATER = {"u-dense": ("HiMix at inference only", dict(und_plan="himix")),
          "g-dense": ("HMGen at inference only", dict(gen_plan="hmgen"))}
 
+
+def seen_by(task, layer, queries=()):
+    """Where the share of attention stands that image tokens get in a layer; of generation they are the output."""
+    return "attention", task, *queries, {"und": "image", "gen": "output"}[task], layer
+
+
 # The table's parts: columns as (title, where in eval.json, times what, digits), and which of PAPER's figures stand beside them.
 PARTS = {"Understanding": ([("questions right, %", ("und", "accuracy"), 100, 1), ("chance", ("und", "chance"), 100, 1),
                             ("POPE F1, %", ("und", "pope", "f1"), 100, 1), ("transfer, %", ("und", "transfer_accuracy"), 100, 1),
@@ -405,26 +411,40 @@ PARTS = {"Understanding": ([("questions right, %", ("und", "accuracy"), 100, 1),
                                                 ("time", ("cost", "step_ratio"), 1, 2),
                                                 ("parameters, M", ("config", "parameters"), 1e-6, 2),
                                                 ("examples of each task", ("config", "examples"), 1, 0)], {"paper: FLOPs": 3}),
+         "Attention that image tokens get, % (first layer, last layer)":
+             ([(f"{task}, {which} queries, {where}", seen_by(task, layer, path), 100, 0) for task in ("und", "gen")
+               for which, path in (("all", ()), ("output", ("output_queries",))) for where, layer in (("first", 0), ("last", -1))], {}),
          "Questions right by kind, %": ([(kind, ("und", "by_type", kind, "accuracy"), 100, 1) for kind in KINDS], {}),
          "Images right by kind of caption, %": ([(kind, ("gen", "by_type", kind, "image_accuracy"), 100, 1) for kind in CAPTIONS], {})}
 
-# The paper's claims, each as a difference between rows that it says is above a margin: name, the two rows, where in eval.json,
+# The paper's claims, each as a difference that it says is above a margin: name, a row and where in its scores, another row and where,
 # margin. 3 points are what HiMix costs in the paper (GQA 52.86 -> 49.92), which calls that kept.
 UND, GEN = ("und", "accuracy"), ("gen", "image_accuracy")
-LEARNED_BY = {"understanding": UND, "generation": GEN, "understanding of pairs that only generation was trained on":
-              ("und", "transfer_accuracy"), "generation of pairs that only understanding was trained on": ("gen", "transfer_object_accuracy")}
-CLAIMS = ([("HiMix alone keeps understanding", "u-himix", "u-dense", UND, -3),
-           ("HMGen alone keeps generation", "g-hmgen", "g-dense", GEN, -3)]
-          + [(f"joint training helps {what}", "joint-dense", f"{path[0][0]}-dense", path, 0) for what, path in LEARNED_BY.items()]
-          + [(f"HiMix + HMGen, share all, lose {what}", "joint-dense", "joint-share-all", path, 0) for what, path in LEARNED_BY.items()]
-          + [(f"share partial wins back {what}", "joint-share-partial", "joint-share-all", path, 0) for what, path in LEARNED_BY.items()])
+LEARNED_BY = {"understanding": UND, "generation": GEN,
+              "understanding of pairs that only generation was trained on": ("und", "transfer_accuracy"),
+              "generation of pairs that only understanding was trained on": ("gen", "transfer_object_accuracy")}
+CLAIMS = ([("understanding attends to the image less in the last layer than in the first",
+            "joint-dense", seen_by("und", 0), "joint-dense", seen_by("und", -1), 0),
+           ("generation attends to it more in the last layer than in the first",
+            "joint-dense", seen_by("gen", -1), "joint-dense", seen_by("gen", 0), 0),
+           ("HiMix alone keeps understanding", "u-himix", UND, "u-dense", UND, -3),
+           ("HMGen alone keeps generation", "g-hmgen", GEN, "g-dense", GEN, -3)]
+          + [(f"joint training helps {what}", "joint-dense", path, f"{path[0][0]}-dense", path, 0)
+             for what, path in LEARNED_BY.items()]
+          + [(f"HiMix + HMGen, share all, lose {what}", "joint-dense", path, "joint-share-all", path, 0)
+             for what, path in LEARNED_BY.items()]
+          + [(f"share partial wins back {what}", "joint-share-partial", path, "joint-share-all", path, 0)
+             for what, path in LEARNED_BY.items()])
 T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)          # Student's t, 97.5 %, 1 to 9 degrees of freedom
 
 
 def value(scores, path):
-    for key in path:
-        scores = scores.get(key) if isinstance(scores, dict) else None
-    return scores
+    try:
+        for key in path:
+            scores = scores[key]
+        return scores
+    except (KeyError, TypeError, IndexError):                           # a run has the scores of its own tasks only
+        return None
 
 
 def cell(runs, path, scale, digits):
@@ -440,8 +460,8 @@ def claims(found):
     """What the rows say of CLAIMS: [(claim, difference in points over seeds, half of its 95 % interval, seeds, answer)].
     Runs of one seed share data and order: differences are taken seed by seed."""
     answers = []
-    for claim, a, b, path, margin in CLAIMS:
-        pairs = [(value(one, path), value(found.get(b, {}).get(seed), path)) for seed, one in found.get(a, {}).items()]
+    for claim, a, path, b, other, margin in CLAIMS:
+        pairs = [(value(one, path), value(found.get(b, {}).get(seed), other)) for seed, one in found.get(a, {}).items()]
         differences = [100 * (x - y) for x, y in pairs if x is not None and y is not None]
         if len(differences) > 1:
             mean, n = statistics.mean(differences), len(differences)
@@ -461,6 +481,8 @@ def table(folder, device):
         try:
             found[name][seed] = scores = json.loads(file.read_text())
             where.setdefault(name, (file.parent, scores["config"]))
+            if file.name == "eval.json" and (probed := file.with_name("attention.json")).exists():
+                scores["attention"] = json.loads(probed.read_text())
         except (ValueError, KeyError, TypeError):
             fail(f"{file}: expected the scores of a run, as eval.py writes them")
     if not found:

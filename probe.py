@@ -2,6 +2,7 @@
 
     python probe.py out/joint               writes attention.json, attention.png and heatmaps.png into its folder
     python probe.py out/joint --untrained   the same network before training, as a control
+    python probe.py out/table3/*-seed?      ... of each of several runs; eval.py --table takes it up
 
 Fused attention returns no weights, so this goes through `Model.forward_masked`, which tests/ prove equal to the path that
 training takes. One question stands on each picture, as in the paper's sequences.
@@ -107,24 +108,11 @@ def probe(model, tokenizer, options, n):
     return shares, attention, batches
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a trained run")
-    parser.add_argument("--untrained", action="store_true", help="probe the network as it was before training")
-    parser.add_argument("--n", type=int, default=256, help="validation pictures")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    args = parser.parse_args()
-    if args.n < 1:
-        fail("--n: expected at least 1")
-    model, tokenizer, found = load(args.run, pick_device(args.device))
-    options, suffix = found["options"], ""
-    if args.untrained:
-        torch.manual_seed(options["seed"])
-        model = Model(model.config, tokenizer.vq.codebook.cpu()).to(model.embed.weight.device).eval()
-        suffix = "-untrained"
-    shares, attention, batches = probe(model, tokenizer, options, args.n)
-    n = {task: len(batch.tokens) for task, batch in batches.items()}
-    write(args.run / f"attention{suffix}.json", json.dumps(shares | {"n": n, "config": options}, indent=1))
+def report(run, suffix, model, tokenizer, options, n):
+    """Probes a model, prints the shares and writes them and the pictures into the folder `run`."""
+    shares, attention, batches = probe(model, tokenizer, options, n)
+    counts = {task: len(batch.tokens) for task, batch in batches.items()}
+    write(run / f"attention{suffix}.json", json.dumps(shares | {"n": counts, "config": options}, indent=1))
     for task, own in shares.items():
         print(f"{task}: share of attention by layer, over all queries | over those that foretell output")
         for name in SEGMENTS:
@@ -136,9 +124,29 @@ def main():
     sheet = Image.new("RGB", (920, 320 * len(shares)))
     for i, (lines, title) in enumerate(charts):
         sheet.paste(line_chart(lines, title, "layer", 1., (460, 320)), (460 * (i % 2), 320 * (i // 2)))
-    sheet.save(args.run / f"attention{suffix}.png")
-    heatmaps(attention, batches, args.run / f"heatmaps{suffix}.png", min(4, model.config.layers))
-    print(f"{args.run}/attention{suffix}.json, attention{suffix}.png, heatmaps{suffix}.png")
+    sheet.save(run / f"attention{suffix}.png")
+    heatmaps(attention, batches, run / f"heatmaps{suffix}.png", min(4, model.config.layers))
+    print(f"{run}/attention{suffix}.json, attention{suffix}.png, heatmaps{suffix}.png")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", metavar="run", nargs="+", type=Path, help="folder of a trained run")
+    parser.add_argument("--untrained", action="store_true", help="probe the network as it was before training")
+    parser.add_argument("--n", type=int, default=256, help="validation pictures")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    args = parser.parse_args()
+    if args.n < 1:
+        fail("--n: expected at least 1")
+    device = pick_device(args.device)
+    for run in args.runs:
+        model, tokenizer, found = load(run, device)
+        options, suffix = found["options"], ""
+        if args.untrained:
+            torch.manual_seed(options["seed"])
+            model = Model(model.config, tokenizer.vq.codebook.cpu()).to(device).eval()
+            suffix = "-untrained"
+        report(run, suffix, model, tokenizer, options, args.n)
 
 
 if __name__ == "__main__":

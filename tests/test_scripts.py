@@ -120,12 +120,16 @@ def test_claims_are_differences_seed_by_seed_with_an_interval():
     runs = {"joint-dense": {str(i): {"und": {"accuracy": .9}} for i in range(3)},
             "u-dense": {str(i): {"und": {"accuracy": .9 - .04 - .01 * i}} for i in range(3)},
             "u-himix": {"0": {"und": {"accuracy": .1}}}}
-    found = {**dict.fromkeys({name for _, a, b, *_ in CLAIMS for name in (a, b)}, {}), **runs}
+    found = {**dict.fromkeys({name for _, a, _, b, *_ in CLAIMS for name in (a, b)}, {}), **runs}
     ((claim, mean, half, n, answer),) = claims(found)
     assert claim == "joint training helps understanding" and n == 3 and answer == "holds"
     assert abs(mean - 5) < 1e-9 and abs(half - 4.30 / 3 ** .5) < 1e-9
     found["u-dense"] = {str(i): {"und": {"accuracy": .9 + .03 * (i - 1)}} for i in range(3)}
     assert claims(found)[0][-1] == "not decided here"
+    for i, run in enumerate(found["joint-dense"].values()):             # a claim about layers of the same runs
+        run["attention"] = {"und": {"image": [.3, .5, .1 + .01 * i]}}
+    ((_, mean, *_, answer), _) = claims(found)
+    assert abs(mean - 19) < 1e-9 and answer == "holds"
 
 
 def test_bench_counts_what_it_times(tmp_path):
