@@ -373,6 +373,8 @@ def table_rows(options):
             "joint-hmgen-both": ("joint, HMGen in both tasks", dict(und_plan="hmgen", gen_plan="hmgen")),
             "joint-sparse-both": ("joint, every second image token skips the middle", dict(und_plan="sparse", gen_plan="sparse")),
             "joint-early": ("joint, image tokens updated in early layers only + HMGen", dict(und_plan="early", gen_plan="hmgen")),
+            "u-hmgen": ("U only, HMGen", dict(u, und_plan="hmgen")),
+            "u-early": ("U only, image tokens updated in early layers only", dict(u, und_plan="early")),
             "joint-himix-only": ("joint, HiMix, generation dense", dict(und_plan="himix")),
             "joint-hmgen-only": ("joint, understanding dense, HMGen", dict(gen_plan="hmgen")),
             "joint-dense-task": ("joint, dense, projections of each task", dict(projections="task")),
@@ -398,7 +400,13 @@ def seen_by(task, layer, queries=()):
 
 
 # The table's parts: columns as (title, where in eval.json, times what, digits), and which of PAPER's figures stand beside them.
-PARTS = {"Understanding": ([("questions right, %", ("und", "accuracy"), 100, 1), ("chance", ("und", "chance"), 100, 1),
+PARTS = {"All in one": ([("questions right, %", ("und", "accuracy"), 100, 1),
+                         ("... of pairs only generated", ("und", "transfer_accuracy"), 100, 1),
+                         ("images right, %", ("gen", "image_accuracy"), 100, 1),
+                         ("FLOPs of a step, of dense", ("cost", "flops_ratio"), 1, 2),
+                         ("time of a step, of dense", ("cost", "step_ratio"), 1, 2)],
+                        {"paper: GQA": 0, "paper: MJHQ FID (less is better)": 2, "paper: FLOPs": 3}),
+         "Understanding": ([("questions right, %", ("und", "accuracy"), 100, 1), ("chance", ("und", "chance"), 100, 1),
                             ("POPE F1, %", ("und", "pope", "f1"), 100, 1), ("transfer, %", ("und", "transfer_accuracy"), 100, 1),
                             ("loss", ("und", "loss"), 1, 3)], {"paper: GQA": 0, "paper: POPE F1": 1}),
          "Generation": ([("images right, %", ("gen", "image_accuracy"), 100, 1),
@@ -406,7 +414,7 @@ PARTS = {"Understanding": ([("questions right, %", ("und", "accuracy"), 100, 1),
                          ("transfer, %", ("gen", "transfer_object_accuracy"), 100, 1),
                          ("Fréchet (less is better)", ("gen", "frechet"), 1, 3), ("loss", ("gen", "loss"), 1, 3)],
                         {"paper: MJHQ FID (less is better)": 2}),
-         "Cost of a step, relative to dense": ([("FLOPs", ("cost", "flops_ratio"), 1, 2),
+         "Cost of a step, relative to dense": ([("exact FLOPs", ("cost", "flops_ratio"), 1, 2),
                                                 ("paper's formula", ("cost", "paper_flops_ratio"), 1, 2),
                                                 ("time", ("cost", "step_ratio"), 1, 2),
                                                 ("parameters, M", ("config", "parameters"), 1e-6, 2),
@@ -434,6 +442,15 @@ CLAIMS = ([("understanding attends to the image less in the last layer than in t
           + [(f"HiMix + HMGen, share all, lose {what}", "joint-dense", path, "joint-share-all", path, 0)
              for what, path in LEARNED_BY.items()]
           + [(f"share partial wins back {what}", "joint-share-partial", path, "joint-share-all", path, 0)
+             for what, path in LEARNED_BY.items()]
+          # and beyond the paper: what is left of synergy where both runs are reduced alike, and what other reductions keep
+          + [(f"{how}: joint training helps {what}", joint, path, alone, path, 0)
+             for how, joint, alone in (("HiMix + HMGen, share all", "joint-share-all", "u-himix-shared"),
+                                       ("HMGen in both tasks", "joint-hmgen-both", "u-hmgen"),
+                                       ("early + HMGen", "joint-early", "u-early"))
+             for what, path in LEARNED_BY.items() if path[0] == "und"]
+          + [(f"{how} keeps more than HiMix + HMGen of {what}", joint, path, "joint-share-all", path, 0)
+             for how, joint in (("HMGen in both tasks", "joint-hmgen-both"), ("early + HMGen", "joint-early"))
              for what, path in LEARNED_BY.items()])
 T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)          # Student's t, 97.5 %, 1 to 9 degrees of freedom
 

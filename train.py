@@ -317,7 +317,8 @@ def run(options, resume, device):
     print(evaluation.summary(evaluation.evaluate(model, tokenizer, found, dataset, plans, out,
                                               evaluation.sampling_for(options["data"]))))
     print(f"{time.time() - began:.0f} s in all, {training / (time.time() - began):.0%} of them in training steps; a step "
-          f"{statistics.median([r['step_ms'] for r in rows] or [math.nan]):.0f} ms (median), peak memory {peak_memory(device) or math.nan:.0f} MB\n"
+          f"{statistics.median([r['step_ms'] for r in rows] or [math.nan]):.0f} ms (median), "
+          f"peak memory {peak_memory(device) or math.nan:.0f} MB\n"
           f"look at {out}/samples.png, {out}/eval.json, {out}/loss.png; then: python probe.py {out}")
 
 
