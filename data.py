@@ -182,7 +182,7 @@ def ask(rng, kind, answer, *parts):
 
 class Shapes:
     """Scenes, their pictures, captions and questions, and the checker that reads a picture back into a scene."""
-    name = identity = "shapes"
+    identity = "shapes"
 
     def __init__(self, preset="cpu"):
         w = self.world = WORLDS[preset]
@@ -204,7 +204,8 @@ class Shapes:
         self.bank = np.empty((len(self.things), self.cell, self.cell, 3), np.uint8)
         self.bank[0] = BACKGROUND
         for i, t in enumerate(self.things[1:], 1):
-            mask = np.roll(masks[t.size, t.shape], (t.dy, t.dx), (0, 1))[..., None]
+            room = np.pad(masks[t.size, t.shape], w.jitter)
+            mask = room[w.jitter - t.dy:, w.jitter - t.dx:][:self.cell, :self.cell, None]
             self.bank[i] = np.round(mask * ink[t.colour] + (1 - mask) * paper)
 
     def _thirds(self, first, last):
@@ -510,7 +511,6 @@ class Folder:
 
     def __init__(self, path, preset="cpu"):
         root, self.image_size = Path(path), WORLDS[preset].image_size
-        self.name = root.resolve().name
         if not root.is_dir():
             fail(f"--data {path}: expected `shapes` or a folder of images")
         if (root / "metadata.jsonl").exists():
@@ -529,7 +529,7 @@ class Folder:
         self.part = np.array(["val" if zlib.crc32(p.tobytes()) % 10 == 0 else "train" for p in pixels])
         if (self.part == "val").sum() < 10 or (self.part == "train").sum() < 10:
             fail(f"{path}: {len(rows)} images are too few: about one in ten is kept for validation, where ten are needed")
-        self.identity = f"{self.name} {zlib.crc32(pixels.tobytes()):08x}"
+        self.identity = f"{root.resolve().name} {zlib.crc32(pixels.tobytes()):08x}"
         self.pixels = pixels
         self.captions = [Caption(text, "text") for _, text, _, _ in rows]
         self.questions = [[Question(q, a, "question") for q, a in pairs or [("what is this?", text)]]
@@ -615,13 +615,14 @@ def line_chart(lines, title, x_label, top_y=None, size=(560, 360)):
 
 def strip_chart(names, groups):
     """{title: {name: [percent]}} as an Image: side by side, a dot for each number and a tick at the mean of each row."""
-    font, left, width, step = ImageFont.load_default(12), 330, 250, 19
+    font, width, step = ImageFont.load_default(12), 250, 19
+    left = 30 + max(round(font.getlength(name)) for name in names)
     sheet = Image.new("RGB", (left + len(groups) * (width + 30), 60 + step * len(names)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, name in enumerate(names):
         draw.text((left - 14, 50 + step * i), name, TEXT, font, anchor="rm")
     for k, (title, rows) in enumerate(groups.items()):
-        x0, low = left + k * (width + 30), min(90, 10 * int(min(map(min, rows.values())) // 10))
+        x0, low = left + k * (width + 30), min(90, 20 * int(min(map(min, rows.values())) // 20))
         draw.text((x0, 6), title, TEXT, font)
         for tick in range(low, 101, 10 if low >= 40 else 20):
             x = x0 + width * (tick - low) / (100 - low)

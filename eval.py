@@ -366,7 +366,7 @@ def table_rows(options):
             "joint-dense": ("joint, dense", {}),
             "u-himix": ("U only, HiMix, own projections", dict(u, und_plan="himix", projections="image")),
             "g-hmgen": ("G only, HMGen, own projections", dict(g, gen_plan="hmgen", projections="image")),
-            "g-hmgen-15": ("the same, K/L near .15", dict(g, gen_plan="hmgen", projections="image",
+            "g-hmgen-15": ("G only, HMGen, own projections, K/L near .15", dict(g, gen_plan="hmgen", projections="image",
                                                           shallow=round(.15 * size.layers))),
             "joint-share-all": ("joint, HiMix + HMGen, share all", both),
             "joint-share-partial": ("joint, HiMix + HMGen, share partial", dict(both, projections="task")),
@@ -394,14 +394,14 @@ LATER = {"u-dense": ("HiMix at inference only", dict(und_plan="himix")),
          "g-dense": ("HMGen at inference only", dict(gen_plan="hmgen"))}
 
 
-def seen_by(task, layer, queries=()):
-    """Where the share of attention stands that image tokens get in a layer; of generation they are the output."""
-    return "attention", task, *queries, {"und": "image", "gen": "output"}[task], layer
+def image_share(task, layer, *queries):
+    """Where the share of attention stands that image tokens get in a layer; in generation they are the output."""
+    return "attention", task, *queries, "image" if task == "und" else "output", layer
 
 
 # The table's parts: columns as (title, where in eval.json, times what, digits), and which of PAPER's figures stand beside them.
 PARTS = {"All in one": ([("questions right, %", ("und", "accuracy"), 100, 1),
-                         ("... of pairs only generated", ("und", "transfer_accuracy"), 100, 1),
+                         ("... of pairs only generated, %", ("und", "transfer_accuracy"), 100, 1),
                          ("images right, %", ("gen", "image_accuracy"), 100, 1),
                          ("FLOPs of a step, of dense", ("cost", "flops_ratio"), 1, 2),
                          ("time of a step, of dense", ("cost", "step_ratio"), 1, 2)],
@@ -420,7 +420,7 @@ PARTS = {"All in one": ([("questions right, %", ("und", "accuracy"), 100, 1),
                                                 ("parameters, M", ("config", "parameters"), 1e-6, 2),
                                                 ("examples of each task", ("config", "examples"), 1, 0)], {"paper: FLOPs": 3}),
          "Attention that image tokens get, % (first layer, last layer)":
-             ([(f"{task}, {which} queries, {where}", seen_by(task, layer, path), 100, 0) for task in ("und", "gen")
+             ([(f"{task}, {which} queries, {where}", image_share(task, layer, *path), 100, 0) for task in ("und", "gen")
                for which, path in (("all", ()), ("output", ("output_queries",))) for where, layer in (("first", 0), ("last", -1))], {}),
          "Questions right by kind, %": ([(kind, ("und", "by_type", kind, "accuracy"), 100, 1) for kind in KINDS], {}),
          "Images right by kind of caption, %": ([(kind, ("gen", "by_type", kind, "image_accuracy"), 100, 1) for kind in CAPTIONS], {})}
@@ -428,30 +428,29 @@ PARTS = {"All in one": ([("questions right, %", ("und", "accuracy"), 100, 1),
 # The paper's claims, each as a difference that it says is above a margin: name, a row and where in its scores, another row and where,
 # margin. 3 points are what HiMix costs in the paper (GQA 52.86 -> 49.92), which calls that kept.
 UND, GEN = ("und", "accuracy"), ("gen", "image_accuracy")
-LEARNED_BY = {"understanding": UND, "generation": GEN,
-              "understanding of pairs that only generation was trained on": ("und", "transfer_accuracy"),
-              "generation of pairs that only understanding was trained on": ("gen", "transfer_object_accuracy")}
+ACCURACIES = {"understanding": UND, "understanding of pairs only generated": ("und", "transfer_accuracy"),
+              "generation": GEN, "generation of pairs only understood": ("gen", "transfer_object_accuracy")}
 CLAIMS = ([("understanding attends to the image less in the last layer than in the first",
-            "joint-dense", seen_by("und", 0), "joint-dense", seen_by("und", -1), 0),
-           ("generation attends to it more in the last layer than in the first",
-            "joint-dense", seen_by("gen", -1), "joint-dense", seen_by("gen", 0), 0),
+            "joint-dense", image_share("und", 0), "joint-dense", image_share("und", -1), 0),
+           ("generation attends to the image more in the last layer than in the first",
+            "joint-dense", image_share("gen", -1), "joint-dense", image_share("gen", 0), 0),
            ("HiMix alone keeps understanding", "u-himix", UND, "u-dense", UND, -3),
            ("HMGen alone keeps generation", "g-hmgen", GEN, "g-dense", GEN, -3)]
           + [(f"joint training helps {what}", "joint-dense", path, f"{path[0][0]}-dense", path, 0)
-             for what, path in LEARNED_BY.items()]
+             for what, path in ACCURACIES.items()]
           + [(f"HiMix + HMGen, share all, lose {what}", "joint-dense", path, "joint-share-all", path, 0)
-             for what, path in LEARNED_BY.items()]
+             for what, path in ACCURACIES.items()]
           + [(f"share partial wins back {what}", "joint-share-partial", path, "joint-share-all", path, 0)
-             for what, path in LEARNED_BY.items()]
+             for what, path in ACCURACIES.items()]
           # and beyond the paper: what is left of synergy where both runs are reduced alike, and what other reductions keep
           + [(f"{how}: joint training helps {what}", joint, path, alone, path, 0)
              for how, joint, alone in (("HiMix + HMGen, share all", "joint-share-all", "u-himix-shared"),
                                        ("HMGen in both tasks", "joint-hmgen-both", "u-hmgen"),
                                        ("early + HMGen", "joint-early", "u-early"))
-             for what, path in LEARNED_BY.items() if path[0] == "und"]
-          + [(f"{how} keeps more than HiMix + HMGen of {what}", joint, path, "joint-share-all", path, 0)
+             for what, path in ACCURACIES.items() if path[0] == "und"]
+          + [(f"{how}, which saves less, keeps more than HiMix + HMGen of {what}", joint, path, "joint-share-all", path, 0)
              for how, joint in (("HMGen in both tasks", "joint-hmgen-both"), ("early + HMGen", "joint-early"))
-             for what, path in LEARNED_BY.items()])
+             for what, path in ACCURACIES.items()])
 T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)          # Student's t, 97.5 %, 1 to 9 degrees of freedom
 
 
@@ -532,11 +531,9 @@ def table(folder, device):
     text, path = "\n\n".join(parts), f"results/{Path(folder).resolve().name}-{options['preset']}"
     write(f"{path}.md", text + "\n")
     write(f"{path}.json", json.dumps({"titles": {name: titles[name] for name in names}, "runs": found}))
-    shares = {what: {titles[name]: some for name in names
-                     if (some := [100 * x for x in (value(scores, key) for scores in found[name].values()) if x is not None])}
-              for what, key in (("questions right, %", UND), ("... of pairs only generated, %", ("und", "transfer_accuracy")),
-                                 ("images right, %", GEN), ("objects right of pairs only understood, %",
-                                                            ("gen", "transfer_object_accuracy")))}
+    shares = {f"{what}, %": {titles[name]: some for name in names
+                             if (some := [100 * x for x in (value(scores, key) for scores in found[name].values()) if x is not None])}
+              for what, key in ACCURACIES.items()}
     if any(shares.values()):
         strip_chart([titles[name] for name in names], {what: rows for what, rows in shares.items() if rows}).save(f"{path}.png")
 

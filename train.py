@@ -193,7 +193,7 @@ def run(options, resume, device):
     tokenizer.vq.to(device)
     splits = {t: dataset.split(t, "train", preset.scenes[t], seed, questions=10 if t == "und" else 0) for t in tasks}
     seen = [*splits.values(), *(dataset.split(t, part, evaluation.SAMPLES[options["preset"]][t]) for t in tasks
-                                for part in (("val", "transfer") if dataset.name == "shapes" else ("val",)))]
+                                for part in (("val", "transfer") if splits[tasks[0]].scenes is not None else ("val",)))]
     try:
         after, before = text_lengths(tokenizer, seen, preset.text)
         vq = tokenizer.vq

@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -29,12 +29,8 @@ from model import INSTRUCTION_WEIGHT, Model, load, understanding
 from prune import FULL, SIZES
 from tokenizer import pick_device, write
 
-COLUMNS = {"questions right, %": ("und", "accuracy"), "... of pairs only generated, %": ("und", "transfer_accuracy"),
-           "images right, %": ("gen", "image_accuracy"), "objects right of pairs only understood, %": ("gen", "transfer_object_accuracy")}
-
-
 class Eq1(Model):
-    """Understanding foretells its image tokens, too: the paper's eq. 1. They count as much as an instruction token."""
+    """Understanding foretells its image tokens, too: the paper's eq. 1. Each counts as much as an instruction token."""
 
     def forward(self, batch, plan):
         if batch.task == "gen" or not self.training:
@@ -48,71 +44,78 @@ class Eq1(Model):
         return logits, loss + INSTRUCTION_WEIGHT * each / (batch.weights == 1).sum()
 
 
-def read_first(options, dataset, tokenizer, device):
-    """A function that builds a Model and has it read text alone, half as long as training will take: captions, and questions
-    with their answers, under pictures that are one and the same code all over. The paper's backbone is a language model."""
+def read_first(options, device):
+    """A patch after which a Model has read text alone, half as long as training will take: captions, and questions with their
+    answers, of other scenes, none with a held-out pair, under pictures that are one and the same code all over. The paper's
+    backbone is a language model."""
     def build(c, codebook):
-        preset = train.PRESETS[options["preset"]]
-        model = Model(c, codebook).to(device).train()
-        split = dataset.split("und", "train", preset.scenes["und"], options["seed"])
+        dataset, preset = data.load("shapes", options["preset"]), train.PRESETS[options["preset"]]
+        with patch.dict(dataset.held_out, und=dataset.held_out["und"] | dataset.held_out["gen"]):
+            split = dataset.split("und", "train", preset.scenes["und"], options["seed"] + 1000)
+        tokenizer = train.get_tokenizer(options, dataset, device, True)
         blank = torch.zeros(len(split.pixels), c.side ** 2, dtype=torch.long)
         turns = [[(caption.text, ""), *((q.text, q.answer) for q in some)] for caption, some in zip(split.captions, split.questions)]
         texts = understanding(tokenizer, blank, turns, c.und.after).to(device)
+        model = Model(c, codebook).to(device).train()
+        codes = model.embed.weight[c.first_code:].clone()
         optimizers, steps = train.optimizers_of(model, preset.lr, preset.lr_rest), options["steps"] // 2
         for step in trange(steps, desc="reading", leave=False):
             for optimizer, lr in zip(optimizers, (preset.lr, preset.lr_rest)):
                 optimizer.param_groups[0]["lr"] = lr * train.learning_rate(step, steps)
-            index = torch.randint(len(blank), (options["batch_size"],)).to(device)
-            train.training_step(model, {"und": [(texts.rows(index), 1.)]}, {"und": (FULL,) * c.layers}, optimizers)
+            rows = texts.rows(torch.randint(len(blank), (options["batch_size"],)).to(device))
+            train.training_step(model, {"und": [(rows, 1.)]}, {"und": (FULL,) * c.layers}, optimizers)
+        model.embed.weight.data[c.first_code:] = codes                  # it has seen no picture
         return model.cpu()
-    return build
+    return patch.object(train, "Model", build)
 
 
-def caption_backwards(caption):
+def backwards(caption):
     def other(*args, **kwargs):
         told = caption(*args, **kwargs)
         return told._replace(text=" ".join(word[::-1] for word in told.text.split()))
     return other
 
 
-def conditions(preset):
-    """{name: (what is different, patches, whether it needs a tokenizer of its own)}"""
+def conditions(options, device):
+    """{name: (what is different, patch, the objectives for which it is)}; of the others, base has the runs."""
+    preset = options["preset"]
     scenes, size, world = train.PRESETS[preset].scenes, SIZES[preset], data.WORLDS[preset]
+    every, und, gen = ("und", "joint", "gen"), ("und", "joint"), ("gen", "joint")
+    few = {task: n // 20 for task, n in scenes.items()}
 
-    def fewer(**changed):
-        return [patch.object(train.PRESETS[preset], "scenes", scenes | changed)]
+    def fewer(task):
+        return patch.object(train.PRESETS[preset], "scenes", scenes | {task: few[task]})
 
-    few, cell = {task: n // 20 for task, n in scenes.items()}, world.image_size // world.grid
-    return {"base": ("as it is", [], False),
-            "few-und": (f"{few['und']} pictures to understand, not {scenes['und']}", fewer(und=few["und"]), False),
-            "few-gen": (f"{few['gen']} pictures to generate, not {scenes['gen']}", fewer(gen=few["gen"]), False),
-            "words": ("captions spelled backwards: no words shared",
-                      [patch.object(data.Shapes, "caption", caption_backwards(data.Shapes.caption))], True),
-            "eq1": ("image tokens foretold in understanding, too", [patch.object(train, "Model", Eq1)], False),
-            "read": ("text alone read first", "read", False),
-            "jitter": ("objects lie anywhere in their cells",
-                       [patch.dict(data.WORLDS, {preset: replace(world, jitter=(cell - round(.75 * cell)) // 2)})], True),
-            "deep": (f"{2 * size.layers} layers, not {size.layers}",
-                     [patch.dict(SIZES, {preset: replace(size, layers=2 * size.layers)})], False),
-            "shallow": (f"{size.layers // 2} layers, not {size.layers}",
-                        [patch.dict(SIZES, {preset: replace(size, layers=size.layers // 2)})], False)}
+    def layers(n):
+        return patch.dict(SIZES, {preset: replace(size, layers=n)})
+
+    return {"base": ("as it is", nullcontext(), every),
+            "few-und": (f"{few['und']} pictures to understand, not {scenes['und']}", fewer("und"), und),
+            "few-gen": (f"{few['gen']} pictures to generate, not {scenes['gen']}", fewer("gen"), gen),
+            "words": ("captions spelled backwards: no word shared but a",
+                      patch.object(data.Shapes, "caption", backwards(data.Shapes.caption)), every),
+            "eq1": ("image tokens foretold in understanding, too", patch.object(train, "Model", Eq1), und),
+            "read": ("text alone read first", read_first(options, device), every),
+            "jitter": (f"objects up to {world.jitter + 1} pixels off their places, not {world.jitter}",
+                       patch.dict(data.WORLDS, {preset: replace(world, jitter=world.jitter + 1)}), every),
+            "deep": (f"{2 * size.layers} layers, not {size.layers}", layers(2 * size.layers), every),
+            "shallow": (f"{size.layers // 2} layers, not {size.layers}", layers(size.layers // 2), every)}
 
 
-def train_one(folder, name, objective, seed, patches, own_tokenizer, given, device):
-    out = folder / f"{name}-{objective}-seed{seed}"
-    options = train.completed({**given, "objective": objective, "seed": seed, "out": str(out),
-                               "tokenizer": str(folder / f"tokenizer{f'-{name}' * own_tokenizer}.pt")}, device)
+def train_one(folder, name, objective, options, device):
+    out = folder / f"{name}-{objective}-seed{options['seed']}"
+    options = train.completed({**options, "objective": objective, "out": str(out), "tokenizer": str(folder / f"tokenizer-{name}.pt")},
+                              device)
+    train.check(options)
+    found = load(out, "cpu")[2] if (out / "checkpoint.pt").exists() else None
+    if found:
+        train.same_run(options, found["options"], out)
     if (out / "attention.json").exists():
         return
     print(f"\n{out}")
-    with ExitStack() as stack:
-        for one in patches if patches != "read" else []:
-            stack.enter_context(one)
-        if patches == "read":
-            dataset = data.load("shapes", options["preset"])
-            tokenizer = train.get_tokenizer(options, dataset, device, True)
-            stack.enter_context(patch.object(train, "Model", read_first(options, dataset, tokenizer, device)))
-        train.run(options, load(out, "cpu")[2] if (out / "checkpoint.pt").exists() else None, device)
+    # The identity keeps train.py from going on with such a run, since it would do so without the patch.
+    with conditions(options, device)[name][1], patch.object(data.Shapes, "identity", f"shapes {name}"):
+        train.run(options, found, device)
         model, tokenizer, _ = load(out, device)
         write(out / "attention.json", json.dumps(probe.probe(model, tokenizer, options, 256)[0]))
 
@@ -124,31 +127,34 @@ def table(folder, every, preset):
         name, objective, seed = file.parent.name.rsplit("-", 2)
         scores = json.loads((file.parent / "eval.json").read_text())
         found[name][objective][seed] = scores | {"attention": json.loads(file.read_text())}
-    names = [name for name in every if name in found]
+    names, columns = [name for name in every if name in found], evaluation.ACCURACIES
     titles = {name: every[name][0] for name in names}
-    lines = ["| condition | " + " | ".join(f"{what}: alone → joint" for what in COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
-    lines += [f"| {titles[name]} | " + " | ".join(" → ".join(evaluation.cell(found[name][objective], path, 100, 1)
-                                                            for objective in (path[0], "joint")) for path in COLUMNS.values()) + " |"
+
+    def runs(name, objective):
+        return found[name if objective in every[name][2] else "base"][objective]
+
+    pairs = [(name, how, runs(name, objective)) for name in names for objective, how in (("und", "alone"), ("joint", "joint"))]
+    lines = ["| condition | " + " | ".join(f"{what}, %: alone → joint" for what in columns) + " |", "|---|" + "---:|" * len(columns)]
+    lines += [f"| {titles[name]} | " + " | ".join(" → ".join(evaluation.cell(runs(name, objective), path, 100, 1)
+                                                            for objective in (path[0], "joint")) for path in columns.values()) + " |"
               for name in names]
     lines += ["", "Questions right by kind, %", "", "| condition | | " + " | ".join(data.KINDS) + " |", "|---|---|" + "---:|" * len(data.KINDS)]
-    runs = [(name, how, found[name][objective]) for name in names for objective, how in (("und", "alone"), ("joint", "joint"))]
     lines += [f"| {titles[name]} | {how} | " + " | ".join(evaluation.cell(some, ("und", "by_type", kind, "accuracy"), 100, 1)
-                                                        for kind in data.KINDS) + " |" for name, how, some in runs]
+                                                        for kind in data.KINDS) + " |" for name, how, some in pairs]
     lines += ["", "Share of attention that understanding pays to image tokens, layer by layer (seed 0)", "",
               "| condition | | all queries | output queries |", "|---|---|---|---|"]
-    for name, how, some in runs:
+    for name, how, some in pairs:
         if "seed0" in some:
             shares = some["seed0"]["attention"]["und"]
             lines.append(f"| {titles[name]} | {how} | " + " | ".join(" → ".join(f"{x:.2f}" for x in of["image"])
                                                                    for of in (shares, shares["output_queries"])) + " |")
-    dots = {what: {f"{titles[name]}: {how}": [100 * evaluation.value(one, path) for one in found[name][objective].values()]
-                   for name in names for objective, how in ((path[0], "alone"), ("joint", "joint")) if found[name][objective]}
-            for what, path in COLUMNS.items()}
+    rows = [(f"{titles[name]}: {how}", name, how) for name in names for how in ("alone", "joint")]
+    dots = {what: {row: [100 * evaluation.value(one, path) for one in some.values()] for row, name, how in rows
+                   if (some := runs(name, path[0] if how == "alone" else how))} for what, path in columns.items()}
     path = f"results/regimes-{preset}"
     write(f"{path}.md", "\n".join(lines) + "\n")
     write(f"{path}.json", json.dumps({"titles": titles, "runs": found}))
-    strip_chart([f"{titles[name]}: {how}" for name in names for how in ("alone", "joint")],
-                {what: rows for what, rows in dots.items() if rows}).save(f"{path}.png")
+    strip_chart([row for row, *_ in rows], {what: some for what, some in dots.items() if some}).save(f"{path}.png")
     print("\n".join(lines) + f"\n\n{path}.md, .json, .png")
 
 
@@ -161,15 +167,18 @@ def main():
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args()
-    every, device = conditions(args.preset), pick_device(args.device)
+    device = pick_device(args.device)
+    given = {"preset": args.preset, "steps": train.PRESETS[args.preset].steps // 2 if args.steps is None else args.steps}
+    every = conditions(train.completed(given, device), device)
     for name in args.names:
         if name not in every:
             fail(f"{name}: expected some of {', '.join(every)}")
-    given = {"preset": args.preset, "steps": args.steps or train.PRESETS[args.preset].steps // 2}
+    if args.seeds < 1:
+        fail(f"--seeds {args.seeds}: expected at least 1")
     for seed in range(args.seeds):
         for name in args.names or every:
-            for objective in ("und", "joint", "gen"):
-                train_one(args.folder, name, objective, seed, *every[name][1:], given, device)
+            for objective in every[name][2]:
+                train_one(args.folder, name, objective, {**given, "seed": seed}, device)
     table(args.folder, every, args.preset)
 
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from eval import CLAIMS, claims
+from prune import PLANS
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -135,13 +136,27 @@ def test_claims_are_differences_seed_by_seed_with_an_interval():
 def test_bench_counts_what_it_times(tmp_path):
     printed = script("train.py", "--bench", "--preset", "tiny", "--batch-size", 1, "--device", "cpu", folder=tmp_path)
     found = json.loads((tmp_path / "results" / "bench-cpu.json").read_text())
-    assert len(found["steps"]) == 33 and len(found["image_tokens"]) == 12 and "with the KV cache" in printed
+    assert len(found["steps"]) == 3 * (2 * len(PLANS) - 1) and len(found["image_tokens"]) == 12 and "with the KV cache" in printed
     for row in found["steps"] + found["image_tokens"]:
         assert row["ms_range"][0] <= row["ms"] <= row["ms_range"][1] and (row["plan"] != "dense" or row["time_ratio"] == 1)
     himix, dense = (next(x for x in found["image_tokens"] if (x["task"], x["plan"], x["image_tokens"]) == ("und", name, 1024))
                     for name in ("himix", "dense"))
     assert himix["flops_ratio"] < .1 and himix["time_ratio"] < .6 and himix["memory_mb"] < dense["memory_mb"] / 2
     assert all(x["same_codes"] == 1 and x["cached_images_per_s"] > x["uncached_images_per_s"] for x in found["drawing"])
+
+
+def test_regimes_change_what_they_say_and_nothing_else(tmp_path):
+    """A condition's runs differ from those of `base` where its patch tells them to, and the patch is gone afterwards."""
+    args = (tmp_path / "runs", "base", "few-und", "read", "--preset", "tiny", "--steps", 10, "--device", "cpu")
+    first = script("results/regimes.py", *args, folder=tmp_path)
+    found = json.loads((tmp_path / "results" / "regimes-tiny.json").read_text())["runs"]
+    assert {name: set(runs) for name, runs in found.items()} == {
+        "base": {"und", "joint", "gen"}, "few-und": {"und", "joint"}, "read": {"und", "joint", "gen"}}
+    losses = {name: runs["und"]["seed0"]["und"]["loss"] for name, runs in found.items()}
+    assert len(set(losses.values())) == 3, losses
+    again = script("results/regimes.py", *args, folder=tmp_path)
+    assert "GFLOP a step" not in again and first.endswith(again.split("\n", 1)[1])          # nothing is trained twice
+    assert "--steps 20: the run in" in script("results/regimes.py", *args, "--steps", 20, folder=tmp_path, code=2)
 
 
 def test_a_folder_of_images(tmp_path):
