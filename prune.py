@@ -31,14 +31,14 @@ NAIVE = Rule(query=True, keys="none")           # sec. 5.2: the control that sav
 SPARSE = Rule(stride=2)                         # not in the paper: half of the image tokens skip the layer
 FROZEN = Rule(query=False)                      # not in the paper: as HiMix, but keys come from where updating stopped
 EVERY = {"dense": FULL, "himix": HIMIX, "naive-all": NAIVE}     # plans with the same rule in every layer
-SOME = {"hmgen": SHALLOW, "naive": NAIVE, "sparse": SPARSE, "early": FROZEN}    # plans that touch only some layers
+SOME = {"hmgen": SHALLOW, "skip": SHALLOW, "naive": NAIVE, "sparse": SPARSE, "early": FROZEN}  # ... in some layers only
 PLANS = (*EVERY, *SOME)
 
 
 def make_plan(name, layers, shallow=1):
     """The plan of that name: `layers` Rules. `shallow` is HMGen's K: as many layers in the middle, alternating with full
-    ones; the first and the last layer are always full (sec. 5.2). "early" leaves the last 2 K layers instead, as many as
-    these span. ValueError where they do not fit."""
+    ones; the first and the last layer are always full (sec. 5.2). "skip" takes 2 K layers in a row there, "early" the last
+    2 K. ValueError where they do not fit."""
     if name in EVERY:
         return (EVERY[name],) * layers
     if name not in SOME:
@@ -47,7 +47,8 @@ def make_plan(name, layers, shallow=1):
         raise ValueError(f"{shallow} shallow layers do not fit into {layers}: expected 0 to {(layers - 1) // 2}, because "
                          "they alternate with full ones and the first and last layer are full")
     first = (layers - 2 * shallow + 1) // 2
-    chosen = range(layers - 2 * shallow, layers) if name == "early" else range(first, first + 2 * shallow, 2)
+    begin = layers - 2 * shallow if name == "early" else first
+    chosen = range(begin, begin + 2 * shallow, 1 if name in ("skip", "early") else 2)
     return tuple(SOME[name] if i in chosen else FULL for i in range(layers))
 
 
