@@ -576,7 +576,7 @@ def main():
     parser.add_argument("run", nargs="?", type=Path, help="folder of a trained run")
     parser.add_argument("--und-plan", help="default: the one it was trained with")
     parser.add_argument("--gen-plan")
-    parser.add_argument("--shallow", type=int, help="HMGen's K")
+    parser.add_argument("--shallow", type=int, metavar="K", help="of hmgen and other plans that touch only some layers")
     parser.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"))
     parser.add_argument("--draw", metavar="CAPTION")
     parser.add_argument("--n", type=int, default=8, help="how many pictures --draw draws")

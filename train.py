@@ -540,7 +540,8 @@ def main():
     parser.add_argument("--gen-plan", help="the same when generating; himix is impossible there (default: dense)")
     parser.add_argument("--projections", choices=PROJECTIONS, help="Q, K, V of image tokens: those of text, "
                         "their own, or their own for each task (default: shared)")
-    parser.add_argument("--shallow", type=int, metavar="K", help="how many layers hmgen skips (default: a quarter of them)")
+    parser.add_argument("--shallow", type=int, metavar="K", help="how many layers hmgen, naive and sparse touch; "
+                        "skip and early: 2 K (default: about a quarter of all)")
     parser.add_argument("--preset", choices=PRESETS, help="size of everything (default: what fits the device)")
     parser.add_argument("--data", help="shapes, or a folder of captioned images (default: shapes)")
     parser.add_argument("--steps", type=int)
