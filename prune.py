@@ -139,12 +139,13 @@ def draw_mask(rule, layout, cell):
 
 def draw_plans(path, cell=8):
     """Fig. 4: the masks of every kind of layer, small sequences of both tasks."""
-    font, some = ImageFont.load_default(13), [(f"{name}, chosen layers", rule) for name, rule in SOME.items()]
+    font = ImageFont.load_default(13)
+    some = [(f"{' and '.join(name for name in SOME if SOME[name] == rule)}, chosen layers", rule) for rule in dict.fromkeys(SOME.values())]
     kinds = [("und", "dense", FULL), ("und", "himix, every layer", HIMIX), ("gen", "dense; others' full layers", FULL)]
     kinds += [(task, title, rule) for task in ("und", "gen") for title, rule in some]
     layouts = {"und": Layout(2, 9, 6), "gen": Layout(6, 9, 0)}
     step = 17 * cell + 50
-    sheet = Image.new("RGB", (step * (len(SOME) + 2), 2 * (step + 20) + 30), "white")
+    sheet = Image.new("RGB", (step * (len(some) + 2), 2 * (step + 20) + 30), "white")
     draw = ImageDraw.Draw(sheet)
     places = {"und": 0, "gen": 0}
     for task, title, rule in kinds:
