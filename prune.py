@@ -140,8 +140,8 @@ def draw_mask(rule, layout, cell):
 def draw_plans(path, cell=8):
     """Fig. 4: the masks of every kind of layer, small sequences of both tasks."""
     font = ImageFont.load_default(13)
-    some = [(f"{' and '.join(name for name in SOME if SOME[name] == rule)}, chosen layers", rule) for rule in dict.fromkeys(SOME.values())]
-    kinds = [("und", "dense", FULL), ("und", "himix, every layer", HIMIX), ("gen", "dense; others' full layers", FULL)]
+    some = [(f"{', '.join(name for name in SOME if SOME[name] == rule)}: some layers", rule) for rule in dict.fromkeys(SOME.values())]
+    kinds = [("und", "dense", FULL), ("und", "himix: every layer", HIMIX), ("gen", "dense; others' full layers", FULL)]
     kinds += [(task, title, rule) for task in ("und", "gen") for title, rule in some]
     layouts = {"und": Layout(2, 9, 6), "gen": Layout(6, 9, 0)}
     step = 17 * cell + 50
