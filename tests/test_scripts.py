@@ -108,7 +108,7 @@ def test_accumulation_and_several_processes_equal_one(trained):
 def test_the_table_trains_what_is_missing(trained):
     args = ("--preset", "tiny", "--steps", 5, "--tokenizer", trained / "tokenizer.pt", "--table", trained / "table", "--device", "cpu")
     first = script("train.py", *args, folder=trained)
-    assert first.count("questions right") == 1 and "share partial" in first and "56.0" in first and "at inference only" in first
+    assert first.count("All in one") == 1 and "share partial" in first and "56.0" in first and "at inference only" in first
     assert script("train.py", *args, folder=trained).count("GFLOP a step") == 0          # nothing is trained twice
     script("eval.py", "--table", trained / "table", folder=trained)
     kept = json.loads((trained / "results" / "table-tiny.json").read_text())
