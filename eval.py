@@ -367,8 +367,8 @@ def table_rows(options):
             "joint-dense": ("joint, dense", {}),
             "u-himix": ("U only, HiMix, own projections", dict(u, und_plan="himix", projections="image")),
             "g-hmgen": ("G only, HMGen, own projections", dict(g, gen_plan="hmgen", projections="image")),
-            "g-hmgen-15": ("G only, HMGen, own projections, K/L near .15", dict(g, gen_plan="hmgen", projections="image",
-                                                          shallow=round(.15 * size.layers))),
+            "g-hmgen-15": ("G only, HMGen, own projections, K/L near .15",
+                           dict(g, gen_plan="hmgen", projections="image", shallow=round(.15 * size.layers))),
             "joint-share-all": ("joint, HiMix + HMGen, share all", both),
             "joint-share-partial": ("joint, HiMix + HMGen, share partial", dict(both, projections="task")),
             "joint-hmgen-both": ("joint, HMGen in both tasks", dict(und_plan="hmgen", gen_plan="hmgen")),
@@ -469,13 +469,24 @@ def value(scores, path):
         return None
 
 
+def values(runs, path, scale=100):
+    """One figure of every seed that has it, times scale."""
+    return [scale * x for x in (value(run, path) for run in runs.values()) if x is not None]
+
+
 def cell(runs, path, scale, digits):
     """Mean ± standard deviation over seeds of one figure."""
-    values = [scale * x for x in (value(run, path) for run in runs.values()) if x is not None]
-    if not values:
+    some = values(runs, path, scale)
+    if not some:
         return "–"
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    spread = f" ± {statistics.stdev(some):.{digits}f}" if len(some) > 1 else ""
+    return f"{statistics.mean(some):.{digits}f}{spread}"
+
+
+def markdown(titles, rows, align=None):
+    """A table in Markdown. align: "l" or "r" for each column, by default the first to the left and the others to the right."""
+    rule = "".join({"l": "---|", "r": "---:|"}[side] for side in align or "l" + "r" * (len(titles) - 1))
+    return "\n".join(["| " + " | ".join(titles) + " |", "|" + rule, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def claims(found):
@@ -522,23 +533,22 @@ def table(folder, device):
         rows = {name: [cell(found[name], *column[1:]) for column in columns] for name in names}
         rows = {name: cells for name, cells in rows.items() if set(cells) != {"–"}}
         if rows:
-            parts.append("\n".join([f"{part}\n\n| run | seeds | " + " | ".join([title for title, *_ in columns] + list(beside)) + " |",
-                                    "|---|" + "---:|" * (1 + len(columns) + len(beside))]
-                                   + ["| " + " | ".join([titles[name], str(len(found[name])), *cells]
-                                                        + [str(PAPER.get(name, (None,) * 4)[i] or "–") for i in beside.values()]) + " |"
-                                      for name, cells in rows.items()]))
+            parts.append(f"{part}\n\n" + markdown(
+                ["run", "seeds", *(title for title, *_ in columns), *beside],
+                [[titles[name], str(len(found[name])), *cells, *(str(PAPER.get(name, (None,) * 4)[i] or "–") for i in beside.values())]
+                 for name, cells in rows.items()]))
     answers = claims(found)
     if answers:
-        parts.append("\n".join(["Claims\n\n| claim | difference in points, 95 % interval over seeds | seeds | |\n|---|---:|---:|---|"]
-                               + [f"| {claim} | {mean:+.1f} ± {half:.1f} | {n} | {answer} |" for claim, mean, half, n, answer in answers]))
+        parts.append("Claims\n\n" + markdown(
+            ["claim", "difference in points, 95 % interval over seeds", "seeds", ""],
+            [[claim, f"{mean:+.1f} ± {half:.1f}", str(n), answer] for claim, mean, half, n, answer in answers], "lrrl"))
     n = {key: count for scores in every for key, count in scores["n"].items()}
     parts.append(f"Mean ± standard deviation over seeds; n = {n} for each seed; {every[0]['hardware']}; preset {options['preset']}, "
                  f"{options['steps']} steps of {options['batch_size']} pictures of each task.")
     text, path = "\n\n".join(parts), f"results/{Path(folder).resolve().name}-{options['preset']}"
     write(f"{path}.md", text + "\n")
     write(f"{path}.json", json.dumps({"titles": {name: titles[name] for name in names}, "runs": found}))
-    shares = {f"{what}, %": {titles[name]: some for name in names
-                             if (some := [100 * x for x in (value(scores, key) for scores in found[name].values()) if x is not None])}
+    shares = {f"{what}, %": {titles[name]: some for name in names if (some := values(found[name], key))}
               for what, key in ACCURACIES.items()}
     if any(shares.values()):
         strip_chart([titles[name] for name in names], {what: rows for what, rows in shares.items() if rows}).save(f"{path}.png")

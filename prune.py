@@ -45,7 +45,7 @@ def make_plan(name, layers, shallow=1):
         raise ValueError(f"unknown plan {name!r}: expected one of {', '.join(PLANS)}")
     if not 0 <= shallow <= (layers - 1) // 2:
         raise ValueError(f"{shallow} shallow layers do not fit into {layers}: expected 0 to {(layers - 1) // 2}, because "
-                         "they alternate with full ones and the first and last layer are full")
+                         "in HMGen they alternate with full ones and the first and last layer are full")
     first = (layers - 2 * shallow + 1) // 2
     begin = layers - 2 * shallow if name == "early" else first
     chosen = range(begin, begin + 2 * shallow, 1 if name in ("skip", "early") else 2)

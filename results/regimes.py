@@ -29,6 +29,7 @@ from model import INSTRUCTION_WEIGHT, Model, load, understanding
 from prune import FULL, SIZES
 from tokenizer import pick_device, write
 
+
 class Eq1(Model):
     """Understanding foretells its image tokens, too: the paper's eq. 1. Each counts as much as an instruction token."""
 
@@ -49,6 +50,8 @@ def read_first(options, device):
     answers, of other scenes, none with a held-out pair, under pictures that are one and the same code all over. The paper's
     backbone is a language model."""
     def build(c, codebook):
+        if (Path(options["out"]) / "checkpoint.pt").exists():           # its weights, which are loaded next, have read
+            return Model(c, codebook)
         dataset, preset = data.load("shapes", options["preset"]), train.PRESETS[options["preset"]]
         with patch.dict(dataset.held_out, und=dataset.held_out["und"] | dataset.held_out["gen"]):
             split = dataset.split("und", "train", preset.scenes["und"], options["seed"] + 1000)
@@ -134,28 +137,31 @@ def table(folder, every, preset):
         return found[name if objective in every[name][2] else "base"][objective]
 
     pairs = [(name, how, runs(name, objective)) for name in names for objective, how in (("und", "alone"), ("joint", "joint"))]
-    lines = ["| condition | " + " | ".join(f"{what}, %: alone → joint" for what in columns) + " |", "|---|" + "---:|" * len(columns)]
-    lines += [f"| {titles[name]} | " + " | ".join(" → ".join(evaluation.cell(runs(name, objective), path, 100, 1)
-                                                            for objective in (path[0], "joint")) for path in columns.values()) + " |"
-              for name in names]
-    lines += ["", "Questions right by kind, %", "", "| condition | | " + " | ".join(data.KINDS) + " |", "|---|---|" + "---:|" * len(data.KINDS)]
-    lines += [f"| {titles[name]} | {how} | " + " | ".join(evaluation.cell(some, ("und", "by_type", kind, "accuracy"), 100, 1)
-                                                        for kind in data.KINDS) + " |" for name, how, some in pairs]
-    lines += ["", "Share of attention that understanding pays to image tokens, layer by layer (seed 0)", "",
-              "| condition | | all queries | output queries |", "|---|---|---|---|"]
-    for name, how, some in pairs:
-        if "seed0" in some:
-            shares = some["seed0"]["attention"]["und"]
-            lines.append(f"| {titles[name]} | {how} | " + " | ".join(" → ".join(f"{x:.2f}" for x in of["image"])
-                                                                   for of in (shares, shares["output_queries"])) + " |")
+    parts = [evaluation.markdown(["condition", *(f"{what}, %: alone → joint" for what in columns)],
+                                 [[titles[name], *(" → ".join(evaluation.cell(runs(name, objective), path, 100, 1)
+                                                             for objective in (path[0], "joint")) for path in columns.values())]
+                                  for name in names]),
+             "Questions right by kind, %",
+             evaluation.markdown(["condition", "", *data.KINDS],
+                                 [[titles[name], how, *(evaluation.cell(some, ("und", "by_type", kind, "accuracy"), 100, 1)
+                                                       for kind in data.KINDS)] for name, how, some in pairs],
+                                 "ll" + "r" * len(data.KINDS)),
+             "Share of attention that understanding pays to image tokens, layer by layer (seed 0)",
+             evaluation.markdown(["condition", "", "all queries", "output queries"],
+                                 [[titles[name], how, *(" → ".join(f"{x:.2f}" for x in of["image"])
+                                                       for of in (shares, shares["output_queries"]))]
+                                  for name, how, some in pairs if (shares := evaluation.value(some, ("seed0", "attention", "und")))],
+                                 "llll")]
     rows = [(f"{titles[name]}: {how}", name, how) for name in names for how in ("alone", "joint")]
-    dots = {what: {row: [100 * evaluation.value(one, path) for one in some.values()] for row, name, how in rows
-                   if (some := runs(name, path[0] if how == "alone" else how))} for what, path in columns.items()}
+    dots = {what: {row: some for row, name, how in rows
+                   if (some := evaluation.values(runs(name, path[0] if how == "alone" else how), path))}
+            for what, path in columns.items()}
+    text = "\n\n".join(parts)
     path = f"results/regimes-{preset}"
-    write(f"{path}.md", "\n".join(lines) + "\n")
+    write(f"{path}.md", text + "\n")
     write(f"{path}.json", json.dumps({"titles": titles, "runs": found}))
     strip_chart([row for row, *_ in rows], {what: some for what, some in dots.items() if some}).save(f"{path}.png")
-    print("\n".join(lines) + f"\n\n{path}.md, .json, .png")
+    print(f"{text}\n\n{path}.md, .json, .png")
 
 
 def main():
