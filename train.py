@@ -5,7 +5,8 @@
     python train.py --und-plan himix --gen-plan hmgen --projections task         both accelerated, "share partial"
     python train.py --data PATH                             a folder of your own captioned images
     python train.py --resume --out out/joint                goes on where that run stopped
-    python train.py --table out/table3 --seeds 3            the paper's table 3, then controls; goes on where it stopped
+    python train.py --table out/table3 --seeds 3            the paper's table 3, then controls; goes on where it stopped;
+                                                            started several times, each takes rows that no other has
     torchrun --nproc_per_node=8 train.py                    on several GPUs
 
 Finds the device and the size that fits it; on 2 CPU cores it takes ten minutes. `out/joint/` then holds checkpoint.pt,
@@ -20,6 +21,7 @@ import signal
 import statistics
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from itertools import product
@@ -375,29 +377,62 @@ def check(options, given=()):
     plans_for(options, SIZES[options["preset"]].layers, "shallow" in given)
 
 
+@contextmanager
+def claimed(folder, wait=False):
+    """Holds a folder for this process, and yields whether it could: else another has it (wait: until it is free). However
+    the process ends, the lock ends with it. Under torchrun, and on Windows, which has no such locks, it always could."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if dist.is_initialized() or os.name == "nt":
+        yield True
+        return
+    import fcntl
+    handle, ours = os.open(folder, os.O_RDONLY), True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        ours = False
+    try:
+        yield ours
+    finally:
+        os.close(handle)
+
+
+def run_row(name, out, options, device, first):
+    """What a row of the table lacks: its training, its scores, those under another plan at inference."""
+    found = load(out, "cpu")[2] if (out / "checkpoint.pt").exists() else None
+    if found:
+        same_run(options, found["options"], out)
+    if not found or found["step"] < options["steps"] or not (out / "eval.json").exists():
+        if first:
+            print(f"\n{out}")
+        run(options, found, device)
+    if first and name in evaluation.LATER:
+        changed = evaluation.LATER[name][1]
+        if not (out / f"eval{evaluation.suffix(options, changed)}.json").exists():
+            model, tokenizer, found, plans, end = evaluation.opened(out, device, changed)
+            evaluation.evaluate(model, tokenizer, found, data_sets.load(options["data"], options["preset"]), plans, out,
+                                evaluation.sampling_for(options["data"]), end)
+
+
 def run_table(folder, seeds, given, device):
-    """Every row of eval.table_rows, first the paper's with all seeds, then the controls; what is finished is left alone,
-    what was begun goes on."""
+    """Every row of eval.table_rows, first the paper's with all seeds, then the controls; what is finished, or what another
+    process is at, is left alone, what was begun goes on."""
     first = not dist.is_initialized() or dist.get_rank() == 0
-    rows, todo = evaluation.table_rows(completed(given, device)), []
+    usual, todo = completed(given, device), []
+    rows = evaluation.table_rows(usual)
     for seed, name in sorted(product(range(seeds), rows), key=lambda pair: pair[1] not in evaluation.PAPER):
         out = folder / f"{name}-seed{seed}"
         todo.append((name, out, completed({**given, **rows[name][1], "seed": seed, "out": str(out)}, device)))
         check({**todo[-1][-1], **evaluation.LATER.get(name, (None, {}))[1]})
+    with claimed(folder, wait=True):                                    # the first of several processes trains the tokenizer
+        get_tokenizer(usual, data_sets.load(usual["data"], usual["preset"]), device, first)
     for name, out, options in todo:
-        found = load(out, "cpu")[2] if (out / "checkpoint.pt").exists() else None
-        if found:
-            same_run(options, found["options"], out)
-        if not found or found["step"] < options["steps"] or not (out / "eval.json").exists():
-            if first:
-                print(f"\n{out}")
-            run(options, found, device)
-        if first and name in evaluation.LATER:
-            changed = evaluation.LATER[name][1]
-            if not (out / f"eval{evaluation.suffix(options, changed)}.json").exists():
-                model, tokenizer, found, plans, end = evaluation.opened(out, device, changed)
-                evaluation.evaluate(model, tokenizer, found, data_sets.load(options["data"], options["preset"]), plans, out,
-                                    evaluation.sampling_for(options["data"]), end)
+        with claimed(out) as ours:
+            if ours:
+                run_row(name, out, options, device, first)
+            else:
+                print(f"\n{out}: another process is at it")
         if dist.is_initialized():
             dist.barrier()
     if first:
@@ -585,19 +620,19 @@ def main():
         run_table(folder, seeds or 1, given, device)
     elif seeds is not None:
         fail("--seeds: expected only beside --table")
-    elif resume:
-        options = completed(given, device)
-        found = load(options["out"], "cpu")[2]
-        same_run(given, found["options"], options["out"])
-        options = {**found["options"], **{key: options[key] for key in given.keys() & HOW | {"out", "compile"}}}
-        check(options, given)
-        run(options, found, device)
     else:
-        options = completed(given, device)
+        options, found = completed(given, device), None
+        if resume:
+            found = load(options["out"], "cpu")[2]
+            same_run(given, found["options"], options["out"])
+            options = {**found["options"], **{key: options[key] for key in given.keys() & HOW | {"out", "compile"}}}
         check(options, given)
-        if (Path(options["out"]) / "checkpoint.pt").exists():
+        if not resume and (Path(options["out"]) / "checkpoint.pt").exists():
             fail(f"{options['out']} holds a run already: --resume goes on with it, --out PATH begins another")
-        run(options, None, device)
+        with claimed(options["out"]) as ours:
+            if not ours:
+                fail(f"--out {options['out']}: another process is at work there; expected a folder of its own")
+            run(options, found, device)
     if dist.is_initialized():
         dist.destroy_process_group()
 

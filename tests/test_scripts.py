@@ -1,6 +1,7 @@
 """Every script's command line, tiny but real; resumed = unbroken; several processes = one; bad input."""
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from PIL import Image
 
 from eval import CLAIMS, claims
 from prune import PLANS
+from train import claimed
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -97,6 +99,14 @@ def test_resumed_equals_unbroken(trained):
     assert losses[0] == losses[1]
 
 
+def test_a_folder_belongs_to_one_process(tmp_path):
+    with claimed(tmp_path / "run") as ours, claimed(tmp_path / "run") as again:
+        assert ours and not again
+        assert "another process" in train(tmp_path, "run", code=2)
+    with claimed(tmp_path / "run") as ours:
+        assert ours
+
+
 def test_accumulation_and_several_processes_equal_one(trained):
     train(trained, "one", steps=10)
     train(trained, "parts", "--accumulate", 4, steps=10)
@@ -106,8 +116,16 @@ def test_accumulation_and_several_processes_equal_one(trained):
 
 
 def test_the_table_trains_what_is_missing(trained):
+    """... each row once, by one of two processes that are started together."""
     args = ("--preset", "tiny", "--steps", 5, "--tokenizer", trained / "tokenizer.pt", "--table", trained / "table", "--device", "cpu")
-    first = script("train.py", *args, folder=trained)
+    both = [subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                             env=ENV, cwd=trained) for _ in range(2)]
+    printed = [process.communicate(timeout=280)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
+    trained_rows = [re.findall(r"(\S+-seed0)\n.*GFLOP a step", text) for text in printed]
+    assert all(trained_rows) and sorted(sum(trained_rows, [])) == sorted(map(str, (trained / "table").iterdir()))
+    assert all("another process is at it" in text for text in printed)
+    first = max(printed, key=len)
     assert first.count("All in one") == 1 and "share partial" in first and "56.0" in first and "at inference only" in first
     assert script("train.py", *args, folder=trained).count("GFLOP a step") == 0          # nothing is trained twice
     script("eval.py", "--table", trained / "table", folder=trained)
