@@ -379,6 +379,8 @@ def table_rows(options):
             "joint-early": ("joint, image tokens updated in early layers only + HMGen", dict(und_plan="early", gen_plan="hmgen")),
             "u-hmgen": ("U only, HMGen", dict(u, und_plan="hmgen")),
             "u-skip": ("U only, image tokens skip the middle layers", dict(u, und_plan="skip")),
+            "u-skip-image": ("U only, image tokens skip the middle layers, own projections",
+                             dict(u, und_plan="skip", projections="image")),
             "u-early": ("U only, image tokens updated in early layers only", dict(u, und_plan="early")),
             "joint-himix-only": ("joint, HiMix, generation dense", dict(und_plan="himix")),
             "joint-hmgen-only": ("joint, understanding dense, HMGen", dict(gen_plan="hmgen")),
@@ -455,7 +457,8 @@ CLAIMS = ([("understanding attends to the image less in the last layer than in t
           + [(f"{how}: joint training helps {what}", joint, path, alone, path, 0)
              for how, joint, alone in (("HiMix + HMGen, share all", "joint-share-all", "u-himix-shared"),
                                        ("HMGen in both tasks", "joint-hmgen-both", "u-hmgen"),
-                                       ("skip in both tasks", "joint-skip-both", "u-skip"))
+                                       ("skip in both tasks", "joint-skip-both", "u-skip"),
+                                       ("skip in both tasks, own projections", "joint-skip-image", "u-skip-image"))
              for what, path in ACCURACIES.items() if path[0] == "und"])
 T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)          # Student's t, 97.5 %, 1 to 9 degrees of freedom
 
