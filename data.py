@@ -12,6 +12,7 @@ import math
 import os
 import random
 import sys
+import textwrap
 import warnings
 import zlib
 from collections import Counter
@@ -615,23 +616,23 @@ def line_chart(lines, title, x_label, top_y=None, size=(560, 360)):
 
 def strip_chart(names, groups):
     """{title: {name: [percent]}} as an Image: side by side, a dot for each number and a tick at the mean of each row."""
-    font, width, step = ImageFont.load_default(12), 250, 19
+    font, width, top, step = ImageFont.load_default(13), 150, 74, 21
     left = 30 + max(round(font.getlength(name)) for name in names)
-    sheet = Image.new("RGB", (left + len(groups) * (width + 30), 60 + step * len(names)), "white")
+    sheet = Image.new("RGB", (left + len(groups) * (width + 30), top + step * len(names)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, name in enumerate(names):
-        draw.text((left - 14, 50 + step * i), name, TEXT, font, anchor="rm")
+        draw.text((left - 14, top + step * i), name, TEXT, font, anchor="rm")
     for k, (title, rows) in enumerate(groups.items()):
-        x0, low = left + k * (width + 30), min(90, 20 * int(min(map(min, rows.values())) // 20))
-        draw.text((x0, 6), title, TEXT, font)
-        for tick in range(low, 101, 10 if low >= 40 else 20):
+        x0, low = left + k * (width + 30), min(80, 20 * int(min(map(min, rows.values())) // 20))
+        draw.text((x0 - 8, 6), textwrap.fill(title, 24), TEXT, font)
+        for tick in range(low, 101, 10 if low >= 60 else 20):
             x = x0 + width * (tick - low) / (100 - low)
-            draw.line([(x, 40), (x, sheet.height - 8)], LINE)
-            draw.text((x, 30), str(tick), TEXT, font, anchor="mm")
+            draw.line([(x, top - 14), (x, sheet.height - 8)], LINE)
+            draw.text((x, top - 24), str(tick), TEXT, font, anchor="mm")
         for name, some in rows.items():
-            y, places = 50 + step * names.index(name), [x0 + width * (p - low) / (100 - low) for p in some]
+            y, places = top + step * names.index(name), [x0 + width * (p - low) / (100 - low) for p in some]
             middle = sum(places) / len(places)
-            draw.line([(middle, y - 7), (middle, y + 7)], TEXT, 2)
+            draw.line([(middle, y - 8), (middle, y + 8)], TEXT, 2)
             for x in places:
                 draw.ellipse((x - 4, y - 4, x + 4, y + 4), INK[k % len(INK)])
     return sheet

@@ -551,10 +551,11 @@ def table(folder, device):
     text, path = "\n\n".join(parts), f"results/{Path(folder).resolve().name}-{options['preset']}"
     write(f"{path}.md", text + "\n")
     write(f"{path}.json", json.dumps({"titles": {name: titles[name] for name in names}, "runs": found}))
-    shares = {f"{what}, %": {titles[name]: some for name in names if (some := values(found[name], key))}
+    shown = [name for name in names if where[name][0].name.startswith(f"{name}-seed")]  # under other plans: off the axes
+    shares = {f"{what}, %": {titles[name]: some for name in shown if (some := values(found[name], key))}
               for what, key in ACCURACIES.items()}
     if any(shares.values()):
-        strip_chart([titles[name] for name in names], {what: rows for what, rows in shares.items() if rows}).save(f"{path}.png")
+        strip_chart([titles[name] for name in shown], {what: some for what, some in shares.items() if some}).save(f"{path}.png")
 
     pixels, texts = [], []                                              # a row of pictures for each run (cf. fig. 5)
     artists = [name for name in names if where[name][1]["objective"] != "und"]

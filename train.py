@@ -380,10 +380,10 @@ def check(options, given=()):
 @contextmanager
 def claimed(folder, wait=False):
     """Holds a folder for this process, and yields whether it could: else another has it (wait: until it is free). However
-    the process ends, the lock ends with it. Under torchrun, and on Windows, which has no such locks, it always could."""
+    the process ends, the lock ends with it. Under torchrun, and where there are no such locks, it always could."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if dist.is_initialized() or os.name == "nt":
+    if dist.is_initialized() or os.name == "nt":                        # Windows has none
         yield True
         return
     import fcntl
@@ -392,6 +392,8 @@ def claimed(folder, wait=False):
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         ours = False
+    except OSError:                                                     # nor have some network file systems
+        pass
     try:
         yield ours
     finally:
