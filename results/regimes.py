@@ -1,9 +1,10 @@
-"""When does training both tasks together help? Three runs under several conditions, one thing changed at a time:
+"""When does training both tasks together help? Some runs under several conditions, one thing changed at a time:
 
     python results/regimes.py out/regimes [NAME ...]            trains what is missing; goes on where it stopped
 
-Understanding alone, generation alone and both, all dense, with half the steps of the table. A condition is a `patch` of the
-constant, the data set or the model that it is about. Writes results/regimes-PRESET.md, .json and .png.
+Understanding alone, generation alone and both, dense, with half the steps of the table; where depth changes, both are also
+reduced. A condition is a `patch` of the constant, the data set or the model that it is about. Writes
+results/regimes-PRESET.md, .json and .png.
 """
 import argparse
 import json
@@ -28,6 +29,11 @@ import train
 from model import INSTRUCTION_WEIGHT, Model, load, understanding
 from prune import FULL, SIZES
 from tokenizer import pick_device, write
+
+
+RUNS = {"und": dict(objective="und"), "gen": dict(objective="gen"), "joint": {},
+        "reduced": dict(und_plan="himix", gen_plan="hmgen"), "skip": dict(und_plan="skip", gen_plan="skip")}
+JOINT = {"joint": "joint, dense", "reduced": "HiMix + HMGen", "skip": "both tasks skip the middle layers"}
 
 
 class Eq1(Model):
@@ -80,7 +86,7 @@ def backwards(caption):
 
 
 def conditions(options, device):
-    """{name: (what is different, patch, the objectives for which it is)}; of the others, base has the runs."""
+    """{name: (what is different, patch, the RUNS for which it is)}; of the others, base has the runs."""
     preset = options["preset"]
     scenes, size, world = train.PRESETS[preset].scenes, SIZES[preset], data.WORLDS[preset]
     every, und, gen = ("und", "joint", "gen"), ("und", "joint"), ("gen", "joint")
@@ -92,7 +98,7 @@ def conditions(options, device):
     def layers(n):
         return patch.dict(SIZES, {preset: replace(size, layers=n)})
 
-    return {"base": ("as it is", nullcontext(), every),
+    return {"base": ("as it is", nullcontext(), tuple(RUNS)),
             "few-und": (f"{few['und']} pictures to understand, not {scenes['und']}", fewer("und"), und),
             "few-gen": (f"{few['gen']} pictures to generate, not {scenes['gen']}", fewer("gen"), gen),
             "words": ("captions spelled backwards: no word shared but a",
@@ -101,23 +107,23 @@ def conditions(options, device):
             "read": ("text alone read first", read_first(options, device), every),
             "jitter": (f"objects up to {world.jitter + 1} pixels off their places, not {world.jitter}",
                        patch.dict(data.WORLDS, {preset: replace(world, jitter=world.jitter + 1)}), every),
-            "deep": (f"{2 * size.layers} layers, not {size.layers}", layers(2 * size.layers), every),
+            "deep": (f"{2 * size.layers} layers, not {size.layers}", layers(2 * size.layers), tuple(RUNS)),
             "shallow": (f"{size.layers // 2} layers, not {size.layers}", layers(size.layers // 2), every)}
 
 
-def train_one(folder, name, objective, options, device):
-    out = folder / f"{name}-{objective}-seed{options['seed']}"
-    options = train.completed({**options, "objective": objective, "out": str(out), "tokenizer": str(folder / f"tokenizer-{name}.pt")},
-                              device)
-    train.check(options)
-    found = load(out, "cpu")[2] if (out / "checkpoint.pt").exists() else None
-    if found:
-        train.same_run(options, found["options"], out)
-    if (out / "attention.json").exists():
-        return
-    print(f"\n{out}")
+def train_one(folder, name, run, options, device):
+    out = folder / f"{name}-{run}-seed{options['seed']}"
+    options = train.completed({**options, **RUNS[run], "out": str(out), "tokenizer": str(folder / f"tokenizer-{name}.pt")}, device)
     # The identity keeps train.py from going on with such a run, since it would do so without the patch.
     with conditions(options, device)[name][1], patch.object(data.Shapes, "identity", f"shapes {name}"):
+        options["shallow"] = max(1, SIZES[options["preset"]].layers // 4)       # of as many layers as there are now
+        train.check(options)
+        found = load(out, "cpu")[2] if (out / "checkpoint.pt").exists() else None
+        if found:
+            train.same_run(options, found["options"], out)
+        if (out / "attention.json").exists():
+            return
+        print(f"\n{out}")
         train.run(options, found, device)
         model, tokenizer, _ = load(out, device)
         write(out / "attention.json", json.dumps(probe.probe(model, tokenizer, options, 256)[0]))
@@ -125,22 +131,26 @@ def train_one(folder, name, objective, options, device):
 
 def table(folder, every, preset):
     """What all finished runs say: Markdown with a row for each condition, and a picture."""
-    found = defaultdict(lambda: defaultdict(dict))                      # [condition][objective][seed]
+    found = defaultdict(lambda: defaultdict(dict))                      # [condition][run][seed]
     for file in sorted(folder.glob("*-seed*/attention.json")):
-        name, objective, seed = file.parent.name.rsplit("-", 2)
+        name, run, seed = file.parent.name.rsplit("-", 2)
         scores = json.loads((file.parent / "eval.json").read_text())
-        found[name][objective][seed] = scores | {"attention": json.loads(file.read_text())}
+        found[name][run][seed] = scores | {"attention": json.loads(file.read_text())}
     names, columns = [name for name in every if name in found], evaluation.ACCURACIES
     titles = {name: every[name][0] for name in names}
 
-    def runs(name, objective):
-        return found[name if objective in every[name][2] else "base"][objective]
+    def runs(name, run):
+        return found[name if run in every[name][2] else "base"][run]
 
-    pairs = [(name, how, runs(name, objective)) for name in names for objective, how in (("und", "alone"), ("joint", "joint"))]
+    def row(name, *hows):
+        """The accuracies of a condition, one after the other as they are trained; "alone" is the run of that task."""
+        return [" → ".join(evaluation.cell(runs(name, path[0] if how == "alone" else how), path, 100, 1) for how in hows)
+                for path in columns.values()]
+
+    pairs = [(name, how, runs(name, run)) for name in names for run, how in (("und", "alone"), ("joint", "joint"))]
+    reduced = [name for name in names if "reduced" in found[name]]
     parts = [evaluation.markdown(["condition", *(f"{what}, %: alone → joint" for what in columns)],
-                                 [[titles[name], *(" → ".join(evaluation.cell(runs(name, objective), path, 100, 1)
-                                                             for objective in (path[0], "joint")) for path in columns.values())]
-                                  for name in names]),
+                                 [[titles[name], *row(name, "alone", "joint")] for name in names]),
              "Questions right by kind, %",
              evaluation.markdown(["condition", "", *data.KINDS],
                                  [[titles[name], how, *(evaluation.cell(some, ("und", "by_type", kind, "accuracy"), 100, 1)
@@ -152,15 +162,20 @@ def table(folder, every, preset):
                                                        for of in (shares, shares["output_queries"]))]
                                   for name, how, some in pairs if (shares := evaluation.value(some, ("seed0", "attention", "und")))],
                                  "llll")]
-    rows = [(f"{titles[name]}: {how}", name, how) for name in names for how in ("alone", "joint")]
-    dots = {what: {row: some for row, name, how in rows
+    if reduced:
+        parts[1:1] = ["Trained jointly: " + " → ".join(JOINT.values()),
+                      evaluation.markdown(["condition", *(f"{what}, %" for what in columns)],
+                                          [[titles[name], *row(name, *JOINT)] for name in reduced])]
+    rows = [(f"{titles[name]}: {title}", name, how) for name in names
+            for how, title in {"alone": "alone", **(JOINT if name in reduced else {"joint": "joint"})}.items()]
+    dots = {what: {title: some for title, name, how in rows
                    if (some := evaluation.values(runs(name, path[0] if how == "alone" else how), path))}
             for what, path in columns.items()}
     text = "\n\n".join(parts)
     path = f"results/regimes-{preset}"
     write(f"{path}.md", text + "\n")
     write(f"{path}.json", json.dumps({"titles": titles, "runs": found}))
-    strip_chart([row for row, *_ in rows], {what: some for what, some in dots.items() if some}).save(f"{path}.png")
+    strip_chart([title for title, *_ in rows], {what: some for what, some in dots.items() if some}).save(f"{path}.png")
     print(f"{text}\n\n{path}.md, .json, .png")
 
 
@@ -183,8 +198,8 @@ def main():
         fail(f"--seeds {args.seeds}: expected at least 1")
     for seed in range(args.seeds):
         for name in args.names or every:
-            for objective in every[name][2]:
-                train_one(args.folder, name, objective, {**given, "seed": seed}, device)
+            for run in every[name][2]:
+                train_one(args.folder, name, run, {**given, "seed": seed}, device)
     table(args.folder, every, args.preset)
 
 

@@ -169,7 +169,7 @@ def test_regimes_change_what_they_say_and_nothing_else(tmp_path):
     first = script("results/regimes.py", *args, folder=tmp_path)
     found = json.loads((tmp_path / "results" / "regimes-tiny.json").read_text())["runs"]
     assert {name: set(runs) for name, runs in found.items()} == {
-        "base": {"und", "joint", "gen"}, "few-und": {"und", "joint"}, "read": {"und", "joint", "gen"}}
+        "base": {"und", "gen", "joint", "reduced", "skip"}, "few-und": {"und", "joint"}, "read": {"und", "joint", "gen"}}
     losses = {name: runs["und"]["seed0"]["und"]["loss"] for name, runs in found.items()}
     assert len(set(losses.values())) == 3, losses
     again = script("results/regimes.py", *args, folder=tmp_path)
