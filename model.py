@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -94,8 +95,8 @@ def understanding(tokenizer, codes, turns, length):
         rest = length - len(tokens)
         rows.append((tokens + [tokenizer.pad] * rest, places + [0] * rest, numbers + [-1] * rest,
                      targets + [-1] * rest, weights + [0.] * rest))
-    text = [torch.tensor(x) for x in zip(*rows)]
-    b = len(codes)
+    text = [torch.from_numpy(np.array(x)) for x in zip(*rows)]         # torch.tensor takes six times as long on nested lists
+    text[-1], b = text[-1].float(), len(codes)
     head = [torch.cat([torch.tensor([[tokenizer.bos, tokenizer.und]]).expand(b, 2), codes + tokenizer.first_code], 1),
             torch.arange(2 + m).expand(b, -1), torch.zeros(b, 2 + m, dtype=torch.long), torch.full((b, 2 + m), -1),
             torch.zeros(b, 2 + m)]
@@ -114,7 +115,7 @@ def generation(tokenizer, codes, captions, length):
         if rest < 0:
             raise ValueError(f"a caption has {len(text) - 2} tokens, the model takes {length - 2}: {caption[:60]!r}")
         rows.append(([tokenizer.pad] * rest + text, [0] * rest + [*range(n)], [-1] * rest + [0] * n))
-    tokens, places, numbers = (torch.tensor(x) for x in zip(*rows))
+    tokens, places, numbers = (torch.from_numpy(np.array(x)) for x in zip(*rows))
     image = codes + tokenizer.first_code
     none = torch.full((len(codes), length), -1)
     targets = torch.cat([none[:, 1:], image, none[:, :1]], 1)
