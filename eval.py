@@ -388,6 +388,7 @@ def table_rows(options):
             "joint-dense-image": ("joint, dense, own projections", dict(projections="image")),
             "u-himix-shared": ("U only, HiMix, shared projections", dict(u, und_plan="himix")),
             "u-dense-short": ("U only, dense, as many FLOPs as HiMix", dict(u, steps=round(himix_cost * options["steps"]))),
+            "u-dense-long": ("U only, dense, twice the steps", dict(u, steps=2 * options["steps"])),
             "g-dense-image": ("G only, dense, own projections", dict(g, projections="image")),
             "g-naive": ("G only, naive control in the middle", dict(g, gen_plan="naive", shallow=1)),
             "g-naive-all": ("G only, naive control in every layer", dict(g, gen_plan="naive-all"))}
@@ -453,6 +454,8 @@ CLAIMS = ([("understanding attends to the image less in the last layer than in t
               ("skip in both tasks, own projections, keeps more than share partial of", "joint-skip-image", "joint-share-partial", 0),
               ("skip in both tasks, own projections, keeps", "joint-skip-image", "joint-dense", -3))
              for what, path in ACCURACIES.items()]
+          + [(f"joint training helps {what} more than twice the steps alone", "joint-dense", path, "u-dense-long", path, 0)
+             for what, path in ACCURACIES.items() if path[0] == "und"]
           # and what joint training gives where both runs are reduced alike
           + [(f"{how}: joint training helps {what}", joint, path, alone, path, 0)
              for how, joint, alone in (("HiMix + HMGen, share all", "joint-share-all", "u-himix-shared"),
