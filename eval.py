@@ -452,13 +452,13 @@ CLAIMS = ([("understanding attends to the image less in the last layer than in t
               # beyond the paper: both tasks skip the same layers
               ("skip in both tasks keeps more than share all of", "joint-skip-both", "joint-share-all", 0),
               ("skip in both tasks, own projections, keeps more than share partial of", "joint-skip-image", "joint-share-partial", 0),
+              ("skip in both tasks keeps", "joint-skip-both", "joint-dense", -3),
               ("skip in both tasks, own projections, keeps", "joint-skip-image", "joint-dense", -3))
              for what, path in ACCURACIES.items()]
-          + [(f"joint training helps {what} more than twice the steps alone", "joint-dense", path, "u-dense-long", path, 0)
-             for what, path in ACCURACIES.items() if path[0] == "und"]
-          # and what joint training gives where both runs are reduced alike
+          # and what joint training gives beside more training alone, and where both runs are reduced alike
           + [(f"{how}: joint training helps {what}", joint, path, alone, path, 0)
-             for how, joint, alone in (("HiMix + HMGen, share all", "joint-share-all", "u-himix-shared"),
+             for how, joint, alone in (("beside twice the steps alone", "joint-dense", "u-dense-long"),
+                                       ("HiMix + HMGen, share all", "joint-share-all", "u-himix-shared"),
                                        ("HMGen in both tasks", "joint-hmgen-both", "u-hmgen"),
                                        ("skip in both tasks", "joint-skip-both", "u-skip"),
                                        ("skip in both tasks, own projections", "joint-skip-image", "u-skip-image"))
@@ -485,7 +485,7 @@ def cell(runs, path, scale, digits):
     some = values(runs, path, scale)
     if not some:
         return "–"
-    spread = f" ± {statistics.stdev(some):.{digits}f}" if len(some) > 1 else ""
+    spread = f" ± {statistics.stdev(some):.{digits}f}" if len(set(some)) > 1 else ""
     return f"{statistics.mean(some):.{digits}f}{spread}"
 
 
@@ -510,9 +510,8 @@ def claims(found):
     return answers
 
 
-def table(folder, device):
-    """The runs in a folder beside the paper's: prints Markdown, and writes it, all scores, a picture of the accuracies and
-    pictures that the runs draw under the same captions to results/."""
+def read_runs(folder):
+    """The scores in a folder of runs: {row: {seed: scores}}, and {row: (folder of one of its runs, its configuration)}."""
     found, where = defaultdict(dict), {}
     for file in sorted(Path(folder).glob("*-seed*/eval*.json")):
         name, seed = file.parent.name.rsplit("-seed", 1)
@@ -526,6 +525,13 @@ def table(folder, device):
             fail(f"{file}: expected the scores of a run, as eval.py writes them")
     if not found:
         fail(f"{folder}: no finished run in it (expected folders NAME-seedN with an eval.json)")
+    return found, where
+
+
+def table(folder, device):
+    """The runs in a folder beside the paper's: prints Markdown, and writes it, all scores, a picture of the accuracies and
+    pictures that the runs draw under the same captions to results/."""
+    found, where = read_runs(folder)
     every = [scores for some in found.values() for scores in some.values()]
     options = {**every[0]["config"], "und_plan": "dense", "gen_plan": "dense"}
     titles = {name: title for name, (title, _) in table_rows(options).items()}
@@ -549,7 +555,7 @@ def table(folder, device):
             ["claim", "difference in points, 95 % interval over seeds", "seeds", ""],
             [[claim, f"{mean:+.1f} ± {half:.1f}", str(n), answer] for claim, mean, half, n, answer in answers], "lrrl"))
     n = {key: count for scores in every for key, count in scores["n"].items()}
-    parts.append(f"Mean ± standard deviation over seeds; n = {n} for each seed; {every[0]['hardware']}; preset {options['preset']}, "
+    parts.append(f"Mean ± standard deviation over seeds; n = {n} for each seed; {' / '.join(sorted({scores['hardware'] for scores in every}))}; preset {options['preset']}, "
                  f"{options['steps']} steps of {options['batch_size']} pictures of each task.")
     text, path = "\n\n".join(parts), f"results/{Path(folder).resolve().name}-{options['preset']}"
     write(f"{path}.md", text + "\n")

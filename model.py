@@ -19,7 +19,8 @@ from prune import PLANS, SIZES, SOME, Layout, Size, make_plan, positions
 from tokenizer import Tokenizer, check_sizes, fitting, read
 
 INSTRUCTION_WEIGHT = .2     # of a question's token in the loss, where an output token has 1. The paper's eq. 1 counts both
-                            # alike, but here a question has five times as many tokens as its answer
+                            # alike, but here a question has five times as many tokens as its answer. Captions, and images that
+                            # are only looked at, do not count (what if they did: "eq1" in results/regimes.py)
 
 PROJECTIONS = {"shared": ["text"], "image": ["text", "image"], "task": ["text", "und", "gen"]}      # and whose they are
 
@@ -95,12 +96,12 @@ def understanding(tokenizer, codes, turns, length):
         rest = length - len(tokens)
         rows.append((tokens + [tokenizer.pad] * rest, places + [0] * rest, numbers + [-1] * rest,
                      targets + [-1] * rest, weights + [0.] * rest))
-    text = [torch.from_numpy(np.array(x)) for x in zip(*rows)]         # torch.tensor takes six times as long on nested lists
-    text[-1], b = text[-1].float(), len(codes)
+    *text, counted = (torch.from_numpy(np.array(x)) for x in zip(*rows))        # torch.tensor is slow on nested lists
+    b = len(codes)
     head = [torch.cat([torch.tensor([[tokenizer.bos, tokenizer.und]]).expand(b, 2), codes + tokenizer.first_code], 1),
             torch.arange(2 + m).expand(b, -1), torch.zeros(b, 2 + m, dtype=torch.long), torch.full((b, 2 + m), -1),
             torch.zeros(b, 2 + m)]
-    return Batch("und", Layout(2, m, length), *(torch.cat(x, 1) for x in zip(head, text)))
+    return Batch("und", Layout(2, m, length), *(torch.cat(x, 1) for x in zip(head, [*text, counted.float()])))
 
 
 def generation(tokenizer, codes, captions, length):
@@ -340,11 +341,11 @@ class Model(nn.Module):
         return self.head(self.norm(last[:, -1]))
 
     @torch.no_grad()
-    def generate(self, batch, plan, start, choose, stop=None):
+    def generate(self, batch, plan, start, choose):
         """Fills in batch.tokens from `start` on, one after the other: choose(logits (B, vocab)) -> ids (B,)."""
         cache = [LayerCache(batch, rule, self.config.heads, self.embed.weight) for rule in plan]
         read = 0
-        for i in range(start, stop or batch.tokens.size(1)):
+        for i in range(start, batch.tokens.size(1)):
             batch.tokens[:, i] = choose(self.next_logits(batch, plan, read, i, cache))
             read = i
         return batch.tokens

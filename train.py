@@ -21,7 +21,7 @@ import signal
 import statistics
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from itertools import product
@@ -50,15 +50,14 @@ class Preset:
     lr: float                   # Muon's, of all matrices in the layers
     lr_rest: float              # AdamW's, of embeddings, head, norms and positions
     text: int                   # most text tokens that a sequence may have
-    shallow: int                # HMGen's K: a quarter of the layers or nearly, as the paper's K = 5 (0.75 of the FLOPs)
 
 
 PRESETS = {"tiny": Preset(steps=100, batch_size=8, scenes={"und": 300, "gen": 300}, heads=2, lr=.02, lr_rest=1e-2,
-                          text=40, shallow=1),
+                          text=40),
            "cpu": Preset(steps=1600, batch_size=16, scenes={"und": 8000, "gen": 20_000}, heads=4, lr=.02, lr_rest=1e-2,
-                         text=80, shallow=1),
+                         text=80),
            "gpu": Preset(steps=6000, batch_size=64, scenes={"und": 40_000, "gen": 60_000}, heads=6, lr=.02, lr_rest=1e-2,
-                         text=192, shallow=3)}
+                         text=192)}
 WARM_UP, DECAY = 50, .6         # steps of rising rate; the share of training, its end, over which it falls to nothing
 LOSS_WEIGHT = {"und": 1., "gen": 2.}            # of the tasks in the gradient; logged losses are without it
 CLIP = 1.                       # largest norm of the gradient of AdamW's part (Muon's step has the same size anyway)
@@ -222,6 +221,8 @@ def run(options, resume, device):
     log = out / "log.jsonl"
     if first:                                                           # what came after the checkpoint comes again
         lines = log.read_text().splitlines(True) if resume and log.exists() else []
+        if start < steps:
+            (out / "attention.json").unlink(missing_ok=True)            # probe.py's, of a model that is no more
         write(log, "".join(lines[:start // LOG_EVERY + (start == steps and start % LOG_EVERY > 0)]))
 
     def checkpoint(step):
@@ -340,8 +341,9 @@ def completed(given, device):
     options = {**DEFAULTS, **given}
     preset, tokenizer = defaults(device, options["data"])
     preset = PRESETS[options.setdefault("preset", preset)]
-    for key in ("steps", "batch_size", "lr", "shallow"):
+    for key in ("steps", "batch_size", "lr"):
         options.setdefault(key, getattr(preset, key))
+    options.setdefault("shallow", max(1, SIZES[options["preset"]].layers // 4))         # the paper's K = 5 costs .75 of dense
     options.setdefault("compile", device.type == "cuda" and find_spec("triton") is not None)
     options.setdefault("tokenizer", tokenizer)
     options.setdefault("out", tokenizer.replace("tokenizer", options["objective"]).removesuffix(".pt"))
@@ -353,6 +355,15 @@ def same_run(options, stored, out):
     for key in options.keys() - HOW:
         if options[key] != stored.get(key):
             fail(f"--{key.replace('_', '-')} {options[key]}: the run in {out} has {stored.get(key)}")
+
+
+def begun(options):
+    """The checkpoint of the run with these options, or None."""
+    if not (Path(options["out"]) / "checkpoint.pt").exists():
+        return None
+    found = load(options["out"], "cpu")[2]
+    same_run(options, found["options"], options["out"])
+    return found
 
 
 def check(options, given=()):
@@ -398,13 +409,13 @@ def claimed(folder, wait=False):
         yield ours
     finally:
         os.close(handle)
+        with suppress(OSError):
+            folder.rmdir()                                              # if nothing came of it
 
 
 def run_row(name, out, options, device, first):
     """What a row of the table lacks: its training, its scores, those under another plan at inference."""
-    found = load(out, "cpu")[2] if (out / "checkpoint.pt").exists() else None
-    if found:
-        same_run(options, found["options"], out)
+    found = begun(options)
     if not found or found["step"] < options["steps"] or not (out / "eval.json").exists():
         if first:
             print(f"\n{out}")

@@ -2,8 +2,8 @@
 
     python results/regimes.py out/regimes [NAME ...]            trains what is missing; goes on where it stopped
 
-Understanding alone, generation alone and both, dense, with half the steps of the table; where depth changes, both are also
-reduced. A condition is a `patch` of the constant, the data set or the model that it is about. Writes
+Understanding alone, generation alone and both, dense, with half the steps of the table; as it is and at twice the depth,
+both are also reduced. A condition is a `patch` of the constant, the data set or the model that it is about. Writes
 results/regimes-PRESET.md, .json and .png.
 """
 import argparse
@@ -113,15 +113,14 @@ def conditions(options, device):
 
 def train_one(folder, name, run, options, device):
     out = folder / f"{name}-{run}-seed{options['seed']}"
-    options = train.completed({**options, **RUNS[run], "out": str(out), "tokenizer": str(folder / f"tokenizer-{name}.pt")}, device)
+    given = {**options, **RUNS[run], "out": str(out), "tokenizer": str(folder / f"tokenizer-{name}.pt")}
     # The identity keeps train.py from going on with such a run, since it would do so without the patch.
-    with conditions(options, device)[name][1], patch.object(data.Shapes, "identity", f"shapes {name}"):
-        options["shallow"] = max(1, SIZES[options["preset"]].layers // 4)       # of as many layers as there are now
+    with (train.claimed(out) as ours, conditions(train.completed(given, device), device)[name][1],
+          patch.object(data.Shapes, "identity", f"shapes {name}")):
+        options = train.completed(given, device)                        # now for as many layers as the patch says
         train.check(options)
-        found = load(out, "cpu")[2] if (out / "checkpoint.pt").exists() else None
-        if found:
-            train.same_run(options, found["options"], out)
-        if (out / "attention.json").exists():
+        found = train.begun(options)
+        if not ours or (out / "attention.json").exists():
             return
         print(f"\n{out}")
         train.run(options, found, device)
@@ -139,18 +138,18 @@ def table(folder, every, preset):
     names, columns = [name for name in every if name in found], evaluation.ACCURACIES
     titles = {name: every[name][0] for name in names}
 
-    def runs(name, run):
+    def runs(name, how, task):
+        """A condition's runs, by seed; "alone" is the run of that task."""
+        run = task if how == "alone" else how
         return found[name if run in every[name][2] else "base"][run]
 
-    def row(name, *hows):
-        """The accuracies of a condition, one after the other as they are trained; "alone" is the run of that task."""
-        return [" → ".join(evaluation.cell(runs(name, path[0] if how == "alone" else how), path, 100, 1) for how in hows)
-                for path in columns.values()]
+    def accuracies(name, *hows):
+        return [" → ".join(evaluation.cell(runs(name, how, path[0]), path, 100, 1) for how in hows) for path in columns.values()]
 
-    pairs = [(name, how, runs(name, run)) for name in names for run, how in (("und", "alone"), ("joint", "joint"))]
+    pairs = [(name, how, runs(name, how, "und")) for name in names for how in ("alone", "joint")]
     reduced = [name for name in names if "reduced" in found[name]]
     parts = [evaluation.markdown(["condition", *(f"{what}, %: alone → joint" for what in columns)],
-                                 [[titles[name], *row(name, "alone", "joint")] for name in names]),
+                                 [[titles[name], *accuracies(name, "alone", "joint")] for name in names]),
              "Questions right by kind, %",
              evaluation.markdown(["condition", "", *data.KINDS],
                                  [[titles[name], how, *(evaluation.cell(some, ("und", "by_type", kind, "accuracy"), 100, 1)
@@ -165,11 +164,11 @@ def table(folder, every, preset):
     if reduced:
         parts[1:1] = ["Trained jointly: " + " → ".join(JOINT.values()),
                       evaluation.markdown(["condition", *(f"{what}, %" for what in columns)],
-                                          [[titles[name], *row(name, *JOINT)] for name in reduced])]
+                                          [[titles[name], *accuracies(name, *JOINT)] for name in reduced])]
     rows = [(f"{titles[name]}: {title}", name, how) for name in names
             for how, title in {"alone": "alone", **(JOINT if name in reduced else {"joint": "joint"})}.items()]
     dots = {what: {title: some for title, name, how in rows
-                   if (some := evaluation.values(runs(name, path[0] if how == "alone" else how), path))}
+                   if (some := evaluation.values(runs(name, how, path[0]), path))}
             for what, path in columns.items()}
     text = "\n\n".join(parts)
     path = f"results/regimes-{preset}"

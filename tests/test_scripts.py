@@ -124,7 +124,7 @@ def test_the_table_trains_what_is_missing(trained):
     assert [process.returncode for process in both] == [0, 0], printed
     trained_rows = [re.findall(r"(\S+-seed0)\n.*GFLOP a step", text) for text in printed]
     assert all(trained_rows) and sorted(sum(trained_rows, [])) == sorted(map(str, (trained / "table").iterdir()))
-    assert all("another process is at it" in text for text in printed)
+    assert any("another process is at it" in text for text in printed)
     first = max(printed, key=len)
     assert first.count("All in one") == 1 and "share partial" in first and "56.0" in first and "at inference only" in first
     assert script("train.py", *args, folder=trained).count("GFLOP a step") == 0          # nothing is trained twice
