@@ -389,6 +389,7 @@ def table_rows(options):
             "u-himix-shared": ("U only, HiMix, shared projections", dict(u, und_plan="himix")),
             "u-dense-short": ("U only, dense, as many FLOPs as HiMix", dict(u, steps=round(himix_cost * options["steps"]))),
             "u-dense-long": ("U only, dense, twice the steps", dict(u, steps=2 * options["steps"])),
+            "u-dense-image": ("U only, dense, own projections", dict(u, projections="image")),
             "g-dense-image": ("G only, dense, own projections", dict(g, projections="image")),
             "g-naive": ("G only, naive control in the middle", dict(g, gen_plan="naive", shallow=1)),
             "g-naive-all": ("G only, naive control in every layer", dict(g, gen_plan="naive-all"))}
