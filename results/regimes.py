@@ -85,6 +85,15 @@ def backwards(caption):
     return other
 
 
+def unshown(split):
+    """Shapes.split whose training pictures to generate lack understanding's held-out pairs, too."""
+    def other(self, task, part, *args, **kwargs):
+        both = self.held_out["und"] | self.held_out["gen"]
+        with patch.dict(self.held_out, {"gen": both} if (task, part) == ("gen", "train") else {}):
+            return split(self, task, part, *args, **kwargs)
+    return other
+
+
 def conditions(options, device):
     """{name: (what is different, patch, the RUNS for which it is)}; of the others, base has the runs."""
     preset = options["preset"]
@@ -103,6 +112,8 @@ def conditions(options, device):
             "few-gen": (f"{few['gen']} pictures to generate, not {scenes['gen']}", fewer("gen"), gen),
             "words": ("captions spelled backwards: no word shared but a",
                       patch.object(data.Shapes, "caption", backwards(data.Shapes.caption)), every),
+            "unshown": ("pairs that understanding lacks kept from generation, too",
+                        patch.object(data.Shapes, "split", unshown(data.Shapes.split)), ("joint",)),
             "eq1": ("image tokens foretold in understanding, too", patch.object(train, "Model", Eq1), und),
             "read": ("text alone read first", read_first(options, device), every),
             "jitter": (f"objects up to {world.jitter + 1} pixels off their places, not {world.jitter}",
