@@ -408,9 +408,10 @@ def claimed(folder, wait=False):
     try:
         yield ours
     finally:
+        if ours and not wait:
+            with suppress(OSError):
+                folder.rmdir()                                          # if nothing came of it
         os.close(handle)
-        with suppress(OSError):
-            folder.rmdir()                                              # if nothing came of it
 
 
 def run_row(name, out, options, device, first):

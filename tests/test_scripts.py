@@ -102,7 +102,8 @@ def test_resumed_equals_unbroken(trained):
 def test_a_folder_belongs_to_one_process(tmp_path):
     with claimed(tmp_path / "run") as ours, claimed(tmp_path / "run") as again:
         assert ours and not again
-        assert "another process" in train(tmp_path, "run", code=2)
+        assert "another process" in train(tmp_path, "run", code=2) and (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists()                              # nothing came of it
     with claimed(tmp_path / "run") as ours:
         assert ours
 
