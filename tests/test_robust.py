@@ -69,7 +69,8 @@ def test_killed_at_twenty_random_moments_a_table_ends_as_if_nothing_had_happened
     def table(name, timeout=None):
         folder = tmp_path / name
         args = [sys.executable, "-c", rows, *command(folder, "--steps", 200, "--save-every", 20, "--table", folder / "t")[2:]]
-        process = subprocess.Popen(args, env=ENV, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(args, env={**ENV, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)           # there, since a table writes into ./results
         try:
             return process.wait(timeout)
         except subprocess.TimeoutExpired:
