@@ -615,7 +615,9 @@ def line_chart(lines, title, x_label, top_y=None, size=(560, 360)):
 
 
 def strip_chart(names, groups):
-    """{title: {name: [percent]}} as an Image: side by side, a dot for each number and a tick at the mean of each row."""
+    """{title: {name: [percent]}} as an Image: side by side, a dot for each number and a tick at the mean of each row. A title
+    without numbers is left out."""
+    groups = {title: rows for title, rows in groups.items() if rows}
     font, width, top, step = ImageFont.load_default(13), 150, 74, 21
     left = 30 + max(round(font.getlength(name)) for name in names)
     sheet = Image.new("RGB", (left + len(groups) * (width + 30), top + step * len(names)), "white")

@@ -203,6 +203,14 @@ def speed(seconds, tokens):
     return {"ms": 1e3 * middle, "ms_range": [1e3 * min(seconds), 1e3 * max(seconds)], "tokens_per_s": tokens / middle}
 
 
+SPEED = ("ms (least, most)", "tokens/s")        # titles of what speed_cells gives
+
+
+def speed_cells(x):
+    """What speed found, as cells of a table."""
+    return f"{x['ms']:.1f} ({x['ms_range'][0]:.1f}, {x['ms_range'][1]:.1f})", f"{x['tokens_per_s']:.0f}"
+
+
 def synchronize(device):
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
@@ -556,7 +564,8 @@ def table(folder, device):
             ["claim", "difference in points, 95 % interval over seeds", "seeds", ""],
             [[claim, f"{mean:+.1f} ± {half:.1f}", str(n), answer] for claim, mean, half, n, answer in answers], "lrrl"))
     n = {key: count for scores in every for key, count in scores["n"].items()}
-    parts.append(f"Mean ± standard deviation over seeds; n = {n} for each seed; {' / '.join(sorted({scores['hardware'] for scores in every}))}; preset {options['preset']}, "
+    machines = " / ".join(sorted({scores["hardware"] for scores in every}))
+    parts.append(f"Mean ± standard deviation over seeds; n = {n} for each seed; {machines}; preset {options['preset']}, "
                  f"{options['steps']} steps of {options['batch_size']} pictures of each task.")
     text, path = "\n\n".join(parts), f"results/{Path(folder).resolve().name}-{options['preset']}"
     write(f"{path}.md", text + "\n")
@@ -565,7 +574,7 @@ def table(folder, device):
     shares = {f"{what}, %": {titles[name]: some for name in shown if (some := values(found[name], key))}
               for what, key in ACCURACIES.items()}
     if any(shares.values()):
-        strip_chart([titles[name] for name in shown], {what: some for what, some in shares.items() if some}).save(f"{path}.png")
+        strip_chart([titles[name] for name in shown], shares).save(f"{path}.png")
 
     pixels, texts = [], []                                              # a row of pictures for each run (cf. fig. 5)
     artists = [name for name in names if where[name][1]["objective"] != "und"]

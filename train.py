@@ -569,12 +569,12 @@ def bench(options, device):
                "ms a picture in a training step", "image tokens").save(path.with_suffix(".png"))
     print(f"{result['hardware']}; preset {preset}, {n} sequences a step, K = {shallow}; matmuls alone {rate / 1e12:.3g} TFLOP/s")
     for title, key in (("plans and projections", "steps"), ("more and fewer image tokens", "image_tokens")):
-        print(f"\n{title}\n\n| task | plan | projections | image tokens | ms (least, most) | tokens/s | memory, MB | time | FLOPs | "
-              "time / FLOPs | paper's FLOPs | of the matmul rate |\n|---|---|---|" + "---:|" * 9)
-        for x in result[key]:
-            print("| {task} | {plan} | {projections} | {image_tokens} | {ms:.1f} ({ms_range[0]:.1f}, {ms_range[1]:.1f}) | "
-                  "{tokens_per_s:.0f} | {memory_mb:.0f} | {time_ratio:.2f} | {flops_ratio:.2f} | {over:.2f} | {paper_flops_ratio:.2f} | "
-                  "{of_matmul_rate:.2f} |".format(**x, over=x["time_ratio"] / x["flops_ratio"]))
+        print(f"\n{title}\n\n" + evaluation.markdown(
+            ["task", "plan", "projections", "image tokens", *evaluation.SPEED, "memory, MB", "time", "FLOPs", "time / FLOPs",
+             "paper's FLOPs", "of the matmul rate"],
+            [[x["task"], x["plan"], x["projections"], str(x["image_tokens"]), *evaluation.speed_cells(x), f"{x['memory_mb']:.0f}",
+              *(f"{ratio:.2f}" for ratio in (x["time_ratio"], x["flops_ratio"], x["time_ratio"] / x["flops_ratio"],
+                                             x["paper_flops_ratio"], x["of_matmul_rate"]))] for x in result[key]], "lll" + "r" * 9))
     for x in result["drawing"]:
         print("\ndrawing, {plan}, {image_tokens} image tokens, batch {batch_size}: {cached_images_per_s:.2f} images/s with the KV "
               "cache, {uncached_images_per_s:.2f} without; {same_codes:.0%} of codes the same".format(**x))

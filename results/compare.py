@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import command, fail
-from eval import hardware, speed, timed
+from eval import SPEED, hardware, markdown, speed, speed_cells, timed
 from prune import SIZES, make_plan
 from tokenizer import pick_device, write
 from train import PRESETS, bench_config, bench_step
@@ -105,11 +105,9 @@ def main():
     result = {"hardware": hardware(device), "versions": versions, "preset": args.preset, "compile": args.compile,
               "repeats": args.repeats, "rows": rows}
     write(Path(__file__).with_name(f"compare-{device.type}.json"), json.dumps(result, indent=1))
-    print(f"{result['hardware']}, {versions}, preset {args.preset}\n\n| task | step | tokens a sequence | batch | ms (least, most) | tokens/s "
-          "|\n|---|---|---:|---:|---:|---:|")
-    for row in rows:
-        print("| {task} | {step} | {length} | {batch_size} | {ms:.1f} ({ms_range[0]:.1f}, {ms_range[1]:.1f}) | {tokens_per_s:.0f} |"
-              .format(**row))
+    print(f"{result['hardware']}, {versions}, preset {args.preset}\n\n" + markdown(
+        ["task", "step", "tokens a sequence", "batch", *SPEED],
+        [[x["task"], x["step"], str(x["length"]), str(x["batch_size"]), *speed_cells(x)] for x in rows], "llrrrr"))
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ def table(folder, every, preset):
     path = f"results/regimes-{preset}"
     write(f"{path}.md", text + "\n")
     write(f"{path}.json", json.dumps({"titles": titles, "runs": found}))
-    strip_chart([title for title, *_ in rows], {what: some for what, some in dots.items() if some}).save(f"{path}.png")
+    strip_chart([title for title, *_ in rows], dots).save(f"{path}.png")
     print(f"{text}\n\n{path}.md, .json, .png")
 
 
