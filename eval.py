@@ -225,6 +225,9 @@ def cost(model, batches, plans):
     def summed(count, plans):
         return sum(len(batches[task].tokens) * count(c, task, plan) for task, plan in plans.items())
 
+    def exact(size, task, plan):
+        return flops(size, task, plan, batches[task].image_loss)
+
     def work(plans):
         for task, plan in plans.items():
             with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
@@ -234,7 +237,7 @@ def cost(model, batches, plans):
     seconds = timed({"plan": lambda: work(plans), "dense": lambda: work(dense)}, device, 5)
     model.zero_grad()
     ms = {name: 1e3 * statistics.median(some) for name, some in seconds.items()}
-    return {"flops_per_step": summed(flops, plans), "flops_ratio": summed(flops, plans) / summed(flops, dense),
+    return {"flops_per_step": summed(exact, plans), "flops_ratio": summed(exact, plans) / summed(exact, dense),
             "paper_flops_ratio": summed(paper_cost, plans) / summed(paper_cost, dense),
             "step_ms": ms["plan"], "step_ratio": 1. if plans == dense else ms["plan"] / ms["dense"]}
 
@@ -262,7 +265,7 @@ def evaluate(model, tokenizer, found, dataset, plans, folder, sampling, suffix="
                          "examples": found["step"] * options["batch_size"]}, "n": {}}
     folder, sheets = Path(folder), []
     splits = {task: dataset.split(task, "val", samples[task]) for task in plans}
-    rows = {task: sequences(task, tokenizer, split, c).to(device) for task, split in splits.items()}
+    rows = {task: sequences(task, tokenizer, split, c, options["image_loss"]).to(device) for task, split in splits.items()}
     is_shapes = splits[next(iter(plans))].scenes is not None
     if "und" in plans:
         results, loss = answered(model, tokenizer, splits["und"], rows["und"], plans["und"])
@@ -385,6 +388,11 @@ def table_rows(options):
                                  dict(und_plan="skip", gen_plan="skip", projections="image")),
             "joint-sparse-both": ("joint, every second image token skips the middle", dict(und_plan="sparse", gen_plan="sparse")),
             "joint-early": ("joint, image tokens updated in early layers only + HMGen", dict(und_plan="early", gen_plan="hmgen")),
+            **{f"{name}-eq1": (f"{title}, loss on image tokens", dict(changed, image_loss=True)) for name, title, changed in (
+                ("u-dense", "U only, dense", u), ("joint-dense", "joint, dense", {}),
+                ("joint-share-all", "joint, HiMix + HMGen, share all", both),
+                ("joint-skip-image", "joint, both tasks skip the middle layers, own projections",
+                 dict(und_plan="skip", gen_plan="skip", projections="image")))},
             "u-hmgen": ("U only, HMGen", dict(u, und_plan="hmgen")),
             "u-skip": ("U only, image tokens skip the middle layers", dict(u, und_plan="skip")),
             "u-skip-image": ("U only, image tokens skip the middle layers, own projections",
@@ -471,7 +479,15 @@ CLAIMS = ([("understanding attends to the image less in the last layer than in t
                                        ("HMGen in both tasks", "joint-hmgen-both", "u-hmgen"),
                                        ("skip in both tasks", "joint-skip-both", "u-skip"),
                                        ("skip in both tasks, own projections", "joint-skip-image", "u-skip-image"))
-             for what, path in ACCURACIES.items() if path[0] == "und"])
+             for what, path in ACCURACIES.items() if path[0] == "und"]
+          # and where understanding predicts its image tokens, too, as eq. 1 has it
+          + [(f"loss on image tokens: {claim} {what}", f"{a}-eq1", path, b, path, margin)
+             for claim, a, other, margin in (("understanding alone gains", "u-dense", "u-dense", 0),
+                                             ("joint training gains", "joint-dense", "joint-dense", 0),
+                                             ("joint training helps", "joint-dense", None, 0),
+                                             ("HiMix + HMGen, share all, keep", "joint-share-all", "joint-dense-eq1", -3),
+                                             ("skip in both tasks, own projections, keeps", "joint-skip-image", "joint-dense-eq1", -3))
+             for what, path in ACCURACIES.items() for b in [other or {"und": "u-dense-eq1", "gen": "g-dense"}[path[0]]]])
 T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)          # Student's t, 97.5 %, 1 to 9 degrees of freedom
 
 

@@ -19,8 +19,8 @@ from prune import PLANS, SIZES, SOME, Layout, Size, make_plan, positions
 from tokenizer import Tokenizer, check_sizes, fitting, read
 
 INSTRUCTION_WEIGHT = .2     # of a question's token in the loss, where an output token has 1. The paper's eq. 1 counts both
-                            # alike, but here a question has five times as many tokens as its answer. Captions, and images that
-                            # are only looked at, do not count (what if they did: "eq1" in results/regimes.py)
+                            # alike, but here a question has five times as many tokens as its answer. Captions do not count;
+                            # images that are only looked at do with image_loss, each token as much as one of a question
 
 PROJECTIONS = {"shared": ["text"], "image": ["text", "image"], "task": ["text", "und", "gen"]}      # and whose they are
 
@@ -52,6 +52,7 @@ class Batch(NamedTuple):
     """Sequences of one task, all of one length N. A whole training set is one too: `rows` takes a step's part of it."""
     task: str                       # "und" or "gen"
     layout: Layout
+    image_loss: bool                # image tokens are targets, too: always in generation
     tokens: torch.Tensor            # (B, N)
     places: torch.Tensor            # (B, N) rotary positions
     turns: torch.Tensor             # (B, N) 0: seen by all that follow; t > 0: seen within question t; -1: padding
@@ -59,10 +60,10 @@ class Batch(NamedTuple):
     weights: torch.Tensor           # (B, N) of a target in the loss: 1 where it is output, less for an instruction
 
     def rows(self, index):
-        return Batch(self.task, self.layout, *(x[index] for x in self[2:]))
+        return self._make((*self[:3], *(x[index] for x in self[3:])))
 
     def to(self, device):
-        return Batch(self.task, self.layout, *(x.to(device, non_blocking=True) for x in self[2:]))
+        return self._make((*self[:3], *(x.to(device, non_blocking=True) for x in self[3:])))
 
     def visible(self, start, stop):
         """(B, 1, stop - start, N) bool: which of all keys the queries from start to stop see. Causal; questions on one
@@ -73,10 +74,11 @@ class Batch(NamedTuple):
         return ((order <= order[start:stop, None]) & ((key == 0) | (key == query)))[:, None]
 
 
-def understanding(tokenizer, codes, turns, length):
+def understanding(tokenizer, codes, turns, length, image_loss=False):
     """[bos][und] image, then as many (question, answer) pairs as fit into `length` tokens.
 
-    codes: (B, M); turns: for each picture a list of (question, answer) strings. ValueError where not even one fits.
+    codes: (B, M); turns: for each picture a list of (question, answer) strings; image_loss: predict the image tokens, too
+    (the paper's eq. 1). ValueError where not even one fits.
     """
     rows, m = [], codes.size(1)
     for pairs in turns:
@@ -97,11 +99,11 @@ def understanding(tokenizer, codes, turns, length):
         rows.append((tokens + [tokenizer.pad] * rest, places + [0] * rest, numbers + [-1] * rest,
                      targets + [-1] * rest, weights + [0.] * rest))
     *text, counted = (torch.from_numpy(np.array(x)) for x in zip(*rows))        # torch.tensor is slow on nested lists
-    b = len(codes)
-    head = [torch.cat([torch.tensor([[tokenizer.bos, tokenizer.und]]).expand(b, 2), codes + tokenizer.first_code], 1),
-            torch.arange(2 + m).expand(b, -1), torch.zeros(b, 2 + m, dtype=torch.long), torch.full((b, 2 + m), -1),
-            torch.zeros(b, 2 + m)]
-    return Batch("und", Layout(2, m, length), *(torch.cat(x, 1) for x in zip(head, [*text, counted.float()])))
+    b, image = len(codes), codes + tokenizer.first_code
+    ahead = F.pad(image, (1, 1), value=-1) if image_loss else torch.full((b, 2 + m), -1)
+    head = [torch.cat([torch.tensor([[tokenizer.bos, tokenizer.und]]).expand(b, 2), image], 1),
+            torch.arange(2 + m).expand(b, -1), torch.zeros(b, 2 + m, dtype=torch.long), ahead, INSTRUCTION_WEIGHT * (ahead >= 0)]
+    return Batch("und", Layout(2, m, length), image_loss, *(torch.cat(x, 1) for x in zip(head, [*text, counted.float()])))
 
 
 def generation(tokenizer, codes, captions, length):
@@ -120,23 +122,23 @@ def generation(tokenizer, codes, captions, length):
     image = codes + tokenizer.first_code
     none = torch.full((len(codes), length), -1)
     targets = torch.cat([none[:, 1:], image, none[:, :1]], 1)
-    return Batch("gen", Layout(length, m, 0), torch.cat([tokens, image], 1), places, numbers, targets,
+    return Batch("gen", Layout(length, m, 0), True, torch.cat([tokens, image], 1), places, numbers, targets,
                  (targets >= 0).float())
 
 
-def sequences(task, tokenizer, split, c):
+def sequences(task, tokenizer, split, c, image_loss=False):
     """All pictures of a data.Split as one Batch of a task. ValueError where a text does not fit."""
     codes = tokenizer.encode(split.pixels)
     if task == "und":
         turns = [[(q.text, q.answer) for q in questions] for questions in split.questions]
-        return understanding(tokenizer, codes, turns, c.und.after)
+        return understanding(tokenizer, codes, turns, c.und.after, image_loss)
     return generation(tokenizer, codes, [caption.text for caption in split.captions], c.gen.before)
 
 
 def aimed(batch):
     """The slice of positions that may have a target: the only ones that logits are computed for."""
     before, m, _ = batch.layout
-    return slice(before - 1, before + m - 1) if batch.task == "gen" else slice(before + m, None)
+    return slice(before - 1 if batch.image_loss else before + m, before + m - 1 if batch.task == "gen" else None)
 
 
 def rotate(x, cos, sin):
@@ -297,11 +299,9 @@ class Model(nn.Module):
     def forward(self, batch, plan):
         """Logits (B, n, vocab) of the n positions that `aimed` names, and the loss."""
         text, image = self.hidden(batch, plan)
-        if batch.task == "gen":                                         # the caption's last token foretells code 0
-            x = torch.cat([text[:, -1:], image[:, :-1]], 1)
-        else:
-            x = text[:, batch.layout.before:]
-        return self.loss(x, batch)
+        before = batch.layout.before
+        x = torch.cat([text[:, :before], image, text[:, before:]], 1)
+        return self.loss(x[:, aimed(batch)], batch)
 
     def loss(self, x, batch):
         """Logits, and the mean cross-entropy of output tokens, to which instruction tokens add by their weight."""
@@ -398,8 +398,8 @@ def answer(model, tokenizer, codes, question, plan, longest=24):
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
-OPTIONS = dict(objective=str, und_plan=str, gen_plan=str, projections=str, data=str, preset=str, seed=int, steps=int, batch_size=int,
-               accumulate=int, save_every=int, shallow=int, lr=float, compile=bool, tokenizer=str, out=str)      # of a run
+OPTIONS = dict(objective=str, und_plan=str, gen_plan=str, projections=str, image_loss=bool, data=str, preset=str, seed=int, steps=int,
+               batch_size=int, accumulate=int, save_every=int, shallow=int, lr=float, compile=bool, tokenizer=str, out=str)      # of a run
 
 
 def load(folder, device):

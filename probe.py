@@ -31,7 +31,7 @@ def segments(batch):
     order = torch.arange(sum(batch.layout), device=batch.tokens.device)
     real, image = batch.turns >= 0, (order >= before) & (order < before + m)
     system = real & (batch.places < 2) & (order < before)
-    output = torch.zeros_like(real)                 # a token is output if the one before it had to foretell it
+    output = torch.zeros_like(real)                 # a token is output if the one before it had to predict it
     output[:, 1:] = (batch.weights == 1)[:, :-1]
     return {"system": system, "image": image & ~output, "instruction": real & ~system & ~image & ~output, "output": output}
 
@@ -114,7 +114,7 @@ def report(run, suffix, model, tokenizer, options, n):
     counts = {task: len(batch.tokens) for task, batch in batches.items()}
     write(run / f"attention{suffix}.json", json.dumps(shares | {"n": counts, "config": options}, indent=1))
     for task, own in shares.items():
-        print(f"{task}: share of attention by layer, over all queries | over those that foretell output")
+        print(f"{task}: share of attention by layer, over all queries | over those that predict output")
         for name in SEGMENTS:
             print(f"  {name:12}" + " ".join(f"{x:5.2f}" for x in own[name]) + "   |"
                   + " ".join(f"{x:5.2f}" for x in own["output_queries"][name]))

@@ -89,15 +89,15 @@ class Size:
     hidden: int = 4         # width of the FFN, as a multiple of the model's
 
 
-def flops(size, task, plan):
+def flops(size, task, plan, image_loss=False):
     """Floating-point operations of forward and backward for one sequence: every matmul, two for each multiply-add.
 
     A layer with q queries and k keys (d = width, h = hidden): Q and output projections 2 q d^2, K and V projections
     2 k d^2, scores and their use 2 q k d, FFN 2 h q d^2 multiply-adds; the head d * vocab for every position that can
-    have a target. The backward pass costs twice the forward pass: one product for the input, one for the weights.
+    have a target (with image_loss those of understanding's image and one beside it, too). The backward pass costs twice the forward pass: one product for the input, one for the weights.
     """
     layout, d = getattr(size, task), size.width
-    total = d * size.vocab * (layout.image if task == "gen" else layout.after)
+    total = d * size.vocab * (layout.image if task == "gen" else layout.after + image_loss * (1 + layout.image))
     for rule in plan:
         q, k = map(len, positions(rule, layout))
         total += 2 * q * d * d + 2 * k * d * d + 2 * q * k * d + 2 * size.hidden * q * d * d

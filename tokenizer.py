@@ -121,7 +121,7 @@ class VQ(nn.Module):
     Codes are low-dimensional unit vectors compared by cosine (Yu et al. 2022). The codebook starts from k-means and
     follows the encoder by a moving average; a code that is hardly used moves to where the error is large. The encoder
     sees one patch at a time, so that equal patches get equal codes: with 3x3 convolutions in it too, reconstructions
-    are as good, but a token carries 6 bits instead of 4, and the transformer learns much more slowly to foretell it.
+    are as good, but a token carries 6 bits instead of 4, and the transformer learns much more slowly to predict it.
     The decoder sees the neighbourhood.
     """
 

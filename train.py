@@ -68,8 +68,8 @@ LOG_EVERY = 10                  # steps
 PEAKS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100": 312e12,
          "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 3090": 71e12}
 
-DEFAULTS = dict(objective="joint", und_plan="dense", gen_plan="dense", projections="shared", data="shapes", seed=0,
-                accumulate=1, save_every=200)
+DEFAULTS = dict(objective="joint", und_plan="dense", gen_plan="dense", projections="shared", image_loss=False, data="shapes",
+                seed=0, accumulate=1, save_every=200)
 HOW = {"out", "compile", "accumulate", "save_every"}    # options that do not decide what is learned
 
 
@@ -202,7 +202,7 @@ def run(options, resume, device):
                    hidden=size.hidden, heads=preset.heads, side=vq.side, first_code=tokenizer.first_code,
                    projections=options["projections"])
         # All sequences of a task are one Batch that stays on the device: a step only picks rows.
-        sets = {task: sequences(task, tokenizer, without_some_captions(split, seed), c).to(device)
+        sets = {task: sequences(task, tokenizer, without_some_captions(split, seed), c, options["image_loss"]).to(device)
                 for task, split in splits.items()}
     except ValueError as error:
         fail(f"--data {options['data']}: {error}")
@@ -255,7 +255,7 @@ def run(options, resume, device):
         torch._dynamo.reset()                                           # of a table, the last run's code
     forward = torch.compile(model, dynamic=False) if options["compile"] else model
     tokens = options["batch_size"] * sum(sum(s.layout) for s in sets.values())
-    operations = options["batch_size"] * sum(flops(c, task, plans[task]) for task in tasks)
+    operations = options["batch_size"] * sum(flops(c, task, plans[task], options["image_loss"]) for task in tasks)
     peak = next((p for name, p in PEAKS.items() if on_gpu and torch.cuda.get_device_name().startswith(name)), None)
     if first:
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {tokens} tokens and "
@@ -370,6 +370,8 @@ def check(options, given=()):
     """Refuse options that make no sense, before any work begins."""
     if options["projections"] == "task" and options["objective"] != "joint":
         fail("--projections task: a run of one task has one kind of image tokens; expected image")
+    if options["image_loss"] and options["objective"] == "gen":
+        fail("--image-loss: generation has no other loss anyway; expected beside understanding")
     check_seed(options["seed"])
     for key in ("steps", "batch_size", "accumulate"):
         if options[key] < 1:
@@ -467,7 +469,7 @@ def noise(task, c, rows):
     before, m, after = layout = getattr(c, task)
     tokens = torch.randint(c.first_code, (rows, before + m + after))
     tokens[:, before:before + m] += c.first_code
-    return Batch(task, layout, tokens, torch.arange(sum(layout)).expand(rows, -1), torch.zeros_like(tokens), tokens.roll(-1, 1),
+    return Batch(task, layout, task == "gen", tokens, torch.arange(sum(layout)).expand(rows, -1), torch.zeros_like(tokens), tokens.roll(-1, 1),
                  torch.ones(tokens.shape))
 
 
@@ -535,7 +537,7 @@ def time_drawing(name, c, shallow, device, rows=8):
     def uncached():
         """The readable twin of `generate`: for each token, all before it once more."""
         for stop in range(c.gen.before, sum(c.gen)):
-            so_far = Batch("gen", c.gen._replace(image=stop - c.gen.before), *(x[:, :stop] for x in batch[2:]))
+            so_far = Batch("gen", c.gen._replace(image=stop - c.gen.before), True, *(x[:, :stop] for x in batch[3:]))
             batch.tokens[:, stop] = model.next_logits(so_far, plan, 0, stop, None).argmax(-1)
         codes["uncached"] = batch.tokens.clone()
 
@@ -589,6 +591,7 @@ def main():
     parser.add_argument("--gen-plan", help="the same when generating; himix is impossible there (default: dense)")
     parser.add_argument("--projections", choices=PROJECTIONS, help="Q, K, V of image tokens: those of text, "
                         "their own, or their own for each task (default: shared)")
+    parser.add_argument("--image-loss", action="store_true", help="understanding predicts its image tokens, too (the paper's eq. 1)")
     parser.add_argument("--shallow", type=int, metavar="K", help="how many layers hmgen, naive and sparse touch; "
                         "skip and early: 2 K (default: about a quarter of all)")
     parser.add_argument("--preset", choices=PRESETS, help="size of everything (default: what fits the device)")
@@ -627,7 +630,7 @@ def main():
         check({**options, "gen_plan": "hmgen"})
         bench(options, device)
     elif folder is not None:
-        own = {"out", "seed", "objective", "und_plan", "gen_plan", "projections"} & given.keys()
+        own = {"out", "seed", "objective", "und_plan", "gen_plan", "projections", "image_loss"} & given.keys()
         if resume or own:
             fail(f"--table says itself what its rows are, and goes on by itself: expected no "
                  f"--{min(own, default='resume').replace('_', '-')} beside it")

@@ -20,13 +20,12 @@ import data
 from data import command, fail, strip_chart
 
 import torch
-import torch.nn.functional as F
 from tqdm import trange
 
 import eval as evaluation
 import probe
 import train
-from model import INSTRUCTION_WEIGHT, Model, load, understanding
+from model import Model, load, understanding
 from prune import FULL, SIZES
 from tokenizer import pick_device, write
 
@@ -34,21 +33,6 @@ from tokenizer import pick_device, write
 RUNS = {"und": dict(objective="und"), "gen": dict(objective="gen"), "joint": {},
         "reduced": dict(und_plan="himix", gen_plan="hmgen"), "skip": dict(und_plan="skip", gen_plan="skip")}
 JOINT = {"joint": "joint, dense", "reduced": "HiMix + HMGen", "skip": "both tasks skip the middle layers"}
-
-
-class Eq1(Model):
-    """Understanding foretells its image tokens, too: the paper's eq. 1. Each counts as much as an instruction token."""
-
-    def forward(self, batch, plan):
-        if batch.task == "gen" or not self.training:
-            return super().forward(batch, plan)
-        text, image = self.hidden(batch, plan)
-        before, m, _ = batch.layout
-        logits, loss = self.loss(text[:, before:], batch)
-        foretelling = torch.cat([text[:, before - 1:before], image[:, :-1]], 1)
-        each = F.cross_entropy(self.head(self.norm(foretelling)).flatten(0, 1), batch.tokens[:, before:before + m].flatten(),
-                               reduction="sum")
-        return logits, loss + INSTRUCTION_WEIGHT * each / (batch.weights == 1).sum()
 
 
 def read_first(options, device):
@@ -114,7 +98,7 @@ def conditions(options, device):
                       patch.object(data.Shapes, "caption", backwards(data.Shapes.caption)), every),
             "unshown": ("pairs that understanding lacks kept from generation, too",
                         patch.object(data.Shapes, "split", unshown(data.Shapes.split)), ("joint",)),
-            "eq1": ("image tokens foretold in understanding, too", patch.object(train, "Model", Eq1), und),
+            "eq1": ("loss on image tokens in understanding, too", patch.dict(train.DEFAULTS, image_loss=True), und),
             "read": ("text alone read first", read_first(options, device), every),
             "jitter": (f"objects up to {world.jitter + 1} pixels off their places, not {world.jitter}",
                        patch.dict(data.WORLDS, {preset: replace(world, jitter=world.jitter + 1)}), every),

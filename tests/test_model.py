@@ -1,11 +1,13 @@
 """The two forwards are one function, and what a plan drops costs nothing."""
 import random
+from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import Config, LayerCache, Model, aimed, answer, generation, understanding
+from model import INSTRUCTION_WEIGHT, Config, LayerCache, Model, aimed, answer, generation, understanding
 from prune import FULL, HIMIX, PLANS, SHALLOW, Layout, Rule, flops, make_plan, paper_cost
 from tokenizer import FIRST_CODE
 
@@ -43,11 +45,11 @@ def network(rng, projections="shared", layers=None):
     return model
 
 
-def random_batch(rng, task, c, rows=3):
+def random_batch(rng, task, c, rows=3, image_loss=None):
     codes = torch.randint(CODES, (rows, c.und.image))
     if task == "und":
         turns = [[(text(rng, 1, 5), text(rng, 1, 2)) for _ in range(rng.randint(1, 4))] for _ in range(rows)]
-        return understanding(words, codes, turns, c.und.after)
+        return understanding(words, codes, turns, c.und.after, rng.random() < .5 if image_loss is None else image_loss)
     return generation(words, codes, [text(rng, 0, 6) for _ in range(rows)], c.gen.before)
 
 
@@ -130,6 +132,19 @@ def test_causality(task):
                 assert changed[max(0, t - first):].sum() > 0 or t == batch.tokens.size(1) - 1 and task == "gen"
 
 
+def test_image_loss_is_that_of_each_image_token_after_those_before_it():
+    rng = random.Random(10)
+    model = network(rng, layers=3)
+    codes, turns = torch.randint(CODES, (2, model.config.und.image)), [[("1 2", "3")], [("4", "5"), ("6", "7")]]
+    plan = make_plan("skip", 3, 1)
+    plain, batch = (understanding(words, codes, turns, 14, image_loss) for image_loss in (False, True))
+    text, image = model.hidden(batch, plan)
+    logits = model.head(model.norm(torch.cat([text[:, 1:2], image[:, :-1]], 1)))
+    cost = F.cross_entropy(logits.transpose(1, 2), codes + FIRST_CODE, reduction="sum")
+    outputs = 6                                                         # three answers of a token and an end each
+    assert abs(model(batch, plan)[1] - model(plain, plan)[1] - INSTRUCTION_WEIGHT * cost / outputs) < 1e-6             # weights are float32
+
+
 def test_packed_questions_are_answered_as_if_asked_alone():
     rng = random.Random(3)
     for plan in (make_plan("dense", 4), make_plan("himix", 4), make_plan("hmgen", 4, 1)):
@@ -176,14 +191,12 @@ def test_flops_are_exact(task, projections):
     """The count equals what PyTorch's counter sees, forward and backward, to the last multiply-add."""
     rng = random.Random(6)
     model = network(rng, projections, layers=5).float()
-    batch = random_batch(rng, task, model.config)
-    for name in PLANS:
-        for k in range(3):
-            plan = make_plan(name, 5, k)
-            # On a CPU the counter does not know the fused kernel, only the matmuls of the plain one.
-            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                model(batch, plan)[1].backward()
-            assert counter.get_total_flops() == len(batch.tokens) * flops(model.config, task, plan), (name, k)
+    for image_loss, name, k in product((False, True), PLANS, range(3)):
+        batch, plan = random_batch(rng, task, model.config, image_loss=image_loss), make_plan(name, 5, k)
+        # On a CPU the counter does not know the fused kernel, only the matmuls of the plain one.
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(batch, plan)[1].backward()
+        assert counter.get_total_flops() == len(batch.tokens) * flops(model.config, task, plan, image_loss), (name, k)
 
 
 def test_flops_by_hand():
