@@ -18,7 +18,6 @@ import zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -123,12 +122,6 @@ class Thing(NamedTuple):
         return self.colour, self.shape
 
 
-@lru_cache(None)
-def stated(fields):
-    """A function of a Thing that tells what these fields of it are."""
-    return attrgetter(*fields)
-
-
 @dataclass(frozen=True)
 class World:
     image_size: int             # pixels, height = width
@@ -188,9 +181,8 @@ class Shapes:
     def __init__(self, preset="cpu"):
         w = self.world = WORLDS[preset]
         self.image_size, self.cell = w.image_size, w.image_size // w.grid
-        self.cells = ["middle"] if w.grid == 1 else [
-            f"{row} {column}".replace("middle middle", "middle") for row in self._thirds("top", "bottom")
-            for column in self._thirds("left", "right")]
+        rows, columns = ([first] + ["middle"] * (w.grid - 2) + [last] for first, last in (("top", "bottom"), ("left", "right")))
+        self.cells = [f"{row} {column}".replace("middle middle", "middle") for row in rows for column in columns]
         # The transfer split: pairs that understanding never sees in training but generation does, and vice versa.
         self.held_out = {task: {((2 * i + t) % w.colours, i % w.shapes) for i in range(w.colours // 2)}
                          for t, task in enumerate(("und", "gen"))}
@@ -208,9 +200,6 @@ class Shapes:
             room = np.pad(masks[t.size, t.shape], w.jitter)
             mask = room[w.jitter - t.dy:, w.jitter - t.dx:][:self.cell, :self.cell, None]
             self.bank[i] = np.round(mask * ink[t.colour] + (1 - mask) * paper)
-
-    def _thirds(self, first, last):
-        return [first] + ["middle"] * (self.world.grid - 2) + [last]
 
     # ---- scenes and pictures
 
@@ -292,7 +281,7 @@ class Shapes:
 
     def refer(self, rng, scene, thing, *options):
         """A phrase that only `thing` fits, made from one of the options (tuples of fields), or None."""
-        fits = [f for f in options if list(map(stated(f), scene)).count(stated(f)(thing)) == 1]
+        fits = [f for f in options if list(map(attrgetter(*f), scene)).count(attrgetter(*f)(thing)) == 1]
         return "the " + self.phrase(thing, rng.choice(fits)) if fits else None
 
     def caption(self, rng, scene, about=None):
@@ -324,7 +313,7 @@ class Shapes:
     def fulfilled(self, caption, wanted, seen):
         """How many of the wanted objects are seen as the caption states them, and whether the picture is all right:
         exactly these objects and, where a relation is stated, in that relation."""
-        told = stated(CAPTIONS[caption.kind])
+        told = attrgetter(*CAPTIONS[caption.kind])
         want, have = Counter(map(told, wanted)), Counter(map(told, seen))
         right = want == have
         if right and caption.relation:
@@ -337,9 +326,7 @@ class Shapes:
         """One Question of this kind, or None where the scene has none. `avoid`: (colour, shape) pairs never named;
         `about`: the pairs that the question has to be about (for the transfer split)."""
         things = [t for t in scene if not about or t.pair in about]
-        if not things and not (about and kind == "existence"):
-            return None
-        thing = rng.choice(things) if things else None
+        thing = rng.choice(things)
         if kind == "place" and len(scene) == 1:                         # where something is, is no question then
             return None
         if kind in NAMED_BY:
@@ -380,9 +367,10 @@ class Shapes:
         """Is there ...? Half of the answers are no, and most of these are hard, as in POPE (Li et al. 2023): the
         companion of an object that is there, or the colour of one object with the shape of another."""
         fields = ("colour", "shape") if about or rng.random() < .6 else rng.choice((("colour",), ("shape",)))
-        if rng.randrange(2) and thing:
+        if rng.randrange(2):
             return ask(rng, "existence", "yes", self.phrase(thing, fields))
-        present = set(map(stated(fields), scene))
+        look = attrgetter(*fields)
+        present = set(map(look, scene))
         for _ in range(50):
             a, b, how = rng.choice(scene), rng.choice(scene), rng.randrange(3)
             pair = ((a.colour, b.shape) if how == 0 else self.companion(a) if how == 1 else
@@ -390,7 +378,7 @@ class Shapes:
             if about:
                 pair = rng.choice(sorted(about))
             absent = Thing(0, *pair, 0)
-            if stated(fields)(absent) not in present and (len(fields) == 1 or pair not in avoid):
+            if look(absent) not in present and (len(fields) == 1 or pair not in avoid):
                 return ask(rng, "existence", "no", self.phrase(absent, fields))
         return None
 
@@ -558,16 +546,7 @@ INK = [(40, 100, 190), (225, 120, 30), (50, 150, 80), (190, 50, 60)]
 def contact_sheet(pixels, texts, path, columns=6, size=160, wrong=()):
     """Pictures in a grid, each over its lines of text, those in `wrong` framed in red, as a PNG."""
     font = ImageFont.load_default(12)
-    wrapped = []
-    for text in texts:
-        lines = []
-        for line in text.split("\n"):
-            words = line.split(" ")
-            while words:
-                k = next((k for k in range(len(words), 1, -1) if font.getlength(" ".join(words[:k])) <= size), 1)
-                lines.append(" ".join(words[:k]))
-                words = words[k:]
-        wrapped.append(lines)
+    wrapped = [[part for line in text.split("\n") for part in textwrap.wrap(line, size // 6) or [""]] for text in texts]
     gap, rows = 12, [range(i, min(i + columns, len(wrapped))) for i in range(0, len(wrapped), columns)]
     heights = [size + 12 + 15 * max(len(wrapped[i]) for i in row) for row in rows]
     sheet = Image.new("RGB", (gap + columns * (size + gap), gap + sum(heights) + gap * len(rows)), "white")

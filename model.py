@@ -19,7 +19,7 @@ from prune import PLANS, SIZES, SOME, Layout, Size, make_plan, positions
 from tokenizer import Tokenizer, check_sizes, fitting, read
 
 INSTRUCTION_WEIGHT = .2     # of a question's token in the loss, where an output token has 1. The paper's eq. 1 counts both
-                            # alike, but here a question has five times as many tokens as its answer. Captions do not count;
+                            # alike, but here three targets in four would be a question's. Captions do not count;
                             # images that are only looked at do with image_loss, each token as much as one of a question
 
 PROJECTIONS = {"shared": ["text"], "image": ["text", "image"], "task": ["text", "und", "gen"]}      # and whose they are
@@ -44,8 +44,9 @@ class Config(Size):
             raise ValueError(f"{self.side}x{self.side} image tokens do not fit layouts {self.und}, {self.gen}")
         if self.width % (2 * self.heads):
             raise ValueError(f"width {self.width} has to be a multiple of twice the number of heads, {self.heads}")
-        if self.projections not in PROJECTIONS:
-            raise ValueError(f"projections {self.projections!r}: expected one of {', '.join(PROJECTIONS)}")
+        if self.projections not in PROJECTIONS or type(self.image_loss) is not bool:
+            raise ValueError(f"projections {self.projections!r}, image_loss {self.image_loss!r}: expected one of "
+                             f"{', '.join(PROJECTIONS)}, and True or False")
 
 
 class Batch(NamedTuple):
@@ -57,7 +58,7 @@ class Batch(NamedTuple):
     places: torch.Tensor            # (B, N) rotary positions
     turns: torch.Tensor             # (B, N) 0: seen by all that follow; t > 0: seen within question t; -1: padding
     targets: torch.Tensor           # (B, N) the token that should follow, -1 where none is asked for
-    weights: torch.Tensor           # (B, N) of a target in the loss: 1 where it is output, less for an instruction
+    weights: torch.Tensor           # (B, N) of a target in the loss: 1 where it is output, else INSTRUCTION_WEIGHT
 
     def rows(self, index):
         return self._make((*self[:3], *(x[index] for x in self[3:])))
@@ -74,36 +75,34 @@ class Batch(NamedTuple):
         return ((order <= order[start:stop, None]) & ((key == 0) | (key == query)))[:, None]
 
 
-def understanding(tokenizer, codes, turns, length, image_loss=False):
+def understanding(tokenizer, codes, asked, length, image_loss=False):
     """[bos][und] image, then as many (question, answer) pairs as fit into `length` tokens.
 
-    codes: (B, M); turns: for each picture a list of (question, answer) strings; image_loss: predict the image tokens, too
+    codes: (B, M); asked: for each picture a list of (question, answer) strings; image_loss: predict the image tokens, too
     (the paper's eq. 1). ValueError where not even one fits.
     """
-    rows, m = [], codes.size(1)
-    for pairs in turns:
-        tokens, places, numbers, targets, weights = [], [], [], [], []
-        for number, (question, answer) in enumerate(pairs, 1):
+    rows, before = [], 2 + codes.size(1)
+    for image, pairs in zip((codes + tokenizer.first_code).tolist(), asked):
+        tokens, places, turns = [tokenizer.bos, tokenizer.und, *image], [*range(before)], [0] * before
+        targets = [-1, *image, -1] if image_loss else [-1] * before
+        weights = [INSTRUCTION_WEIGHT * (target >= 0) for target in targets]
+        for turn, (question, answer) in enumerate(pairs, 1):
             question, answer = tokenizer.ids(question), tokenizer.ids(answer) + [tokenizer.eos]
             n = len(question) + len(answer)
-            if len(tokens) + n > length:
-                if number == 1:
+            if len(tokens) + n > before + length:
+                if turn == 1:
                     raise ValueError(f"a question and its answer have {n} tokens, the model takes {length}")
                 break
             tokens += question + answer
-            places += range(2 + m, 2 + m + n)               # every question stands as if it came right after the image
-            numbers += [number] * n
+            places += range(before, before + n)             # every question stands as if it came right after the image
+            turns += [turn] * n
             targets += question[1:] + answer + [-1]
             weights += [INSTRUCTION_WEIGHT] * (len(question) - 1) + [1.] * len(answer) + [0.]
-        rest = length - len(tokens)
-        rows.append((tokens + [tokenizer.pad] * rest, places + [0] * rest, numbers + [-1] * rest,
+        rest = before + length - len(tokens)
+        rows.append((tokens + [tokenizer.pad] * rest, places + [0] * rest, turns + [-1] * rest,
                      targets + [-1] * rest, weights + [0.] * rest))
-    *text, counted = (torch.from_numpy(np.array(x)) for x in zip(*rows))        # torch.tensor is slow on nested lists
-    b, image = len(codes), codes + tokenizer.first_code
-    ahead = F.pad(image, (1, 1), value=-1) if image_loss else torch.full((b, 2 + m), -1)
-    head = [torch.cat([torch.tensor([[tokenizer.bos, tokenizer.und]]).expand(b, 2), image], 1),
-            torch.arange(2 + m).expand(b, -1), torch.zeros(b, 2 + m, dtype=torch.long), ahead, INSTRUCTION_WEIGHT * (ahead >= 0)]
-    return Batch("und", Layout(2, m, length), image_loss, *(torch.cat(x, 1) for x in zip(head, [*text, counted.float()])))
+    *whole, weights = (torch.from_numpy(np.array(x)) for x in zip(*rows))       # torch.tensor is slow on nested lists
+    return Batch("und", Layout(2, before - 2, length), image_loss, *whole, weights.float())
 
 
 def generation(tokenizer, codes, captions, length):
@@ -126,12 +125,12 @@ def generation(tokenizer, codes, captions, length):
                  (targets >= 0).float())
 
 
-def sequences(task, tokenizer, split, c, image_loss=False):
+def sequences(task, tokenizer, split, c):
     """All pictures of a data.Split as one Batch of a task. ValueError where a text does not fit."""
     codes = tokenizer.encode(split.pixels)
     if task == "und":
         turns = [[(q.text, q.answer) for q in questions] for questions in split.questions]
-        return understanding(tokenizer, codes, turns, c.und.after, image_loss)
+        return understanding(tokenizer, codes, turns, c.und.after, c.image_loss)
     return generation(tokenizer, codes, [caption.text for caption in split.captions], c.gen.before)
 
 
@@ -254,9 +253,9 @@ class Model(nn.Module):
         return self.cos[places][:, None], self.sin[places][:, None]     # (B, 1, n, Dh)
 
     def hidden(self, batch, plan, start=0, stop=None, cache=None):
-        """Final states of the tokens from start to stop: of text (B, t, d) and of the image (B, m, d). What the plan
-        drops enters no matmul. `cache` (see new_cache) has the keys and values of the tokens before start and takes in
-        those of the new ones; without one, start is 0 and stop the end.
+        """Final states of the tokens from start to stop, (B, stop - start, d). What the plan drops enters no matmul.
+        `cache`, a LayerCache for each layer, has the keys and values of the tokens before start and takes in those of
+        the new ones; without one, start is 0 and stop the end.
 
         Inside, text comes first and the image last, so that each is one slice; attention minds only the mask.
         """
@@ -269,6 +268,8 @@ class Model(nn.Module):
         rope = [text_first(r, new, 2) for r in self.rope(batch, start, stop)]
         visible = text_first(text_first(batch.visible(start, stop), new, 2), batch.layout, 3)
 
+        # What a layer of each rule works on: which new image tokens are queries and which keys (as slices of them: every
+        # stride-th, counted from the image's first), the rotations of both, and (B, 1, queries, keys) what a query sees.
         views = {}
         for rule in set(plan):
             kept, none = slice(-passed % rule.stride, new[1], rule.stride), slice(0, 0, 1)
@@ -294,19 +295,16 @@ class Model(nn.Module):
                 k, v = cache[i].extended(k, v, t, start - passed, len(range(0, passed, rule.stride)))
             x = block.update(x, F.scaled_dot_product_attention(q, k, v, attn_mask=allowed))
         image = image.slice_scatter(x[:, t:], 1, taking_part.start, taking_part.stop, taking_part.step)
-        return x[:, :t], image
+        return torch.cat([x[:, :new[0]], image, x[:, new[0]:t]], 1)     # in the order of the sequence again
 
     def forward(self, batch, plan):
         """Logits (B, n, vocab) of the n positions that `aimed` names, and the loss."""
-        text, image = self.hidden(batch, plan)
-        before = batch.layout.before
-        x = torch.cat([text[:, :before], image, text[:, before:]], 1)
-        return self.loss(x[:, aimed(batch)], batch)
+        return self.loss(self.hidden(batch, plan), batch)
 
     def loss(self, x, batch):
-        """Logits, and the mean cross-entropy of output tokens, to which instruction tokens add by their weight."""
+        """Logits, and the mean cross-entropy of output tokens, to which other targets add by their weight."""
+        x, targets, weights = (y[:, aimed(batch)] for y in (x, batch.targets, batch.weights))
         logits = self.head(self.norm(x))
-        targets, weights = batch.targets[:, aimed(batch)], batch.weights[:, aimed(batch)]
         each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
         return logits, (each * weights.flatten()).sum() / (weights == 1).sum()
 
@@ -331,14 +329,11 @@ class Model(nn.Module):
             scores = q @ k.mT / math.sqrt(q.size(-1))
             attention.append(scores.masked_fill(~(visible & keys), -math.inf).softmax(-1))
             x = torch.where(queries[:, None], block.update(x, attention[-1] @ v), x)
-        return *self.loss(x[:, aimed(batch)], batch), attention
+        return *self.loss(x, batch), attention
 
     def next_logits(self, batch, plan, start, stop, cache):
         """Logits (B, vocab) for the token at `stop`, after reading the tokens from start on into the cache."""
-        text, image = self.hidden(batch, plan, start, stop, cache)
-        before, m, _ = batch.layout
-        last = image if before < stop <= before + m else text
-        return self.head(self.norm(last[:, -1]))
+        return self.head(self.norm(self.hidden(batch, plan, start, stop, cache)[:, -1]))
 
     @torch.no_grad()
     def generate(self, batch, plan, start, choose):

@@ -39,32 +39,27 @@ def segments(batch):
 @torch.no_grad()
 def allocation(model, batch, plan, chunk=16):
     """Attention shares by layer (sec. 4.1): alpha_S = the mean, over heads and queries, of the attention that a query
-    pays to segment S. Two dictionaries {segment: [per layer]}: over all queries, and over those alone whose output is
-    a target (which is what the model is asked for). Also the attention of the first sequence, mean over heads.
+    pays to segment S. Two dictionaries {segment: [per layer]}: over all queries, and over those alone that have
+    to predict output (which is what the model is asked for). Also the attention of the first sequence, mean over heads.
 
     Tokens that a layer skips ask nothing in it and are not counted. In each layer the shares sum to 1.
     """
-    totals, first = {}, None
+    totals, counts, first = torch.zeros(2, len(plan), len(SEGMENTS)), torch.zeros(2, len(plan), 1), None
     for i in range(0, len(batch.tokens), chunk):
         rows = batch.rows(slice(i, i + chunk))
         _, _, attention = model.forward_masked(rows, plan)
+        keys = torch.stack([*segments(rows).values()], 2).type_as(attention[0])             # (B, N, segments)
+        asks = torch.zeros(len(plan), *rows.turns.shape, dtype=torch.bool, device=rows.turns.device)
+        for layer, rule in enumerate(plan):
+            asks[layer, :, positions(rule, rows.layout)[0]] = True
         if first is None:
-            first = [a[0].mean(0).cpu() for a in attention]
-            for a, rule in zip(first, plan):                            # a token that skips the layer asks nothing
-                a[sorted(set(range(len(a))) - set(positions(rule, rows.layout)[0]))] = 0
-        parts = segments(rows)
-        for layer, (a, rule) in enumerate(zip(attention, plan)):
-            asks = torch.zeros_like(rows.turns, dtype=torch.bool)
-            asks[:, positions(rule, rows.layout)[0]] = True
-            asks &= rows.turns >= 0
-            for which, queries in (("all", asks), ("output", asks & (rows.weights == 1))):
-                for name, keys in parts.items():
-                    paid = (a.mean(1) * keys[:, None]).sum(2)           # (B, N), by query
-                    total = totals.setdefault((which, name), [[0., 0] for _ in plan])[layer]
-                    total[0] += paid[queries].sum().item()
-                    total[1] += queries.sum().item()
-    return *({name: [s / n if n else 0. for s, n in totals[which, name]] for name in SEGMENTS}
-             for which in ("all", "output")), first
+            first = [(a[0].mean(0) * own[0, :, None]).cpu() for a, own in zip(attention, asks)]
+        for layer, (a, own) in enumerate(zip(attention, asks & (rows.turns >= 0))):
+            paid = a.mean(1) @ keys                                     # (B, N, segments), by query
+            for k, queries in enumerate((own, own & (rows.weights == 1))):
+                totals[k, layer] += paid[queries].sum(0).cpu()
+                counts[k, layer] += queries.sum().cpu()
+    return *(dict(zip(SEGMENTS, shares.T.tolist())) for shares in totals / counts.clamp(min=1)), first
 
 
 def heatmaps(attention, batch, path, columns):
@@ -78,7 +73,7 @@ def heatmaps(attention, batch, path, columns):
         real = (batch[task].turns[0] >= 0).cpu()
         bounds = [(name, torch.nonzero(part[0].cpu()[real]).flatten()) for name, part in segments(batch[task]).items()]
         for column, layer in enumerate(np.linspace(0, len(layers) - 1, columns).round().astype(int)):
-            a = layers[layer][real][:, real].clamp(min=0).nan_to_num().numpy()
+            a = layers[layer][real][:, real].numpy()
             level = (np.log10(a.clip(1e-4)) + 4) / 4 * (len(stops) - 1)
             low = level.astype(int).clip(0, len(stops) - 2)
             colours = stops[low] + (stops[low + 1] - stops[low]) * (level - low)[..., None]

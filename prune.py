@@ -37,8 +37,8 @@ PLANS = (*EVERY, *SOME)
 
 def make_plan(name, layers, shallow=1):
     """The plan of that name: `layers` Rules. `shallow` is HMGen's K: as many layers in the middle, alternating with full
-    ones; the first and the last layer are always full (sec. 5.2). "skip" takes 2 K layers in a row there, "early" the last
-    2 K. ValueError where they do not fit."""
+    ones; its first and last layer are always full (sec. 5.2). "skip" takes the 2 K layers in the middle (with 2 K + 1 layers
+    all but the first), "early" the last 2 K. ValueError where they do not fit."""
     if name in EVERY:
         return (EVERY[name],) * layers
     if name not in SOME:
@@ -87,17 +87,19 @@ class Size:
     und: Layout             # [bos][und] image | questions and answers
     gen: Layout             # [bos][gen] caption | image
     hidden: int = 4         # width of the FFN, as a multiple of the model's
+    image_loss: bool = False    # understanding predicts its image tokens, too (the paper's eq. 1)
 
 
-def flops(size, task, plan, image_loss=False):
+def flops(size, task, plan):
     """Floating-point operations of forward and backward for one sequence: every matmul, two for each multiply-add.
 
     A layer with q queries and k keys (d = width, h = hidden): Q and output projections 2 q d^2, K and V projections
     2 k d^2, scores and their use 2 q k d, FFN 2 h q d^2 multiply-adds; the head d * vocab for every position that can
-    have a target (with image_loss those of understanding's image and one beside it, too). The backward pass costs twice the forward pass: one product for the input, one for the weights.
+    have a target (with image_loss also understanding's image and the token before it). The backward pass costs twice the
+    forward pass: one product for the input, one for the weights.
     """
     layout, d = getattr(size, task), size.width
-    total = d * size.vocab * (layout.image if task == "gen" else layout.after + image_loss * (1 + layout.image))
+    total = d * size.vocab * (layout.image if task == "gen" else layout.after + size.image_loss * (1 + layout.image))
     for rule in plan:
         q, k = map(len, positions(rule, layout))
         total += 2 * q * d * d + 2 * k * d * d + 2 * q * k * d + 2 * size.hidden * q * d * d
@@ -124,15 +126,14 @@ COLOURS = {"text": (70, 120, 190), "hidden": (240, 150, 40), "embedding": (90, 1
 def draw_mask(rule, layout, cell):
     """The mask of a layer as a picture: rows are queries, columns keys; colours tell what a key is, grey rows are
     tokens that skip the layer."""
-    seen, n = mask(rule, layout), sum(layout)
-    queries = set(positions(rule, layout)[0])
+    n = sum(layout)
     picture = Image.new("RGB", (n * cell, n * cell), "white")
     draw = ImageDraw.Draw(picture)
-    for i in range(n):
+    for i, seen in enumerate(mask(rule, layout)):
         for j in range(n):
             is_image = layout.before <= j < layout.before + layout.image
-            name = "skipped" if i not in queries else rule.keys if is_image else "text"
-            if seen[i, j] or i not in queries:
+            name = "skipped" if not seen.any() else rule.keys if is_image else "text"
+            if seen[j] or not seen.any():
                 draw.rectangle((j * cell, i * cell, (j + 1) * cell - 2, (i + 1) * cell - 2), fill=COLOURS[name])
     return picture
 
@@ -141,18 +142,16 @@ def draw_plans(path, cell=8):
     """Fig. 4: the masks of every kind of layer, small sequences of both tasks."""
     font = ImageFont.load_default(13)
     some = [(f"{', '.join(name for name in SOME if SOME[name] == rule)}: some layers", rule) for rule in dict.fromkeys(SOME.values())]
-    kinds = [("und", "dense", FULL), ("und", "himix: every layer", HIMIX), ("gen", "dense; others' full layers", FULL)]
-    kinds += [(task, title, rule) for task in ("und", "gen") for title, rule in some]
-    layouts = {"und": Layout(2, 9, 6), "gen": Layout(6, 9, 0)}
+    rows = ((Layout(2, 9, 6), [("dense", FULL), ("himix: every layer", HIMIX), *some]),                 # understanding
+            (Layout(6, 9, 0), [("dense; others' full layers", FULL), *some]))                          # generation
     step = 17 * cell + 50
     sheet = Image.new("RGB", (step * (len(some) + 2), 2 * (step + 20) + 30), "white")
     draw = ImageDraw.Draw(sheet)
-    places = {"und": 0, "gen": 0}
-    for task, title, rule in kinds:
-        x, y = 20 + step * places[task], 24 + (step + 20) * (task == "gen")
-        places[task] += 1
-        draw.text((x, y - 18), title, (40, 40, 40), font)
-        sheet.paste(draw_mask(rule, layouts[task], cell), (x, y))
+    for row, (layout, kinds) in enumerate(rows):
+        for column, (title, rule) in enumerate(kinds):
+            x, y = 20 + step * column, 24 + (step + 20) * row
+            draw.text((x, y - 18), title, (40, 40, 40), font)
+            sheet.paste(draw_mask(rule, layout, cell), (x, y))
     words = {"text": "text key", "hidden": "image key: hidden state", "embedding": "image key: original embedding",
              "skipped": "token skips the layer"}
     x, y = 20, sheet.height - 26
@@ -175,20 +174,19 @@ def main():
           "before, in and after the image\nforward + backward of one sequence, GFLOP, and as a ratio to dense: every matmul "
           "counted, and by the paper's formula\n")
     print(f"{'plan':12}{'layers':>{size.layers + 2}}  " + "".join(f"{t:>24}" for t in ("understanding", "generation")))
+    dense = make_plan("dense", size.layers)
+
+    def costs(task, plan):
+        total = flops(size, task, plan)
+        return (f"{total / 1e9:10.3f}{total / flops(size, task, dense):7.2f}"
+                f"{paper_cost(size, task, plan) / paper_cost(size, task, dense):7.2f}")
+
     for name in PLANS:
         for shallow in range(1, most + 1) if name in SOME else [0]:
             plan = make_plan(name, size.layers, shallow)
             letters = "".join("F" if rule == FULL else name[0] for rule in plan)
-            line = f"{name + (f' K={shallow}' if name in SOME else ''):12}{letters:>{size.layers + 2}}  "
-            for task in ("und", "gen"):
-                dense = (FULL,) * size.layers
-                if task == "gen" and name == "himix":
-                    line += f"{'impossible':>24}"
-                    continue
-                total = flops(size, task, plan)
-                line += (f"{total / 1e9:10.3f}{total / flops(size, task, dense):7.2f}"
-                         f"{paper_cost(size, task, plan) / paper_cost(size, task, dense):7.2f}")
-            print(line)
+            print(f"{name + (f' K={shallow}' if name in SOME else ''):12}{letters:>{size.layers + 2}}  {costs('und', plan)}"
+                  + (costs("gen", plan) if name != "himix" else f"{'impossible':>24}"))
     draw_plans(args.out)
     print(f"\n{args.out}: what each kind of layer lets tokens see (fig. 4)")
 

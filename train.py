@@ -200,9 +200,9 @@ def run(options, resume, device):
         vq = tokenizer.vq
         c = Config(tokenizer.vocab, size.layers, size.width, Layout(2, vq.side ** 2, after), Layout(before, vq.side ** 2, 0),
                    hidden=size.hidden, heads=preset.heads, side=vq.side, first_code=tokenizer.first_code,
-                   projections=options["projections"])
+                   projections=options["projections"], image_loss=options["image_loss"])
         # All sequences of a task are one Batch that stays on the device: a step only picks rows.
-        sets = {task: sequences(task, tokenizer, without_some_captions(split, seed), c, options["image_loss"]).to(device)
+        sets = {task: sequences(task, tokenizer, without_some_captions(split, seed), c).to(device)
                 for task, split in splits.items()}
     except ValueError as error:
         fail(f"--data {options['data']}: {error}")
@@ -255,7 +255,7 @@ def run(options, resume, device):
         torch._dynamo.reset()                                           # of a table, the last run's code
     forward = torch.compile(model, dynamic=False) if options["compile"] else model
     tokens = options["batch_size"] * sum(sum(s.layout) for s in sets.values())
-    operations = options["batch_size"] * sum(flops(c, task, plans[task], options["image_loss"]) for task in tasks)
+    operations = options["batch_size"] * sum(flops(c, task, plans[task]) for task in tasks)
     peak = next((p for name, p in PEAKS.items() if on_gpu and torch.cuda.get_device_name().startswith(name)), None)
     if first:
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {tokens} tokens and "
@@ -315,7 +315,7 @@ def run(options, resume, device):
     if rows:                                                            # the checkpoint may have come without its log
         line_chart({name: [(r["step"], r[key]) for r in rows] for key, name in
                     (("loss_und", "understanding"), ("loss_gen", "generation")) if rows[0][key] is not None},
-                   "training loss (nats per output token)", "step").save(out / "loss.png")
+                   "training loss (nats per output token, instructions added)", "step").save(out / "loss.png")
     found = {"options": options, "step": steps}
     print(evaluation.summary(evaluation.evaluate(model, tokenizer, found, dataset, plans, out,
                                               evaluation.sampling_for(options["data"]))))
@@ -346,7 +346,7 @@ def completed(given, device):
     options.setdefault("shallow", max(1, SIZES[options["preset"]].layers // 4))         # the paper's K = 5 costs .75 of dense
     options.setdefault("compile", device.type == "cuda" and find_spec("triton") is not None)
     options.setdefault("tokenizer", tokenizer)
-    options.setdefault("out", tokenizer.replace("tokenizer", options["objective"]).removesuffix(".pt"))
+    options.setdefault("out", tokenizer.replace("tokenizer", options["objective"], 1).removesuffix(".pt"))
     return options
 
 
@@ -469,8 +469,8 @@ def noise(task, c, rows):
     before, m, after = layout = getattr(c, task)
     tokens = torch.randint(c.first_code, (rows, before + m + after))
     tokens[:, before:before + m] += c.first_code
-    return Batch(task, layout, task == "gen", tokens, torch.arange(sum(layout)).expand(rows, -1), torch.zeros_like(tokens), tokens.roll(-1, 1),
-                 torch.ones(tokens.shape))
+    return Batch(task, layout, task == "gen", tokens, torch.arange(sum(layout)).expand(rows, -1), torch.zeros_like(tokens),
+                 tokens.roll(-1, 1), torch.ones(tokens.shape))
 
 
 def bench_step(task, plan, c, rows, device, compiled, muon=True):

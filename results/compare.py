@@ -3,14 +3,17 @@
     pip install transformers && python results/compare.py [--preset gpu --device cuda --compile]
 
 ours, ours with AdamW alone, a GPT written the usual way (nanoGPT's structure: LayerNorm, one QKV product, GELU, learned
-positions, tied head, logits and loss at every position, AdamW) and `transformers`' Llama (SwiGLU as wide as needed for as many
-weights, AdamW). Ours has its mask of packed questions, QK norm and rotary positions, and computes logits only where there may be a target. Medians of
-interleaved repeats. Writes results/compare-DEVICE.json.
+positions, tied head, logits and loss at every position, AdamW) and `transformers`' Llama (SwiGLU as wide as needed for as
+many weights, AdamW). Ours has its mask of packed questions, QK norm and rotary positions, and computes logits only where
+there may be a target. Medians of interleaved repeats. Writes results/compare-DEVICE.json.
 """
 import argparse
 import json
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from data import command, fail
 
 import torch
 import torch.nn as nn
@@ -18,8 +21,6 @@ import torch.nn.functional as F
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import command, fail
 from eval import SPEED, hardware, markdown, speed, speed_cells, timed
 from prune import SIZES, make_plan
 from tokenizer import pick_device, write
