@@ -4,7 +4,7 @@
 
 Understanding alone, generation alone and both, dense, with half the steps of the table; as it is and at twice the depth,
 both are also reduced. A condition is a `patch` of the constant, the data set or the model that it is about. Writes
-results/regimes-PRESET.md, .json and .png.
+results/FOLDER-PRESET.md, .json and .png.
 """
 import argparse
 import json
@@ -166,7 +166,7 @@ def table(folder, every, preset):
                    if (some := evaluation.values(runs(name, how, path[0]), path))}
             for what, path in columns.items()}
     text = "\n\n".join(parts)
-    path = f"results/regimes-{preset}"
+    path = f"results/{folder.resolve().name}-{preset}"
     write(f"{path}.md", text + "\n")
     write(f"{path}.json", json.dumps({"titles": titles, "runs": found}))
     strip_chart([title for title, *_ in rows], dots).save(f"{path}.png")

@@ -146,7 +146,7 @@ def test_regimes_change_what_they_say_and_nothing_else(tmp_path):
     """A condition's runs differ from those of `base` where its patch tells them to, and the patch is gone afterwards."""
     args = (tmp_path / "runs", "base", "few-und", "read", "--preset", "tiny", "--steps", 10, "--device", "cpu")
     first = script("results/regimes.py", *args, folder=tmp_path)
-    found = json.loads((tmp_path / "results" / "regimes-tiny.json").read_text())["runs"]
+    found = json.loads((tmp_path / "results" / "runs-tiny.json").read_text())["runs"]
     assert {name: set(runs) for name, runs in found.items()} == {
         "base": {"und", "gen", "joint", "reduced", "skip"}, "few-und": {"und", "joint"}, "read": {"und", "joint", "gen"}}
     losses = {name: runs["und"]["seed0"]["und"]["loss"] for name, runs in found.items()}
