@@ -88,9 +88,6 @@ def conditions(options, device):
     def fewer(task):
         return patch.object(train.PRESETS[preset], "scenes", scenes | {task: few[task]})
 
-    def layers(n):
-        return patch.dict(SIZES, {preset: replace(size, layers=n)})
-
     return {"base": ("as it is", nullcontext(), tuple(RUNS)),
             "few-und": (f"{few['und']} pictures to understand, not {scenes['und']}", fewer("und"), und),
             "few-gen": (f"{few['gen']} pictures to generate, not {scenes['gen']}", fewer("gen"), gen),
@@ -102,8 +99,8 @@ def conditions(options, device):
             "read": ("text alone read first", read_first(options, device), every),
             "jitter": (f"objects up to {world.jitter + 1} pixels off their places, not {world.jitter}",
                        patch.dict(data.WORLDS, {preset: replace(world, jitter=world.jitter + 1)}), every),
-            "deep": (f"{2 * size.layers} layers, not {size.layers}", layers(2 * size.layers), tuple(RUNS)),
-            "shallow": (f"{size.layers // 2} layers, not {size.layers}", layers(size.layers // 2), every)}
+            "deep": (f"{2 * size.layers} layers, not {size.layers}",
+                     patch.dict(SIZES, {preset: replace(size, layers=2 * size.layers)}), tuple(RUNS))}
 
 
 def train_one(folder, name, run, options, device):
