@@ -179,6 +179,7 @@ def test_a_folder_of_images(tmp_path):
     (("train.py", "--batch-size", "6", "--accumulate", "4"), "multiple"),
     (("train.py", "--shallow", "1"), "--shallow 1"),
     (("train.py", "--objective", "und", "--projections", "task"), "--projections task"),
+    (("train.py", "--objective", "gen", "--image-loss"), "--image-loss"),
     (("train.py", "--seed", "-1"), "--seed -1"),
     (("train.py", "--seed", str(2 ** 70)), "--seed"),
     (("train.py", "--lr", "nan"), "--lr nan"),
