@@ -573,7 +573,8 @@ def table(folder, device):
     text, path = "\n\n".join(parts), f"results/{Path(folder).resolve().name}-{options['preset']}"
     write(f"{path}.md", text + "\n")
     write(f"{path}.json", json.dumps({"titles": {name: titles[name] for name in names}, "runs": found}))
-    shown = [name for name in names if where[name][0].name.startswith(f"{name}-seed")]  # under other plans: off the axes
+    most = max(map(len, found.values()))        # the picture: rows that have all seeds, under the plans they were trained with
+    shown = [name for name in names if len(found[name]) == most and where[name][0].name.startswith(f"{name}-seed")]
     shares = {f"{what}, %": {titles[name]: some for name in shown if (some := values(found[name], key))}
               for what, key in ACCURACIES.items()}
     if any(shares.values()):
