@@ -45,17 +45,17 @@ def allocation(model, batch, plan, chunk=16):
     Tokens that a layer skips ask nothing in it and are not counted. In each layer the shares sum to 1.
     """
     totals, counts, first = torch.zeros(2, len(plan), len(SEGMENTS)), torch.zeros(2, len(plan), 1), None
+    asks = torch.zeros(len(plan), sum(batch.layout), dtype=torch.bool, device=batch.tokens.device)
+    for layer, rule in enumerate(plan):
+        asks[layer, positions(rule, batch.layout)[0]] = True
     for i in range(0, len(batch.tokens), chunk):
         rows = batch.rows(slice(i, i + chunk))
         _, _, attention = model.forward_masked(rows, plan)
         keys = torch.stack([*segments(rows).values()], 2).type_as(attention[0])             # (B, N, segments)
-        asks = torch.zeros(len(plan), *rows.turns.shape, dtype=torch.bool, device=rows.turns.device)
-        for layer, rule in enumerate(plan):
-            asks[layer, :, positions(rule, rows.layout)[0]] = True
         if first is None:
-            first = [(a[0].mean(0) * own[0, :, None]).cpu() for a, own in zip(attention, asks)]
-        for layer, (a, own) in enumerate(zip(attention, asks & (rows.turns >= 0))):
-            paid = a.mean(1) @ keys                                     # (B, N, segments), by query
+            first = [(a[0].mean(0) * own[:, None]).cpu() for a, own in zip(attention, asks)]
+        for layer, (a, own) in enumerate(zip(attention, asks)):
+            paid, own = a.mean(1) @ keys, own & (rows.turns >= 0)       # (B, N, segments), by query; (B, N)
             for k, queries in enumerate((own, own & (rows.weights == 1))):
                 totals[k, layer] += paid[queries].sum(0).cpu()
                 counts[k, layer] += queries.sum().cpu()

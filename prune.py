@@ -129,11 +129,12 @@ def draw_mask(rule, layout, cell):
     n = sum(layout)
     picture = Image.new("RGB", (n * cell, n * cell), "white")
     draw = ImageDraw.Draw(picture)
-    for i, seen in enumerate(mask(rule, layout)):
+    for i, seen in enumerate(mask(rule, layout).tolist()):
+        skips = not any(seen)
         for j in range(n):
             is_image = layout.before <= j < layout.before + layout.image
-            name = "skipped" if not seen.any() else rule.keys if is_image else "text"
-            if seen[j] or not seen.any():
+            name = "skipped" if skips else rule.keys if is_image else "text"
+            if skips or seen[j]:
                 draw.rectangle((j * cell, i * cell, (j + 1) * cell - 2, (i + 1) * cell - 2), fill=COLOURS[name])
     return picture
 
