@@ -250,7 +250,8 @@ def hardware(device):
 # ------------------------------------------------------------------------------------------------ all of it
 
 def evaluate(model, tokenizer, found, dataset, plans, folder, sampling, suffix=""):
-    """Scores a run under plans {task: plan}, writes eval.json and samples.png into its folder, returns the scores.
+    """Scores a run under plans {task: plan} on validation data that its seed draws, writes eval.json and samples.png into its
+    folder, returns the scores.
 
     found: its checkpoint, or of it the "options" and the "step"; sampling: (guidance, temperature, top_k).
     """
@@ -261,7 +262,7 @@ def evaluate(model, tokenizer, found, dataset, plans, folder, sampling, suffix="
                          "parameters": sum(p.numel() for p in model.parameters()),
                          "examples": found["step"] * options["batch_size"]}, "n": {}}
     folder, shown, texts, framed = Path(folder), [], [], []
-    splits = {task: dataset.split(task, "val", samples[task]) for task in plans}
+    splits = {task: dataset.split(task, "val", samples[task], options["seed"]) for task in plans}
     rows = {task: sequences(task, tokenizer, split, c).to(device) for task, split in splits.items()}
     is_shapes = splits[next(iter(plans))].scenes is not None
     if "und" in plans:
@@ -269,7 +270,7 @@ def evaluate(model, tokenizer, found, dataset, plans, folder, sampling, suffix="
         scores["und"] = understanding_scores(results, loss)
         scores["n"]["und"] = len(results)
         if is_shapes:
-            split = dataset.split("und", "transfer", samples["und"])
+            split = dataset.split("und", "transfer", samples["und"], options["seed"])
             transfer, loss = answered(model, tokenizer, split, sequences("und", tokenizer, split, c).to(device), plans["und"])
             others = understanding_scores(transfer, loss)
             scores["und"] |= {"transfer_accuracy": others["accuracy"], "transfer_chance": others["chance"]}
@@ -287,7 +288,7 @@ def evaluate(model, tokenizer, found, dataset, plans, folder, sampling, suffix="
             rates, wrong = fulfilment(dataset, split, pixels)
             scores["gen"] |= rates
             ceiling |= fulfilment(dataset, split, again)[0]
-            transfer = dataset.split("gen", "transfer", samples["gen"])
+            transfer = dataset.split("gen", "transfer", samples["gen"], options["seed"])
             held = [tuple(t for t in scene if t.pair in dataset.held_out["gen"]) for scene in transfer.scenes]
             others = drawn(model, tokenizer, [x.text for x in transfer.captions], plans["gen"], *sampling)
             rates, _ = fulfilment(dataset, transfer._replace(scenes=held), others)
@@ -559,16 +560,20 @@ def table(folder, device):
         if rows:
             parts.append(f"{part}\n\n" + markdown(
                 ["run", "seeds", *(title for title, *_ in columns), *beside],
-                [[titles[name], str(len(found[name])), *cells, *(str(PAPER.get(name, (None,) * 4)[i] or "–") for i in beside.values())]
+                [[titles[name], ", ".join(found[name]), *cells, *(str(PAPER.get(name, (None,) * 4)[i] or "–") for i in beside.values())]
                  for name, cells in rows.items()]))
     answers = claims(found)
     if answers:
         parts.append("Claims\n\n" + markdown(
             ["claim", "difference in points, 95 % interval over seeds", "seeds", ""],
             [[claim, f"{mean:+.1f} ± {half:.1f}", str(n), answer] for claim, mean, half, n, answer in answers], "lrrl"))
-    n = {key: count for scores in every for key, count in scores["n"].items()}
+    n = defaultdict(set)
+    for scores in every:
+        for key, count in scores["n"].items():
+            n[key].add(count)
+    n = ", ".join(f"{key} {min(some)}" + (f" to {max(some)}" if len(some) > 1 else "") for key, some in n.items())
     machines = " / ".join(sorted({scores["hardware"] for scores in every}))
-    parts.append(f"Mean ± standard deviation over seeds; n = {n} for each seed; {machines}; preset {options['preset']}, "
+    parts.append(f"Mean ± standard deviation over seeds; n of each run: {n}; {machines}; preset {options['preset']}, "
                  f"{options['steps']} steps of {options['batch_size']} pictures of each task.")
     text, path = "\n\n".join(parts), f"results/{Path(folder).resolve().name}-{options['preset']}"
     write(f"{path}.md", text + "\n")

@@ -96,7 +96,7 @@ def probe(model, tokenizer, options, n):
     dataset, c = data_sets.load(options["data"], options["preset"]), model.config
     shares, attention, batches = {}, {}, {}
     for task, plan in plans_for(options, c.layers).items():
-        split = dataset.split(task, "val", n, questions=1)
+        split = dataset.split(task, "val", n, options["seed"], questions=1)
         batches[task] = sequences(task, tokenizer, split, c).to(model.embed.weight.device)
         every, output, attention[task] = allocation(model, batches[task], plan)
         shares[task] = every | {"output_queries": output}

@@ -193,7 +193,7 @@ def run(options, resume, device):
         fail(f"--data {options['data']}: the run to resume was trained on {resume['identity']}, this is {dataset.identity}")
     tokenizer.vq.to(device)
     splits = {t: dataset.split(t, "train", preset.scenes[t], seed, questions=10 if t == "und" else 0) for t in tasks}
-    seen = [*splits.values(), *(dataset.split(t, part, evaluation.SAMPLES[options["preset"]][t]) for t in tasks
+    seen = [*splits.values(), *(dataset.split(t, part, evaluation.SAMPLES[options["preset"]][t], seed) for t in tasks
                                 for part in (("val", "transfer") if splits[tasks[0]].scenes is not None else ("val",)))]
     try:
         after, before = text_lengths(tokenizer, seen, preset.text)
@@ -433,11 +433,11 @@ def run_row(name, out, options, device, first):
 
 def run_table(folder, seeds, given, device):
     """Every row of eval.table_rows, first the paper's with all seeds, then the controls; what is finished, or what another
-    process is at, is left alone, what was begun goes on."""
+    process is at, is left alone, what was begun goes on. Seeds are counted from 1: settings were chosen on seed 0."""
     first = not dist.is_initialized() or dist.get_rank() == 0
     usual, todo = completed(given, device), []
     rows = evaluation.table_rows(usual)
-    for seed, name in sorted(product(range(seeds), rows), key=lambda pair: pair[1] not in evaluation.PAPER):
+    for seed, name in sorted(product(range(1, seeds + 1), rows), key=lambda pair: pair[1] not in evaluation.PAPER):
         out = folder / f"{name}-seed{seed}"
         todo.append((name, out, completed({**given, **rows[name][1], "seed": seed, "out": str(out)}, device)))
         check({**todo[-1][-1], **evaluation.LATER.get(name, (None, {}))[1]})
@@ -608,7 +608,7 @@ def main():
     parser.add_argument("--out", help="the run's folder (default: out/OBJECTIVE)")
     parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out")
     parser.add_argument("--table", type=Path, metavar="DIR", help="train the paper's table 3 and controls into DIR")
-    parser.add_argument("--seeds", type=int, help="of --table (default: 1)")
+    parser.add_argument("--seeds", type=int, help="of --table: so many, from 1 on (default: 1)")
     parser.add_argument("--bench", action="store_true", default=False, help="time every plan instead of training")
     given = vars(parser.parse_args())
     device, resume, benchmark = given.pop("device"), given.pop("resume"), given.pop("bench")

@@ -101,7 +101,7 @@ def test_the_table_trains_what_is_missing(trained):
                              env=ENV, cwd=trained) for _ in range(2)]
     printed = [process.communicate(timeout=280)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], printed
-    trained_rows = [re.findall(r"(\S+-seed0)\n.*GFLOP a step", text) for text in printed]
+    trained_rows = [re.findall(r"(\S+-seed1)\n.*GFLOP a step", text) for text in printed]
     assert all(trained_rows) and sorted(sum(trained_rows, [])) == sorted(map(str, (trained / "table").iterdir()))
     assert any("another process is at it" in text for text in printed)
     first = max(printed, key=len)
