@@ -99,6 +99,8 @@ def conditions(options, device):
             "read": ("text alone read first", read_first(options, device), every),
             "jitter": (f"objects up to {world.jitter + 1} pixels off their places, not {world.jitter}",
                        patch.dict(data.WORLDS, {preset: replace(world, jitter=world.jitter + 1)}), every),
+            "narrow": (f"width {size.width // 2}, not {size.width}",
+                       patch.dict(SIZES, {preset: replace(size, width=size.width // 2)}), every),
             "deep": (f"{2 * size.layers} layers, not {size.layers}",
                      patch.dict(SIZES, {preset: replace(size, layers=2 * size.layers)}), tuple(RUNS))}
 
