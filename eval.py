@@ -1,23 +1,22 @@
-"""Scores of both tasks, the table of many runs beside the paper's, and answers and pictures on demand.
+"""Scores of one run for both tasks; answers and pictures on demand.
 
-    python eval.py out/joint                                     scores a run: eval.json and samples.png in its folder
-    python eval.py out/joint --gen-plan hmgen                    ... with a plan it was not trained with (cf. fig. 5)
+    python eval.py out/joint                    scores a run: eval.json, samples.png in its folder
+    python eval.py out/joint --gen-plan hmgen   ... with a plan it was not trained with (fig. 5)
     python eval.py out/joint --ask picture.png "what colour is the circle?"
     python eval.py out/joint --draw "top left a big red circle" --n 8
-    python eval.py --table out/table3                            the runs in that folder beside the paper's table 3
 """
 import argparse
 import json
 import math
-import platform
 import statistics
 import time
 from collections import Counter, defaultdict
-from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
-import data as data_sets                                            # before torch: it sets an environment variable
-from data import CAPTIONS, KINDS, command, contact_sheet, fail, strip_chart
+from common import (build_network, check_whole_numbers, contact_sheet, fail, frechet, hardware,
+                    open_picture, pick_device, read_checkpoint, refuse_errors, run_script,
+                    time_each, write_file)
 
 import numpy as np
 import torch
@@ -25,205 +24,252 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from model import aimed, answer, draw, generation, load, plans_for, sequences, understanding
-from prune import FULL, SIZES, flops, make_plan, paper_cost
-from tokenizer import pick_device, write
+import data
+from data import CAPTION_FIELDS, PRESETS, QUESTION_KINDS, Question
+from model import PROJECTIONS, Config, Model, generation, sequences, understanding
+from prune import make_plan, paper_cost, predicting
+from tokenizer import Tokenizer
 
-# How many validation pictures, by preset: with questions, with captions; of the transfer splits as many.
-SAMPLES = {"tiny": {"und": 40, "gen": 20}, "cpu": {"und": 1000, "gen": 400}, "gpu": {"und": 2000, "gen": 1000}}
-
-
-def sampling_for(data):
-    """Guidance, temperature and top-k of drawing unless told otherwise: see results/README.md, what was tried. A folder's
-    few pictures are known by heart, under the empty caption too: guidance leads astray there."""
-    return (1.5, .7, None) if data == "shapes" else (1., .1, None)
+BATCH = 64                                          # sequences that are scored at a time
+SHOWN = 18                                          # pictures of each task in samples.png
 
 
-# ------------------------------------------------------------------------------------------------ understanding
+# ---------------------------------------------------------------------------- answering and drawing
 
 @torch.no_grad()
-def answered(model, tokenizer, split, rows, plan, size=64):
-    """Which questions of a split the model answers right, word for word, when it decodes greedily. rows: its sequences.
+def answer(model, tokenizer, codes, question, plan, longest=24):
+    """One picture's codes (M,) and a question -> the answer, a string: the likeliest text token,
+    again and again, up to the end token or `longest` tokens. ValueError for too long a question."""
+    c, device = model.config, model.row.device
+    n, first = len(tokenizer.ids(question)), 2 + c.side ** 2
+    if not 0 < n < c.und_text:
+        raise ValueError(f"a question has {n} tokens, the model takes 1 to {c.und_text - 1}: "
+                         f"{question[:60]!r}")
+    length, start = min(n + longest, c.und_text), first + n
+    batch = understanding(tokenizer, codes[None], [[(question, "")]], length)
+    batch.segment_ids[:, first:] = 1                # what is to come belongs to the question
+    batch.position_ids[:, first:] = first + torch.arange(length)
+    tokens = model.generate(batch.to(device), plan, start,
+                            lambda logits: logits[:, :c.first_code].argmax(-1))
+    ids = tokens[0, start:].tolist()
+    if tokenizer.eos in ids:
+        ids = ids[:ids.index(tokenizer.eos)]
+    return tokenizer.string(ids).strip()
 
-    Answers are scored by teacher forcing: greedy decoding gives the right answer just when every one of its tokens,
-    the end included, is the likeliest after the right ones before it. Returns [(Question, right, what it said)] and the
-    mean loss (nats) of an answer token.
+
+def default_sampling(source):
+    """(guidance, temperature, top-k) of drawing: see study/README.md, what was tried. A folder's
+    few pictures are known by heart, with an empty caption, too: guidance leads astray there."""
+    return (1.5, .7, None) if source == "shapes" else (1., .1, None)
+
+
+@torch.no_grad()
+def draw(model, tokenizer, captions, plan, guidance=1., temperature=1., top_k=None, seed=0):
+    """Captions -> sampled codes (B, M).
+
+    guidance: classifier-free (Ho & Salimans 2022): logits of no caption + guidance * (those of the
+    caption - those of no caption). 1 draws from the model's own distribution; more follows the
+    caption more closely, for twice the cost. top_k: only the k likeliest codes. ValueError for a
+    caption that is too long.
     """
-    results, loss, outputs = [], 0., 0
-    for i in tqdm(range(0, len(rows.tokens), size), desc="answering", leave=False):
-        asked, some = split.questions[i:i + size], rows.rows(slice(i, i + size))
-        logits, _ = model(some, plan)
-        targets, turns, output = (x[:, aimed(some)] for x in (some.targets, some.turns, some.weights == 1))
-        loss += F.cross_entropy(logits[output].float(), targets[output], reduction="sum").item()
-        outputs += output.sum().item()
-        for questions, *columns in zip(asked, *(x.tolist() for x in (turns, output, logits.argmax(-1), targets))):
-            words = defaultdict(lambda: ([], []))
-            for turn, is_output, guess, target in zip(*columns):
-                if is_output:
-                    words[turn][0].append(guess)
-                    words[turn][1].append(target)
-            results += [(questions[turn - 1], guess == target, tokenizer.string(guess).strip())
-                        for turn, (guess, target) in words.items()]
-    return results, loss / outputs
+    c, device = model.config, model.row.device
+    generator = torch.Generator(device).manual_seed(seed)
+    n = len(captions)
+    texts = list(captions) + ([""] * n if guidance != 1 else [])
+    codes = torch.zeros(len(texts), c.side ** 2, dtype=torch.long)
+    batch = generation(tokenizer, codes, texts, c.gen_text).to(device)
+
+    def choose(logits):
+        logits = logits[:, c.first_code:].float()
+        if guidance != 1:
+            with_caption, without = logits.chunk(2)
+            logits = without + guidance * (with_caption - without)
+        if top_k:
+            least = logits.topk(min(top_k, logits.size(1))).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -math.inf)
+        probabilities = (logits / temperature).softmax(-1)
+        code = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        return c.first_code + code.repeat(len(texts) // n)
+
+    tokens = model.generate(batch, plan, c.gen_text, choose)
+    return tokens[:n, c.gen_text:] - c.first_code
 
 
-def share(flags):
+def draw_pictures(model, tokenizer, captions, plan, sampling, batch=200):
+    """Captions (strings) -> pictures (N, H, W, 3) uint8."""
+    pictures = []
+    for i in tqdm(range(0, len(captions), batch), desc="drawing", leave=False):
+        codes = draw(model, tokenizer, captions[i:i + batch], plan, *sampling, seed=i)
+        pictures.append(tokenizer.decode(codes))
+    return np.concatenate(pictures)
+
+
+# ---------------------------------------------------------------------------- understanding
+
+class Answered(NamedTuple):
+    question: Question
+    said: str               # by the model
+    right: bool
+
+
+@torch.no_grad()
+def answer_all(model, tokenizer, split, batch, plan):
+    """Answers all questions of a split. batch: its sequences, on the device.
+
+    Greedy decoding gives the right answer, word for word, just when each of the answer's tokens,
+    the end included, is the likeliest one after the right ones before it: one forward pass tells.
+    Returns [Answered], and the mean loss (nats) of an output token. """
+    answers, loss, outputs = [], 0., 0
+    for i in tqdm(range(0, len(batch.tokens), BATCH), desc="answering", leave=False):
+        rows = batch.rows(slice(i, i + BATCH))
+        logits, _ = model(rows, plan)
+        span = predicting(rows.layout, rows.image_loss)
+        is_output, targets = rows.is_output[:, span], rows.targets[:, span]
+        output_logits = logits[is_output].float()
+        loss += F.cross_entropy(output_logits, targets[is_output], reduction="sum").item()
+        outputs += is_output.sum().item()
+        # Of each output token: which picture and question it belongs to, target and prediction.
+        picture, position = is_output.nonzero(as_tuple=True)
+        number = rows.segment_ids[:, span][picture, position]
+        columns = [picture, number, targets[is_output], output_logits.argmax(-1)]
+        words = defaultdict(list)
+        for picture, number, target, prediction in torch.stack(columns, 1).tolist():
+            words[picture, number].append((target, prediction))
+        for (picture, number), pairs in words.items():
+            right = all(target == prediction for target, prediction in pairs)
+            said = tokenizer.string([prediction for _, prediction in pairs]).strip()
+            question = split.questions[i + picture][number - 1]
+            answers.append(Answered(question, said, right))
+    return answers, loss / outputs
+
+
+def mean(flags):
     flags = list(flags)
     return sum(flags) / len(flags) if flags else None
 
 
-def understanding_scores(results, loss):
-    """`chance` is what one gets who knows the most frequent answer to each type of question, and no more."""
-    by_type, chances = {}, 0
-    for kind in KINDS + ("question",):
-        some = [(q, right) for q, right, _ in results if q.kind == kind]
-        if some:
-            most = Counter(q.answer for q, _ in some).most_common(1)[0][1]
-            chances += most
-            by_type[kind] = {"accuracy": share(r for _, r in some), "chance": most / len(some), "n": len(some)}
-    scores = {"accuracy": share(right for _, right, _ in results), "chance": chances / len(results),
-              "by_type": by_type, "loss": loss}
-    yes_no = [(q.answer == "yes", said.startswith("yes")) for q, _, said in results if q.kind == "existence"]
-    if yes_no:                                                          # as POPE does it (Li et al. 2023)
+def understanding_scores(answers):
+    """Accuracy, also by kind of question. `chance`: the accuracy of who knows the most frequent
+    answer to each kind of question and no more. `pope`: of yes/no questions (Li et al. 2023)."""
+    by_type, guessed = {}, 0
+    for kind in (*QUESTION_KINDS, "question"):
+        of_kind = [a for a in answers if a.question.kind == kind]
+        if of_kind:
+            counts = Counter(a.question.answer for a in of_kind)
+            most = counts.most_common(1)[0][1]
+            guessed += most
+            by_type[kind] = {"accuracy": mean(a.right for a in of_kind),
+                             "chance": most / len(of_kind), "n": len(of_kind)}
+    scores = {"accuracy": mean(a.right for a in answers), "chance": guessed / len(answers),
+              "by_type": by_type}
+    yes_no = [(a.question.answer == "yes", a.said.startswith("yes")) for a in answers
+              if a.question.kind == "existence"]
+    if yes_no:
         hits = sum(true and said for true, said in yes_no)
-        precision, recall = hits / max(1, sum(s for _, s in yes_no)), hits / max(1, sum(t for t, _ in yes_no))
-        scores["pope"] = {"accuracy": share(t == s for t, s in yes_no), "precision": precision, "recall": recall,
-                          "f1": 2 * precision * recall / max(1e-9, precision + recall)}
+        precision = hits / max(1, sum(said for _, said in yes_no))
+        recall = hits / max(1, sum(true for true, _ in yes_no))
+        f1 = 2 * precision * recall / max(1e-9, precision + recall)
+        scores["pope"] = {"accuracy": mean(true == said for true, said in yes_no),
+                          "precision": precision, "recall": recall, "f1": f1}
     return scores
 
 
-# ------------------------------------------------------------------------------------------------ generation
+# ---------------------------------------------------------------------------- generation
 
-def frechet(a, b):
-    """Frechet distance of two sets of pictures (N, H, W, 3) uint8: |mean - mean|^2 + tr(A + B - 2 sqrt(AB)), where a
-    picture is 96 numbers: mean and standard deviation, over 255, of each colour in each of 4x4 equal squares. No
-    network takes part, so anyone can compute it; it is not comparable with distances in Inception's features."""
-    def moments(pixels):
-        s = pixels.shape[1] // 4
-        squares = pixels.reshape(len(pixels), 4, s, 4, s, 3) / 255
-        features = np.concatenate([squares.mean((2, 4)), squares.std((2, 4))], -1).reshape(len(pixels), -1)
-        return features.mean(0), np.cov(features.T)
+def check_pictures(dataset, split, pixels):
+    """What the checker says of pictures beside their captions: object and image accuracy, also by
+    kind of caption; and which pictures are wrong (a list of indices)."""
+    by_kind, wrong = defaultdict(list), []
+    for i, seen in enumerate(dataset.read(pixels)):
+        caption, scene = split.captions[i], split.scenes[i]
+        objects, right = dataset.fulfilled(caption, scene, seen)
+        by_kind[caption.kind].append((objects, len(scene), right))
+        if not right:
+            wrong.append(i)
 
-    (m, x), (n, y) = moments(a), moments(b)
-    values, vectors = np.linalg.eigh(x)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ y @ root).clip(0)).sum()
-    return float(((m - n) ** 2).sum() + np.trace(x) + np.trace(y) - 2 * cross)
+    def rates(checked):
+        objects, stated, right = zip(*checked)
+        return {"object_accuracy": sum(objects) / sum(stated), "image_accuracy": mean(right),
+                "n": len(checked)}
 
-
-def drawn(model, tokenizer, captions, plan, guidance, temperature, top_k, batch=200):
-    """Captions -> pictures (N, H, W, 3) uint8."""
-    return np.concatenate([tokenizer.decode(draw(model, tokenizer, captions[i:i + batch], plan, guidance, temperature,
-                                                 top_k, seed=i))
-                           for i in tqdm(range(0, len(captions), batch), desc="drawing", leave=False)])
-
-
-def fulfilment(dataset, split, pixels):
-    """What the checker says of pictures beside their captions: object and image accuracy, also by kind of caption; and
-    which pictures are wrong."""
-    rows = [(caption.kind, len(scene), *dataset.fulfilled(caption, scene, seen))
-            for caption, scene, seen in zip(split.captions, split.scenes, dataset.read(pixels))]
-
-    def rates(rows):
-        return {"object_accuracy": sum(found for _, _, found, _ in rows) / sum(n for _, n, _, _ in rows),
-                "image_accuracy": share(right for *_, right in rows), "n": len(rows)}
-
-    kinds = [kind for kind in CAPTIONS if any(row[0] == kind for row in rows)]
-    return ({**rates(rows), "by_type": {kind: rates([row for row in rows if row[0] == kind]) for kind in kinds}},
-            [i for i, (*_, right) in enumerate(rows) if not right])
+    everything = [row for checked in by_kind.values() for row in checked]
+    by_type = {kind: rates(by_kind[kind]) for kind in CAPTION_FIELDS if kind in by_kind}
+    return {**rates(everything), "by_type": by_type}, wrong
 
 
 @torch.no_grad()
-def generation_loss(model, rows, plan, size=64):
+def generation_loss(model, batch, plan):
     """Mean loss (nats) of an image token after its caption."""
-    parts = [rows.rows(slice(i, i + size)) for i in range(0, len(rows.tokens), size)]
-    return sum(model(part, plan)[1].item() * len(part.tokens) for part in parts) / len(rows.tokens)
+    total = 0.
+    for i in range(0, len(batch.tokens), BATCH):
+        rows = batch.rows(slice(i, i + BATCH))
+        total += model(rows, plan)[1].item() * len(rows.tokens)
+    return total / len(batch.tokens)
 
 
-# ------------------------------------------------------------------------------------------------ matching
+# ---------------------------------------------------------------------------- matching, by likelihood
 
 @torch.no_grad()
+def log_likelihoods(model, batch, plan):
+    """(B,): log p(output tokens | all before them) of each sequence."""
+    batch = batch.to(model.row.device)
+    logits, _ = model(batch, plan)
+    span = predicting(batch.layout, batch.image_loss)
+    targets, is_output = batch.targets[:, span], batch.is_output[:, span]
+    loss = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=-1,
+                           reduction="none")                        # (B, positions)
+    return -(loss * is_output).sum(1).cpu()
+
+
 def matching(model, tokenizer, split, plans, group=10):
-    """Pictures and captions (or answers) matched among ten by likelihood, where no checker exists.
+    """Pictures and texts matched among ten, where no checker exists. How often the right text is
+    picked for a picture ("caption"), the right picture for a text ("image"), by a blind guess
+    ("chance").
 
-    und: log p(answer | picture, question), the picture's first question. gen: log p(picture | caption) - log p(picture
-    | no caption). A pick whose text is the right text counts as right. Returns {task: {"caption", "image", "chance"}}:
-    how often the right text is picked for a picture, the right picture for a text, and how often a blind pick is right.
+    und: log p(answer | picture, first question). gen: log p(picture | caption) - log p(picture | no
+    caption). A pick whose text is the right text counts as right.
     """
-    codes, c, device = tokenizer.encode(split.pixels), model.config, model.embed.weight.device
-    hits = defaultdict(list)
-
-    def likelihoods(rows, plan):
-        logits, _ = model(rows.to(device), plan)
-        each = F.cross_entropy(logits.float().transpose(1, 2), rows.targets[:, aimed(rows)].to(device), ignore_index=-1,
-                               reduction="none")
-        return -(each * (rows.weights[:, aimed(rows)] == 1).to(device)).sum(1).cpu()
-
+    hits = {task: defaultdict(list) for task in plans}
+    codes, length = tokenizer.encode(split.pixels), model.config.gen_text
     for i in tqdm(range(0, len(codes) - group + 1, group), desc="matching", leave=False):
-        some, texts = codes[i:i + group], [x.text for x in split.captions[i:i + group]]
-        first = [q[0] for q in split.questions[i:i + group]]
-        every = some.repeat_interleave(group, 0)                        # row a * group + b: picture a, text b
+        pictures = codes[i:i + group]
+        each = pictures.repeat_interleave(group, 0)         # row a * group + b: picture a, text b
+        tables = {}
         if "und" in plans:
-            asked = [[(a.text, b.answer)] for a in first for b in first]
-            length = max(sum(len(tokenizer.ids(t)) for t in turn) + 1 for (turn,) in asked)
-            table = likelihoods(understanding(tokenizer, every, asked, length), plans["und"]).view(group, group)
-            match(hits, "und", table, [q.answer for q in first])
+            first = [questions[0] for questions in split.questions[i:i + group]]
+            pairs = [[(a.text, b.answer)] for a in first for b in first]
+            batch = understanding(tokenizer, each, pairs, model.config.und_text)
+            table = log_likelihoods(model, batch, plans["und"]).view(group, group)
+            tables["und"] = table, [question.answer for question in first]
         if "gen" in plans:
-            table = likelihoods(generation(tokenizer, every, texts * group, c.gen.before), plans["gen"])
-            alone = likelihoods(generation(tokenizer, some, [""] * group, c.gen.before), plans["gen"])
-            match(hits, "gen", table.view(group, group) - alone[:, None], texts)
-    return {task: {what: share(hits[task, what]) for what in ("caption", "image", "chance")} for task in plans}
+            texts = [caption.text for caption in split.captions[i:i + group]]
+            batch = generation(tokenizer, each, texts * group, length)
+            table = log_likelihoods(model, batch, plans["gen"]).view(group, group)
+            batch = generation(tokenizer, pictures, [""] * group, length)
+            tables["gen"] = table - log_likelihoods(model, batch, plans["gen"])[:, None], texts
+        for task, (table, texts) in tables.items():
+            for k in range(group):
+                hits[task]["caption"].append(texts[table[k].argmax()] == texts[k])
+                hits[task]["image"].append(texts[table[:, k].argmax()] == texts[k])
+                hits[task]["chance"].append(texts.count(texts[k]) / group)
+    return {task: {what: mean(flags) for what, flags in of_task.items()}
+            for task, of_task in hits.items()}
 
 
-def match(hits, task, table, texts):
-    for i, (text, image) in enumerate(zip(table.argmax(1).tolist(), table.argmax(0).tolist())):
-        hits[task, "caption"].append(texts[text] == texts[i])
-        hits[task, "image"].append(texts[image] == texts[i])
-        hits[task, "chance"].append(texts.count(texts[i]) / len(texts))
-
-
-# ------------------------------------------------------------------------------------------------ cost
-
-def timed(work, device, repeats):
-    """{name: function} -> {name: seconds of each repeat}, interleaved, so that what else the machine does hits all alike.
-    One more round, before these, warms up."""
-    seconds = {name: [] for name in work}
-    for _, (name, function) in tqdm(list(product(range(1 + repeats), work.items())), desc="timing", leave=False):
-        synchronize(device)
-        start = time.perf_counter()
-        function()
-        synchronize(device)
-        seconds[name].append(time.perf_counter() - start)
-    return {name: some[1:] for name, some in seconds.items()}
-
-
-def speed(seconds, tokens):
-    """Of a step's repeats, as timed gives them: the median and the range in ms, and tokens a second."""
-    middle = statistics.median(seconds)
-    return {"ms": 1e3 * middle, "ms_range": [1e3 * min(seconds), 1e3 * max(seconds)], "tokens_per_s": tokens / middle}
-
-
-SPEED = ("ms (least, most)", "tokens/s")        # titles of what speed_cells gives
-
-
-def speed_cells(x):
-    """What speed found, as cells of a table."""
-    return f"{x['ms']:.1f} ({x['ms_range'][0]:.1f}, {x['ms_range'][1]:.1f})", f"{x['tokens_per_s']:.0f}"
-
-
-def synchronize(device):
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
+# ---------------------------------------------------------------------------- cost
 
 def cost(model, batches, plans):
-    """What forward and backward cost under the plans: FLOPs as counted, and the time of uncompiled code beside that of the
-    dense plan, medians of five. batches, plans: {task: ...}."""
-    c, device = model.config, model.embed.weight.device
-    dense = dict.fromkeys(plans, (FULL,) * c.layers)
+    """What forward and backward of these batches cost under the plans: FLOPs as counted, and the
+    time of uncompiled code, beside the dense plan's. batches, plans: {task: ...}."""
+    c, device = model.config, model.row.device
+    dense = {task: make_plan("dense", c.layers) for task in plans}
 
-    def summed(count, plans):
-        return sum(len(batches[task].tokens) * count(c, task, plan) for task, plan in plans.items())
+    def exact(plans):
+        return sum(len(batches[task].tokens) * c.flops(task, plan) for task, plan in plans.items())
+
+    def by_paper(plans):
+        return sum(len(batches[task].tokens) * paper_cost(plan, c.layout(task), c.width)
+                   for task, plan in plans.items())
 
     def work(plans):
         for task, plan in plans.items():
@@ -231,398 +277,209 @@ def cost(model, batches, plans):
                 _, loss = model(batches[task], plan)
             loss.backward()
 
-    seconds = timed({"plan": lambda: work(plans), "dense": lambda: work(dense)}, device, 5)
+    seconds = time_each({"plan": lambda: work(plans), "dense": lambda: work(dense)}, device, 5)
     model.zero_grad()
-    ms = {name: 1e3 * statistics.median(some) for name, some in seconds.items()}
-    return {"flops_per_step": summed(flops, plans), "flops_ratio": summed(flops, plans) / summed(flops, dense),
-            "paper_flops_ratio": summed(paper_cost, plans) / summed(paper_cost, dense),
-            "step_ms": ms["plan"], "step_ratio": 1. if plans == dense else ms["plan"] / ms["dense"]}
+    ms = {name: 1e3 * statistics.median(each) for name, each in seconds.items()}
+    return {"flops_per_step": exact(plans), "flops_ratio": exact(plans) / exact(dense),
+            "paper_flops_ratio": by_paper(plans) / by_paper(dense), "step_ms": ms["plan"],
+            "step_ratio": 1. if plans == dense else ms["plan"] / ms["dense"]}
 
 
-def hardware(device):
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    if device.type == "cpu" and Path("/proc/cpuinfo").exists():
-        name = dict(map(str.strip, line.split(":", 1)) for line in Path("/proc/cpuinfo").read_text().splitlines()
-                    if ":" in line).get("model name", name)
-    return f"{name}, {torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}"
+# ---------------------------------------------------------------------------- all of it
 
+def evaluate(model, tokenizer, checkpoint, dataset, plans, sampling):
+    """All scores of a run under the plans {task: plan}, on validation pictures that its seed draws.
 
-# ------------------------------------------------------------------------------------------------ all of it
-
-def evaluate(model, tokenizer, found, dataset, plans, folder, sampling, suffix=""):
-    """Scores a run under plans {task: plan} on validation data that its seed draws, writes eval.json and samples.png into its
-    folder, returns the scores.
-
-    found: its checkpoint, or of it the "options" and the "step"; sampling: (guidance, temperature, top_k).
-    """
-    start, device, options = time.time(), model.embed.weight.device, found["options"]
-    samples, c = SAMPLES[options["preset"]], model.config
+    checkpoint: of train.py; only "options" and "step" are needed. sampling: (guidance,
+    temperature, top-k). Returns the scores (what eval.json holds), and for samples.png: pictures,
+    texts, and which of them are wrong. """
+    start, device, options = time.time(), model.row.device, checkpoint["options"]
+    preset, seed, c = PRESETS[options["preset"]], options["seed"], model.config
     model.eval()
-    scores = {"config": {**options, **dict(zip(("guidance", "temperature", "top_k"), sampling)), "step": found["step"],
-                         "parameters": sum(p.numel() for p in model.parameters()),
-                         "examples": found["step"] * options["batch_size"]}, "n": {}}
-    folder, shown, texts, framed = Path(folder), [], [], []
-    splits = {task: dataset.split(task, "val", samples[task], options["seed"]) for task in plans}
-    rows = {task: sequences(task, tokenizer, split, c).to(device) for task, split in splits.items()}
-    is_shapes = splits[next(iter(plans))].scenes is not None
+    config = {**options, "guidance": sampling[0], "temperature": sampling[1], "top_k": sampling[2],
+              "step": checkpoint["step"], "parameters": sum(p.numel() for p in model.parameters()),
+              "examples": checkpoint["step"] * options["batch_size"]}
+    scores, batches, splits = {"config": config, "n": {}}, {}, {}
+    pictures, texts, wrong = [], [], []
+
     if "und" in plans:
-        results, loss = answered(model, tokenizer, splits["und"], rows["und"], plans["und"])
-        scores["und"] = understanding_scores(results, loss)
-        scores["n"]["und"] = len(results)
-        if is_shapes:
-            split = dataset.split("und", "transfer", samples["und"], options["seed"])
-            transfer, loss = answered(model, tokenizer, split, sequences("und", tokenizer, split, c).to(device), plans["und"])
-            others = understanding_scores(transfer, loss)
-            scores["und"] |= {"transfer_accuracy": others["accuracy"], "transfer_chance": others["chance"]}
-            scores["n"]["und_transfer"] = len(transfer)
-        shown, texts = [*splits["und"].pixels[:18]], question_lines(splits["und"], results)
+        splits["und"] = split = dataset.split("und", "val", preset.und_val, seed)
+        batches["und"] = sequences("und", tokenizer, split, c).to(device)
+        answers, loss = answer_all(model, tokenizer, split, batches["und"], plans["und"])
+        scores["und"] = {**understanding_scores(answers), "loss": loss}
+        scores["n"]["und"] = len(answers)
+        pictures += [*split.pixels[:SHOWN]]
+        texts += question_lines(split, answers)
+        if split.scenes:
+            split = dataset.split("und", "transfer", preset.und_val, seed)
+            batch = sequences("und", tokenizer, split, c).to(device)
+            answers, _ = answer_all(model, tokenizer, split, batch, plans["und"])
+            held_out = understanding_scores(answers)
+            scores["und"]["transfer_accuracy"] = held_out["accuracy"]
+            scores["und"]["transfer_chance"] = held_out["chance"]
+            scores["n"]["und_transfer"] = len(answers)
+
     if "gen" in plans:
-        split = splits["gen"]
-        pixels = drawn(model, tokenizer, [x.text for x in split.captions], plans["gen"], *sampling)
-        again = tokenizer.decode(tokenizer.encode(split.pixels))
-        ceiling = {"frechet": frechet(again, split.pixels)}
-        scores["gen"] = {"frechet": frechet(pixels, split.pixels), "ceiling": ceiling,
-                         "loss": generation_loss(model, rows["gen"], plans["gen"])}
-        scores["n"]["gen"], wrong = len(pixels), []
-        if is_shapes:
-            rates, wrong = fulfilment(dataset, split, pixels)
+        splits["gen"] = split = dataset.split("gen", "val", preset.gen_val, seed)
+        batches["gen"] = sequences("gen", tokenizer, split, c).to(device)
+        captions = [caption.text for caption in split.captions]
+        drawn = draw_pictures(model, tokenizer, captions, plans["gen"], sampling)
+        reconstructed = tokenizer.decode(tokenizer.encode(split.pixels))
+        scores["gen"] = {"frechet": frechet(drawn, split.pixels),
+                         "loss": generation_loss(model, batches["gen"], plans["gen"]),
+                         "ceiling": {"frechet": frechet(reconstructed, split.pixels)}}
+        scores["n"]["gen"] = len(drawn)
+        if split.scenes:
+            rates, wrong_drawn = check_pictures(dataset, split, drawn)
             scores["gen"] |= rates
-            ceiling |= fulfilment(dataset, split, again)[0]
-            transfer = dataset.split("gen", "transfer", samples["gen"], options["seed"])
-            held = [tuple(t for t in scene if t.pair in dataset.held_out["gen"]) for scene in transfer.scenes]
-            others = drawn(model, tokenizer, [x.text for x in transfer.captions], plans["gen"], *sampling)
-            rates, _ = fulfilment(dataset, transfer._replace(scenes=held), others)
+            scores["gen"]["ceiling"] |= check_pictures(dataset, split, reconstructed)[0]
+            wrong = [len(pictures) + i for i in wrong_drawn if i < SHOWN]
+            held_out = dataset.split("gen", "transfer", preset.gen_val, seed)
+            scenes = [[thing for thing in scene if thing.pair in dataset.held_out["gen"]]
+                      for scene in held_out.scenes]         # only objects of held-out pairs count
+            captions = [caption.text for caption in held_out.captions]
+            others = draw_pictures(model, tokenizer, captions, plans["gen"], sampling)
+            rates, _ = check_pictures(dataset, held_out._replace(scenes=scenes), others)
             scores["gen"]["transfer_object_accuracy"] = rates["object_accuracy"]
             scores["n"]["gen_transfer"] = len(others)
-        framed = [len(texts) + i for i in wrong if i < 18]
-        shown, texts = [*shown, *pixels[:18]], texts + [x.text for x in split.captions[:18]]
-    if not is_shapes:
-        for task, rates in matching(model, tokenizer, splits[next(iter(plans))], plans).items():
-            scores[task] |= {"matching": rates, "bits_per_token": scores[task]["loss"] / np.log(2)}
-        if "gen" in plans:          # words that it has seen, too: names do not tell what an unseen picture looks like
-            seen = dataset.split("gen", "train", 18, options["seed"])
-            pixels = drawn(model, tokenizer, [x.text for x in seen.captions], plans["gen"], *sampling)
-            shown, texts = [*shown, *pixels], texts + [f"{x.text} (trained on)" for x in seen.captions]
-    some = min(64, options["batch_size"])                               # sequences of a step, which may not fit as a whole
-    index = torch.arange(some, device=device)
-    scores["cost"] = cost(model, {task: batch.rows(index % len(batch.tokens)) for task, batch in rows.items()}, plans)
-    scores["cost"] |= {key: scores["cost"][key] * options["batch_size"] / some for key in ("flops_per_step", "step_ms")}
+        pictures += [*drawn[:SHOWN]]
+        texts += [caption.text for caption in split.captions[:SHOWN]]
+
+    split = next(iter(splits.values()))
+    if not split.scenes:
+        for task, rates in matching(model, tokenizer, split, plans).items():
+            scores[task]["matching"] = rates
+            scores[task]["bits_per_token"] = scores[task]["loss"] / math.log(2)
+        if "gen" in plans:      # also what it was trained on: a new name does not tell how it looks
+            seen = dataset.split("gen", "train", SHOWN, seed)
+            captions = [caption.text for caption in seen.captions]
+            pictures += [*draw_pictures(model, tokenizer, captions, plans["gen"], sampling)]
+            texts += [f"{caption} (trained on)" for caption in captions]
+
+    n = min(BATCH, options["batch_size"])               # of a step, which may not fit as a whole
+    rows = {task: batch.rows(torch.arange(n, device=device) % len(batch.tokens))
+            for task, batch in batches.items()}
+    scores["cost"] = cost(model, rows, plans)
+    for key in ("flops_per_step", "step_ms"):
+        scores["cost"][key] *= options["batch_size"] / n
     scores |= {"seconds": time.time() - start, "hardware": hardware(device)}
-    contact_sheet(shown, texts, folder / f"samples{suffix}.png", wrong=framed)
-    write(folder / f"eval{suffix}.json", json.dumps(scores, indent=1))  # last: where it is, all is
-    return scores
+    return scores, (pictures, texts, wrong)
 
 
-def question_lines(split, results, n=18):
-    """For each of the first n pictures, questions with what the model said."""
-    own = {id(q): f"{q.text} {said}" + ("" if right else f" (no: {q.answer})") for q, right, said in results}
-    return ["\n".join(own[id(q)] for q in asked[:4] if id(q) in own) for asked in split.questions[:n]]
+def question_lines(split, answers):
+    """For each picture shown, its first questions with what the model said."""
+    lines = {id(a.question): f"{a.question.text} {a.said}"
+             + ("" if a.right else f" (no: {a.question.answer})") for a in answers}
+    return ["\n".join(lines[id(q)] for q in questions[:4] if id(q) in lines)
+            for questions in split.questions[:SHOWN]]
 
 
 def summary(scores):
     """The scores in a few lines, for a terminal."""
     def percent(x):
-        return "    –" if x is None else f"{100 * x:5.1f}"
+        return "–" if x is None else f"{100 * x:.1f} %"
 
     lines = []
     if "und" in scores:
         u = scores["und"]
-        lines.append(f"understanding  {percent(u['accuracy'])} % right (chance {percent(u['chance'])}), transfer "
-                     f"{percent(u.get('transfer_accuracy'))}, loss {u['loss']:.3f}, n = {scores['n']['und']}")
-        lines += [f"   {kind:18}{percent(r['accuracy'])} (most frequent answer {percent(r['chance'])})"
+        lines.append(f"understanding: {percent(u['accuracy'])} of {scores['n']['und']} questions "
+                     f"right (chance {percent(u['chance'])}), of held-out pairs "
+                     f"{percent(u.get('transfer_accuracy'))}")
+        lines += [f"   {kind:18}{percent(r['accuracy'])} (chance {percent(r['chance'])})"
                   for kind, r in u["by_type"].items()]
     if "gen" in scores:
         g = scores["gen"]
-        lines.append(f"generation     {percent(g.get('image_accuracy'))} % of images, "
-                     f"{percent(g.get('object_accuracy'))} % of objects right, transfer "
+        lines.append(f"generation: {percent(g.get('image_accuracy'))} of {scores['n']['gen']} "
+                     "images right, objects of held-out pairs "
                      f"{percent(g.get('transfer_object_accuracy'))}, Frechet {g['frechet']:.3f} "
-                     f"(reconstructions {g['ceiling']['frechet']:.3f}), loss {g['loss']:.3f}, n = {scores['n']['gen']}")
-        lines += [f"   {kind:18}{percent(r['image_accuracy'])} (reconstructions "
-                  f"{percent(g['ceiling']['by_type'][kind]['image_accuracy'])})"
+                     f"(reconstructions {g['ceiling']['frechet']:.3f})")
+        lines += [f"   {kind:18}{percent(r['image_accuracy'])}"
                   for kind, r in g.get("by_type", {}).items()]
     for task in ("und", "gen"):
         if "matching" in scores.get(task, {}):
             rates = scores[task]["matching"]
-            lines.append(f"matching among ten by {task}: the caption of an image {percent(rates['caption'])} %, the image "
-                         f"of a caption {percent(rates['image'])} % (chance "
-                         f"{percent(rates['chance'])}); {scores[task]['bits_per_token']:.2f} bits/token")
+            lines.append(f"{task}: of ten, the text of an image {percent(rates['caption'])}, the "
+                         f"image of a text {percent(rates['image'])} "
+                         f"(chance {percent(rates['chance'])})")
     k = scores["cost"]
-    lines.append(f"cost           {k['flops_per_step'] / 1e9:.1f} GFLOP a step = {k['flops_ratio']:.2f} of dense (the paper's "
-                 f"formula: {k['paper_flops_ratio']:.2f}), {k['step_ms']:.0f} ms = {k['step_ratio']:.2f} of dense")
+    lines.append(f"cost: {k['flops_per_step'] / 1e9:.1f} GFLOP a step = {k['flops_ratio']:.2f} of "
+                 f"dense (by the paper's formula {k['paper_flops_ratio']:.2f}), time "
+                 f"{k['step_ratio']:.2f}")
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------ the table
-
-# The paper's tables 2 (HMGen) and 3: GQA, POPE F1, MJHQ FID and FLOPs.
-PAPER = {"u-dense": (52.86, 79.40, None, "1"), "g-dense": (None, None, 17.45, "1"), "joint-dense": (56.00, 82.30, 15.78, "1"),
-         "u-himix": (49.92, 78.75, None, "0.24"), "g-hmgen": (None, None, 12.55, "0.75"), "g-hmgen-15": (None, None, 12.16, "0.85"),
-         "joint-share-all": (33.00, 67.59, 12.53, "0.56"), "joint-share-partial": (47.05, 76.58, 14.54, "0.55")}
-
-
-def table_rows(options):
-    """{name: (title, how its options differ from `options`)}, first the rows of the paper, then controls that it lacks."""
-    size, both = SIZES[options["preset"]], dict(und_plan="himix", gen_plan="hmgen")
-    u, g = dict(objective="und"), dict(objective="gen")
-    himix_cost = flops(size, "und", make_plan("himix", size.layers)) / flops(size, "und", make_plan("dense", size.layers))
-    rows = {"u-dense": ("U only, dense", u),
-            "g-dense": ("G only, dense", g),
-            "joint-dense": ("joint, dense", {}),
-            "u-himix": ("U only, HiMix, own projections", dict(u, und_plan="himix", projections="image")),
-            "g-hmgen": ("G only, HMGen, own projections", dict(g, gen_plan="hmgen", projections="image")),
-            "g-hmgen-15": ("G only, HMGen, own projections, K/L near .15",
-                           dict(g, gen_plan="hmgen", projections="image", shallow=round(.15 * size.layers))),
-            "joint-share-all": ("joint, HiMix + HMGen, share all", both),
-            "joint-share-partial": ("joint, HiMix + HMGen, share partial", dict(both, projections="task")),
-            "joint-hmgen-both": ("joint, HMGen in both tasks", dict(und_plan="hmgen", gen_plan="hmgen")),
-            "joint-skip-both": ("joint, both tasks skip the middle layers", dict(und_plan="skip", gen_plan="skip")),
-            "joint-skip-image": ("joint, both tasks skip the middle layers, own projections",
-                                 dict(und_plan="skip", gen_plan="skip", projections="image")),
-            "joint-sparse-both": ("joint, every second image token skips the middle", dict(und_plan="sparse", gen_plan="sparse")),
-            "joint-early": ("joint, image tokens updated in early layers only + HMGen", dict(und_plan="early", gen_plan="hmgen"))}
-    # With HiMix that loss is nearly empty: image tokens, never updated, predict the next from themselves alone.
-    rows |= {f"{name}-eq1": (f"{rows[name][0]}, loss on image tokens", dict(rows[name][1], image_loss=True))
-             for name in ("u-dense", "joint-dense", "joint-share-all", "joint-skip-image")}
-    rows |= {"u-hmgen": ("U only, HMGen", dict(u, und_plan="hmgen")),
-            "u-skip": ("U only, image tokens skip the middle layers", dict(u, und_plan="skip")),
-            "u-skip-image": ("U only, image tokens skip the middle layers, own projections",
-                             dict(u, und_plan="skip", projections="image")),
-            "u-early": ("U only, image tokens updated in early layers only", dict(u, und_plan="early")),
-            "joint-himix-only": ("joint, HiMix, generation dense", dict(und_plan="himix")),
-            "joint-hmgen-only": ("joint, understanding dense, HMGen", dict(gen_plan="hmgen")),
-            "joint-dense-task": ("joint, dense, projections of each task", dict(projections="task")),
-            "joint-dense-image": ("joint, dense, own projections", dict(projections="image")),
-            "u-himix-shared": ("U only, HiMix, shared projections", dict(u, und_plan="himix")),
-            "u-dense-short": ("U only, dense, as many FLOPs as HiMix", dict(u, steps=round(himix_cost * options["steps"]))),
-            "u-dense-long": ("U only, dense, twice the steps", dict(u, steps=2 * options["steps"])),
-            "u-dense-image": ("U only, dense, own projections", dict(u, projections="image")),
-            "g-dense-image": ("G only, dense, own projections", dict(g, projections="image")),
-            "g-naive": ("G only, naive control in the middle", dict(g, gen_plan="naive", shallow=1)),
-            "g-naive-all": ("G only, naive control in every layer", dict(g, gen_plan="naive-all"))}
-    if rows["g-hmgen-15"][1]["shallow"] in (0, options["shallow"]):     # too few layers for two ratios
-        del rows["g-hmgen-15"]
-    return rows
+def save_scores(scores, shown, folder, suffix=""):
+    """Writes eval.json and samples.png, the names with a suffix, into a run's folder."""
+    pictures, texts, wrong = shown
+    contact_sheet(pictures, texts, Path(folder) / f"samples{suffix}.png", wrong=wrong)
+    # The scores come last: where they are, all is.
+    write_file(Path(folder) / f"eval{suffix}.json", json.dumps(scores, indent=1))
 
 
-# What is tried with trained runs: plans that they were not trained with (cf. fig. 5).
-LATER = {"u-dense": ("HiMix at inference only", dict(und_plan="himix")),
-         "g-dense": ("HMGen at inference only", dict(gen_plan="hmgen"))}
+# ---------------------------------------------------------------------------- trained runs
+
+def load_run(folder, device):
+    """A trained run, by its folder: the model, its tokenizer, the whole checkpoint (train.py says
+    what it holds). The file may be anyone's: what does not fit is refused in one line."""
+    path = Path(folder) / "checkpoint.pt"
+    checkpoint = read_checkpoint(path, "run")
+    with refuse_errors(f"{path}: its parts do not fit together"):
+        check_checkpoint(checkpoint)
+        tokenizer = Tokenizer.from_state(checkpoint["tokenizer"])
+        c = Config(**checkpoint["config"])
+        check_config(c)
+        fits = c.vocab, c.side, c.first_code
+        if fits != (tokenizer.vocab, tokenizer.vq.side, tokenizer.first_code):
+            raise ValueError("the model has another vocabulary than the tokenizer")
+        plans_of(checkpoint["tasks"], checkpoint["options"], c.layers)
+        model = build_network(Model, c, checkpoint["model"])
+    tokenizer.vq.to(device)
+    return model.to(device).eval(), tokenizer, checkpoint
 
 
-def image_share(task, layer, *queries):
-    """Where the share of attention stands that image tokens get in a layer; in generation they are the output."""
-    return "attention", task, *queries, "image" if task == "und" else "output", layer
+def plans_of(tasks, options, layers):
+    """{task: plan} of a run with these options. ValueError for a plan that cannot work."""
+    return {task: make_plan(options[f"{task}_plan"], layers, options["shallow"]) for task in tasks}
 
 
-# The table's parts: columns as (title, where in eval.json, times what, digits), and which of PAPER's figures stand beside them.
-PARTS = {"All in one": ([("questions right, %", ("und", "accuracy"), 100, 1),
-                         ("... about new pairs, %", ("und", "transfer_accuracy"), 100, 1),
-                         ("images right, %", ("gen", "image_accuracy"), 100, 1),
-                         ("FLOPs of a step, of dense", ("cost", "flops_ratio"), 1, 2),
-                         ("time of a step, of dense", ("cost", "step_ratio"), 1, 2)],
-                        {"paper: GQA": 0, "paper: MJHQ FID (less is better)": 2, "paper: FLOPs": 3}),
-         "Understanding": ([("questions right, %", ("und", "accuracy"), 100, 1), ("chance", ("und", "chance"), 100, 1),
-                            ("POPE F1, %", ("und", "pope", "f1"), 100, 1), ("transfer, %", ("und", "transfer_accuracy"), 100, 1),
-                            ("loss", ("und", "loss"), 1, 3)], {"paper: GQA": 0, "paper: POPE F1": 1}),
-         "Generation": ([("images right, %", ("gen", "image_accuracy"), 100, 1),
-                         ("objects right, %", ("gen", "object_accuracy"), 100, 1),
-                         ("transfer, %", ("gen", "transfer_object_accuracy"), 100, 1),
-                         ("Fréchet (less is better)", ("gen", "frechet"), 1, 3), ("loss", ("gen", "loss"), 1, 3)],
-                        {"paper: MJHQ FID (less is better)": 2}),
-         "Cost of a step, relative to dense": ([("exact FLOPs", ("cost", "flops_ratio"), 1, 2),
-                                                ("paper's formula", ("cost", "paper_flops_ratio"), 1, 2),
-                                                ("time", ("cost", "step_ratio"), 1, 2),
-                                                ("parameters, M", ("config", "parameters"), 1e-6, 2),
-                                                ("examples of each task", ("config", "examples"), 1, 0)], {"paper: FLOPs": 3}),
-         "Attention that image tokens get, % (first layer, last layer)":
-             ([(f"{task}, {which} queries, {where}", image_share(task, layer, *path), 100, 0) for task in ("und", "gen")
-               for which, path in (("all", ()), ("output", ("output_queries",))) for where, layer in (("first", 0), ("last", -1))], {}),
-         "Questions right by kind, %": ([(kind, ("und", "by_type", kind, "accuracy"), 100, 1) for kind in KINDS], {}),
-         "Images right by kind of caption, %": ([(kind, ("gen", "by_type", kind, "image_accuracy"), 100, 1) for kind in CAPTIONS], {})}
-
-# The paper's claims, each as a difference that it says is above a margin: name, a row and where in its scores, another row and where,
-# margin. 3 points are what HiMix costs in the paper (GQA 52.86 -> 49.92), which calls that kept. New pairs, of colour and shape:
-# this task was never trained on them, the other was.
-UND, GEN = ("und", "accuracy"), ("gen", "image_accuracy")
-ACCURACIES = {"understanding": UND, "understanding of new pairs": ("und", "transfer_accuracy"),
-              "generation": GEN, "generation of new pairs": ("gen", "transfer_object_accuracy")}
-CLAIMS = [("understanding attends to the image less in the last layer than in the first",
-           "joint-dense", image_share("und", 0), "joint-dense", image_share("und", -1), 0),
-          ("generation attends to the image more in the last layer than in the first",
-           "joint-dense", image_share("gen", -1), "joint-dense", image_share("gen", 0), 0),
-          ("HiMix alone keeps understanding", "u-himix", UND, "u-dense", UND, -3),
-          ("HMGen alone keeps generation", "g-hmgen", GEN, "g-dense", GEN, -3)]
-CLAIMS += [(f"{claim} {what}", a, path, b, path, margin) for claim, a, b, margin in (   # where a row has such scores
-    ("joint training helps", "joint-dense", "u-dense", 0),
-    ("joint training helps", "joint-dense", "g-dense", 0),
-    ("HiMix + HMGen, share all, lose", "joint-dense", "joint-share-all", 0),
-    ("share partial wins back", "joint-share-partial", "joint-share-all", 0),
-    # beyond the paper: both tasks skip the same layers
-    ("skip in both tasks keeps more than share all of", "joint-skip-both", "joint-share-all", 0),
-    ("skip in both tasks, own projections, keeps more than share partial of", "joint-skip-image", "joint-share-partial", 0),
-    ("skip in both tasks keeps", "joint-skip-both", "joint-dense", -3),
-    ("skip in both tasks, own projections, keeps", "joint-skip-image", "joint-dense", -3),
-    # what joint training gives beside more training alone, and where both runs are reduced alike
-    ("beside twice the steps alone: joint training helps", "joint-dense", "u-dense-long", 0),
-    ("HiMix + HMGen, share all: joint training helps", "joint-share-all", "u-himix-shared", 0),
-    ("HMGen in both tasks: joint training helps", "joint-hmgen-both", "u-hmgen", 0),
-    ("skip in both tasks: joint training helps", "joint-skip-both", "u-skip", 0),
-    ("skip in both tasks, own projections: joint training helps", "joint-skip-image", "u-skip-image", 0),
-    # where understanding predicts its image tokens, too, as eq. 1 has it
-    ("loss on image tokens: understanding alone gains", "u-dense-eq1", "u-dense", 0),
-    ("loss on image tokens: joint training gains", "joint-dense-eq1", "joint-dense", 0),
-    ("loss on image tokens: joint training helps", "joint-dense-eq1", "u-dense-eq1", 0),
-    ("loss on image tokens: joint training helps", "joint-dense-eq1", "g-dense", 0),
-    ("loss on image tokens: HiMix + HMGen, share all, keep", "joint-share-all-eq1", "joint-dense-eq1", -3),
-    ("loss on image tokens: skip in both tasks, own projections, keeps", "joint-skip-image-eq1", "joint-dense-eq1", -3))
-    for what, path in ACCURACIES.items()]
-T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)          # Student's t, 97.5 %, 1 to 9 degrees of freedom
+OPTION_TYPES = dict(objective=str, und_plan=str, gen_plan=str, projections=str, image_loss=bool,
+                    data=str, preset=str, seed=int, steps=int, batch_size=int, save_every=int,
+                    shallow=int, lr=float, compile=bool, tokenizer=str, out=str)
 
 
-def value(scores, path):
-    try:
-        for key in path:
-            scores = scores[key]
-        return scores
-    except (KeyError, TypeError, IndexError):                           # a run has the scores of its own tasks only
-        return None
+def check_checkpoint(checkpoint):
+    """ValueError unless options, tasks and step are such as train.py writes."""
+    options, step, tasks = checkpoint["options"], checkpoint["step"], checkpoint["tasks"]
+    for name, kind in OPTION_TYPES.items():
+        if type(options[name]) is not kind:
+            raise ValueError(f"option {name} is {options[name]!r}")
+    if options["preset"] not in PRESETS or type(checkpoint["identity"]) is not str:
+        raise ValueError(f"preset {options['preset']!r}, identity {checkpoint['identity']!r}")
+    if tasks not in (["und", "gen"], ["und"], ["gen"]):
+        raise ValueError(f"tasks {tasks!r}")
+    if type(step) is not int or not 0 <= step <= options["steps"]:
+        raise ValueError(f"step {step!r}")
+    if not 0 <= options["seed"] < 2 ** 32 or min(options["batch_size"], options["save_every"]) < 1:
+        raise ValueError(f"options {options}")
 
 
-def values(runs, path, scale=100):
-    """One figure of every seed that has it, times scale."""
-    return [scale * x for x in (value(run, path) for run in runs.values()) if x is not None]
-
-
-def cell(runs, path, scale, digits):
-    """Mean ± standard deviation over seeds of one figure."""
-    some = values(runs, path, scale)
-    if not some:
-        return "–"
-    spread = f" ± {statistics.stdev(some):.{digits}f}" if len(set(some)) > 1 else ""
-    return f"{statistics.mean(some):.{digits}f}{spread}"
-
-
-def markdown(titles, rows, align=None):
-    """A table in Markdown. align: "l" or "r" for each column, by default the first to the left and the others to the right."""
-    rule = "".join({"l": "---|", "r": "---:|"}[side] for side in align or "l" + "r" * (len(titles) - 1))
-    return "\n".join(["| " + " | ".join(titles) + " |", "|" + rule, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def claims(found):
-    """What the rows say of CLAIMS: [(claim, difference in points over seeds, half of its 95 % interval, seeds, answer)].
-    Runs of one seed share data and order: differences are taken seed by seed."""
-    answers = []
-    for claim, a, path, b, other, margin in CLAIMS:
-        pairs = [(value(one, path), value(found.get(b, {}).get(seed), other)) for seed, one in found.get(a, {}).items()]
-        differences = [100 * (x - y) for x, y in pairs if x is not None and y is not None]
-        if len(differences) > 1:
-            mean, n = statistics.mean(differences), len(differences)
-            half = T975[min(n - 1, len(T975)) - 1] * statistics.stdev(differences) / n ** .5
-            answer = "holds" if mean - half > margin else "does not hold" if mean + half < margin else "not decided here"
-            answers.append((claim + (f" (less than {-margin} points lost)" if margin else ""), mean, half, n, answer))
-    return answers
-
-
-def read_runs(folder):
-    """The scores in a folder of runs: {row: {seed: scores}}, and {row: (folder of one of its runs, its configuration)}."""
-    found, where = defaultdict(dict), {}
-    for file in sorted(Path(folder).glob("*-seed*/eval*.json")):
-        name, seed = file.parent.name.rsplit("-seed", 1)
-        name += file.stem.removeprefix("eval")
-        try:
-            found[name][seed] = scores = json.loads(file.read_text())
-            where.setdefault(name, (file.parent, scores["config"]))
-            if file.name == "eval.json" and (probed := file.with_name("attention.json")).exists():
-                scores["attention"] = json.loads(probed.read_text())
-        except (ValueError, KeyError, TypeError):
-            fail(f"{file}: expected the scores of a run, as eval.py writes them")
-    if not found:
-        fail(f"{folder}: no finished run in it (expected folders NAME-seedN with an eval.json)")
-    return found, where
-
-
-def table(folder, device):
-    """The runs in a folder beside the paper's: prints Markdown, and writes it, all scores, a picture of the accuracies and
-    pictures that the runs draw under the same captions to results/."""
-    found, where = read_runs(folder)
-    every = [scores for some in found.values() for scores in some.values()]
-    options = {**every[0]["config"], "und_plan": "dense", "gen_plan": "dense"}
-    titles = {name: title for name, (title, _) in table_rows(options).items()}
-    for name, (title, changed) in LATER.items():
-        titles[name + suffix(options, changed)] = f"{titles[name]}, {title}"
-    titles |= {name: name for name in sorted(set(found) - set(titles))}
-    names = [name for name in titles if name in found]
-
-    parts = []
-    for part, (columns, beside) in PARTS.items():
-        rows = {name: [cell(found[name], *column[1:]) for column in columns] for name in names}
-        rows = {name: cells for name, cells in rows.items() if set(cells) != {"–"}}
-        if rows:
-            parts.append(f"{part}\n\n" + markdown(
-                ["run", "seeds", *(title for title, *_ in columns), *beside],
-                [[titles[name], ", ".join(found[name]), *cells, *(str(PAPER.get(name, (None,) * 4)[i] or "–") for i in beside.values())]
-                 for name, cells in rows.items()]))
-    answers = claims(found)
-    if answers:
-        parts.append("Claims\n\n" + markdown(
-            ["claim", "difference in points, 95 % interval over seeds", "seeds", ""],
-            [[claim, f"{mean:+.1f} ± {half:.1f}", str(n), answer] for claim, mean, half, n, answer in answers], "lrrl"))
-    n = defaultdict(set)
-    for scores in every:
-        for key, count in scores["n"].items():
-            n[key].add(count)
-    n = ", ".join(f"{key} {min(some)}" + (f" to {max(some)}" if len(some) > 1 else "") for key, some in n.items())
-    machines = " / ".join(sorted({scores["hardware"] for scores in every}))
-    parts.append(f"Mean ± standard deviation over seeds; n of each run: {n}; {machines}; preset {options['preset']}, "
-                 f"{options['steps']} steps of {options['batch_size']} pictures of each task.")
-    text, path = "\n\n".join(parts), f"results/{Path(folder).resolve().name}-{options['preset']}"
-    write(f"{path}.md", text + "\n")
-    write(f"{path}.json", json.dumps({"titles": {name: titles[name] for name in names}, "runs": found}))
-    most = max(map(len, found.values()))        # the picture: rows that have all seeds, under the plans they were trained with
-    shown = [name for name in names if len(found[name]) == most and where[name][0].name.startswith(f"{name}-seed")]
-    shares = {f"{what}, %": {titles[name]: some for name in shown if (some := values(found[name], key))}
-              for what, key in ACCURACIES.items()}
-    if any(shares.values()):
-        strip_chart([titles[name] for name in shown], shares).save(f"{path}.png")
-
-    pixels, texts = [], []                                              # a row of pictures for each run (cf. fig. 5)
-    artists = [name for name in names if where[name][1]["objective"] != "und"]
-    if artists:
-        split = data_sets.load(options["data"], options["preset"]).split("gen", "val", 6, questions=0)
-        captions = [x.text for x in split.captions]
-        for name in artists:
-            run, config = where[name]
-            model, tokenizer, _, plans, _ = opened(run, device, {k: config[k] for k in ("und_plan", "gen_plan", "shallow")})
-            pixels += [*drawn(model, tokenizer, captions, plans["gen"], *(config[k] for k in ("guidance", "temperature", "top_k")))]
-            texts += [f"{titles[name]}:\n{caption}" for caption in captions]
-        contact_sheet(pixels, texts, f"{path}-samples.png")
-    print(f"{text}\n\n{path}.md, .json, .png, -samples.png")
-
-
-def suffix(options, changed):
-    """Of the files with scores under other plans than a run was trained with."""
-    return "-{und_plan}-{gen_plan}{shallow}".format(**{**options, **changed}) if changed else ""
-
-
-def opened(folder, device, changed):
-    """A trained run under other plans: `changed` has new values of und_plan, gen_plan, shallow. Returns the model, its
-    tokenizer, its checkpoint with those options, {task: plan} and what the names of its files end with."""
-    model, tokenizer, found = load(folder, device)
-    changed = {key: value for key, value in changed.items() if value != found["options"][key]}
-    options = {**found["options"], **changed}
-    for task in ("und", "gen"):
-        if options["objective"] not in (task, "joint") and f"{task}_plan" in changed:
-            fail(f"--{task}-plan: {folder} was not trained for that task")
-    plans = plans_for(options, model.config.layers, "shallow" in changed)
-    return model, tokenizer, {**found, "options": options}, plans, suffix(found["options"], changed)
+def check_config(c):
+    """ValueError for a configuration that no model can be built from."""
+    check_whole_numbers(c, vocab=2 ** 20, layers=1000, width=65536, heads=1024, side=256,
+                        first_code=2 ** 20, und_text=2 ** 16, gen_text=2 ** 16)
+    if c.width % (2 * c.heads):
+        raise ValueError(f"width {c.width} has to be a multiple of twice the {c.heads} heads")
+    if c.projections not in PROJECTIONS or type(c.image_loss) is not bool:
+        raise ValueError(f"projections {c.projections!r}, image_loss {c.image_loss!r}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", type=Path, help="folder of a trained run")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a trained run")
     parser.add_argument("--und-plan", help="default: the one it was trained with")
     parser.add_argument("--gen-plan")
-    parser.add_argument("--shallow", type=int, metavar="K", help="of hmgen and other plans that touch only some layers")
+    parser.add_argument("--shallow", type=int, metavar="K", help="of plans that touch some layers")
     parser.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"))
     parser.add_argument("--draw", metavar="CAPTION")
     parser.add_argument("--n", type=int, default=8, help="how many pictures --draw draws")
@@ -630,54 +487,68 @@ def main():
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--top-k", type=int, help="draw from the k likeliest codes only")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    parser.add_argument("--table", type=Path, metavar="DIR", help="the table of all runs in DIR")
     args = parser.parse_args()
-    if (args.run is None) == (args.table is None):
-        fail("expected the folder of a run, or --table and a folder of runs")
-    for name, least in (("n", 1), ("top_k", 1), ("temperature", 1e-6), ("guidance", 0)):
-        number = getattr(args, name)
-        if number is not None and not least <= number < math.inf:
-            fail(f"--{name.replace('_', '-')} {number}: expected at least {least:g}")
-    given = {key for key, value in vars(args).items() if value not in (None, parser.get_default(key))}
-    used = ({"table", "device"} if args.table else {"run", "device", "und_plan", "shallow", "ask"} if args.ask else
-            {"run", "device", "gen_plan", "shallow", "draw", "n", "guidance", "temperature", "top_k"} if args.draw is not None else
-            {"run", "device", "und_plan", "gen_plan", "shallow", "guidance", "temperature", "top_k"})
-    if given - used:
-        fail(f"--{min(given - used).replace('_', '-')} does not belong there: expected only "
-             + ", ".join(f"--{key.replace('_', '-')}" for key in sorted(used - {"run"})))
-    if args.table:
-        table(args.table, pick_device(args.device))
-        return
+    check_arguments(args, parser)
+    device = pick_device(args.device)
+    model, tokenizer, checkpoint = load_run(args.run, device)
+    options, tasks = checkpoint["options"], checkpoint["tasks"]
+    suffix = ""
+    changed = [key for key in ("und_plan", "gen_plan", "shallow")
+               if getattr(args, key) not in (None, options[key])]
+    for key in changed:
+        options[key] = getattr(args, key)
+    if changed:
+        suffix = "-{und_plan}-{gen_plan}{shallow}".format(**options)
+    sampling = default_sampling(options["data"])
+    if (args.guidance, args.temperature, args.top_k) != (None, None, None):
+        given = (args.guidance, args.temperature, args.top_k)
+        sampling = tuple(usual if new is None else new for new, usual in zip(given, sampling))
+        suffix += "-g{:g}-t{:g}-k{}".format(*sampling)
 
-    changed = {key: getattr(args, key) for key in ("und_plan", "gen_plan", "shallow") if getattr(args, key) is not None}
-    model, tokenizer, found, plans, end = opened(args.run, pick_device(args.device), changed)
-    options = found["options"]
-    usual = sampling_for(options["data"])
-    sampling = tuple(own if given is None else given
-                     for own, given in zip(usual, (args.guidance, args.temperature, args.top_k)))
+    for task, asked in (("und", args.ask or args.und_plan), ("gen", args.draw or args.gen_plan)):
+        if asked and task not in tasks:
+            fail(f"{args.run} was not trained for that task: expected no such option")
+    if options["gen_plan"] == "himix":
+        fail("--gen-plan himix: image tokens that are never updated cannot predict the next one")
     try:
+        plans = plans_of(tasks, options, model.config.layers)
         if args.ask:
-            if "und" not in plans:
-                fail(f"--ask: {args.run} was trained to generate only")
-            pixels = data_sets.open_picture(Path(args.ask[0]), tokenizer.vq.config.image_size, "--ask")
-            print(answer(model, tokenizer, tokenizer.encode(pixels[None])[0], args.ask[1], plans["und"]))
+            pixels = open_picture(Path(args.ask[0]), tokenizer.vq.config.image_size, "--ask")
+            codes = tokenizer.encode(pixels[None])[0]
+            print(answer(model, tokenizer, codes, args.ask[1], plans["und"]))
         elif args.draw is not None:
-            if "gen" not in plans:
-                fail(f"--draw: {args.run} was trained to understand only")
-            pixels = drawn(model, tokenizer, [args.draw] * args.n, plans["gen"], *sampling)
+            pixels = draw_pictures(model, tokenizer, [args.draw] * args.n, plans["gen"], sampling)
             contact_sheet(pixels, [""] * args.n, args.run / "draw.png", columns=min(args.n, 6))
             Image.fromarray(pixels[0]).save(args.run / "draw-0.png")
-            print(f"{args.run}/draw.png: {args.n} pictures of {args.draw!r}, draw-0.png: the first of them in its own size")
+            print(f"{args.run}/draw.png: {args.n} pictures of {args.draw!r}; draw-0.png: the first")
         else:
-            dataset = data_sets.load(options["data"], options["preset"])
-            if sampling != usual:
-                end += "-g{:g}-t{:g}-k{}".format(*sampling)
-            scores = evaluate(model, tokenizer, found, dataset, plans, args.run, sampling, end)
-            print(summary(scores))
-            print(f"{args.run}/eval{end}.json, samples{end}.png")
+            dataset = data.load(options["data"], options["preset"])
+            scores, shown = evaluate(model, tokenizer, checkpoint, dataset, plans, sampling)
+            save_scores(scores, shown, args.run, suffix)
+            print(f"{summary(scores)}\n{args.run}/eval{suffix}.json, samples{suffix}.png")
     except ValueError as error:
         fail(str(error))
 
 
+def check_arguments(args, parser):
+    """Refuses numbers out of range, and options that do not belong together."""
+    for name, least in (("n", 1), ("top_k", 1), ("temperature", 1e-6), ("guidance", 0)):
+        number = getattr(args, name)
+        if number is not None and not least <= number < math.inf:
+            fail(f"--{name.replace('_', '-')} {number}: expected at least {least:g}")
+    given = {key for key, value in vars(args).items()
+             if value not in (None, parser.get_default(key))}
+    sampling = {"guidance", "temperature", "top_k"}
+    allowed = {"und_plan", "gen_plan", "shallow"} | sampling
+    if args.ask:
+        allowed = {"ask", "und_plan", "shallow"}
+    elif args.draw is not None:
+        allowed = {"draw", "n", "gen_plan", "shallow"} | sampling
+    wrong = given - allowed - {"run", "device"}
+    if wrong:
+        fail(f"--{min(wrong).replace('_', '-')} does not belong there: expected only "
+             + ", ".join(f"--{key.replace('_', '-')}" for key in sorted(allowed)))
+
+
 if __name__ == "__main__":
-    command(main)
+    run_script(main)

@@ -1,148 +1,220 @@
-"""The unified model: one causal transformer over text tokens and image tokens, for understanding and generation.
+"""The unified model: one causal transformer over text and image tokens, for both tasks.
 
-From top to bottom: how sequences are built, the transformer, its KV cache, answering and drawing, checkpoints.
-`Model.forward` never computes what a plan drops; `Model.forward_masked` computes everything, hides what the plan drops
-and returns the attention weights. tests/ hold the two equal: logits, loss and every gradient.
-"""
+From top to bottom: the configuration, how sequences are built, the transformer block, the model
+with its two forwards, answering and drawing, loading a run.
+
+`Model.forward_masked` computes everything and hides what the plan drops: read this one.
+`Model.forward` never computes what the plan drops: it is the fast one, and the default. The tests
+hold the two equal: logits, loss and every gradient. """
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import fail, refusing
-from prune import PLANS, SIZES, SOME, Layout, Size, make_plan, positions
-from tokenizer import Tokenizer, check_sizes, fitting, read
+from prune import FFN, Layout, flops, positions, predicting
 
-INSTRUCTION_WEIGHT = .2     # of a question's token in the loss, where an output token has 1. The paper's eq. 1 counts both
-                            # alike, but here three targets in four would be a question's. Captions do not count;
-                            # images that are only looked at do with image_loss, each token as much as one of a question
+# The weight of an instruction's token in the loss, where an output token has 1. The paper's eq. 1
+# counts both alike (set it to 1.); here three targets of four would then be those of questions.
+INSTRUCTION_WEIGHT = .2
 
-PROJECTIONS = {"shared": ["text"], "image": ["text", "image"], "task": ["text", "und", "gen"]}      # and whose they are
+# Which sets of Q, K, V weights a block has. Text tokens always use "text".
+PROJECTIONS = {"shared": ["text"],                  # image tokens use those of text, too
+               "image": ["text", "image"],          # image tokens have their own, for both tasks
+               "task": ["text", "und", "gen"]}      # ... for each task: "share partial" (sec. 6.2)
 
 
 @dataclass
-class Config(Size):
-    """All that the model is built from. `Size` has the part that costs depend on."""
-    heads: int = 4
-    side: int = 8                   # a picture has side x side image tokens
-    first_code: int = 512           # image code c has the id first_code + c
-    projections: str = "shared"     # Q, K, V of image tokens: "shared" with text, own ones ("image"), or own ones for
-                                    # each task ("task", the paper's share partial, sec. 6.2)
+class Config:
+    """All that a model is built from."""
+    vocab: int
+    layers: int
+    width: int                      # d
+    heads: int
+    side: int                       # a picture has side x side image tokens
+    first_code: int                 # image code c has the id first_code + c
+    und_text: int                   # tokens after the image in understanding: questions, answers
+    gen_text: int                   # tokens before the image in generation: bos, gen, a caption
+    projections: str = "shared"
+    image_loss: bool = False        # understanding predicts its image tokens, too (eq. 1)
 
-    def __post_init__(self):
-        """ValueError for what no model can be built from: a configuration may come from anyone's file."""
-        check_sizes(self, vocab=2 ** 20, layers=1000, width=65536, hidden=64, heads=1024, side=256, first_code=2 ** 20)
-        self.und, self.gen = Layout(*self.und), Layout(*self.gen)
-        if not all(type(n) is int and 0 <= n <= 2 ** 16 for n in self.und + self.gen):
-            raise ValueError(f"layouts {self.und}, {self.gen}: expected whole numbers")
-        if self.und.image != self.side ** 2 or self.gen.image != self.side ** 2:
-            raise ValueError(f"{self.side}x{self.side} image tokens do not fit layouts {self.und}, {self.gen}")
-        if self.width % (2 * self.heads):
-            raise ValueError(f"width {self.width} has to be a multiple of twice the number of heads, {self.heads}")
-        if self.projections not in PROJECTIONS or type(self.image_loss) is not bool:
-            raise ValueError(f"projections {self.projections!r}, image_loss {self.image_loss!r}: expected one of "
-                             f"{', '.join(PROJECTIONS)}, and True or False")
+    def layout(self, task):
+        """Tokens before, in and after the image."""
+        image = self.side ** 2
+        return Layout(2, image, self.und_text) if task == "und" else Layout(self.gen_text, image, 0)
 
+    def flops(self, task, plan):
+        """Of forward and backward for one sequence: see prune.flops."""
+        image_loss = task == "und" and self.image_loss
+        return flops(plan, self.layout(task), self.width, self.vocab, image_loss)
+
+
+# ---------------------------------------------------------------------------------------- sequences
 
 class Batch(NamedTuple):
-    """Sequences of one task, all of one length N. A whole training set is one too: `rows` takes a step's part of it."""
+    """Sequences of one task, all of one length N. What stands at position i of `targets`,
+    `loss_weights` and `is_output` is about the token that should follow position i."""
     task: str                       # "und" or "gen"
     layout: Layout
-    image_loss: bool                # image tokens are targets, too: always in generation
+    image_loss: bool                # image tokens of understanding have targets
     tokens: torch.Tensor            # (B, N)
-    places: torch.Tensor            # (B, N) rotary positions
-    turns: torch.Tensor             # (B, N) 0: seen by all that follow; t > 0: seen within question t; -1: padding
-    targets: torch.Tensor           # (B, N) the token that should follow, -1 where none is asked for
-    weights: torch.Tensor           # (B, N) of a target in the loss: 1 where it is output, else INSTRUCTION_WEIGHT
+    position_ids: torch.Tensor      # (B, N) for the rotary embedding
+    segment_ids: torch.Tensor       # (B, N) 0: seen by all that follow; k: question k; -1: padding
+    targets: torch.Tensor           # (B, N) the token that should follow; -1: none is asked for
+    loss_weights: torch.Tensor      # (B, N) float, of the targets
+    is_output: torch.Tensor         # (B, N) bool: the target is output (an answer, a drawn image)
 
     def rows(self, index):
-        return self._make((*self[:3], *(x[index] for x in self[3:])))
+        """Those sequences, as a Batch."""
+        return self._replace(**{name: getattr(self, name)[index] for name in TENSORS})
 
     def to(self, device):
-        return self._make((*self[:3], *(x.to(device, non_blocking=True) for x in self[3:])))
+        return self._replace(**{name: getattr(self, name).to(device) for name in TENSORS})
 
-    def visible(self, start, stop):
-        """(B, 1, stop - start, N) bool: which of all keys the queries from start to stop see. Causal; questions on one
-        picture are apart from each other, so that they share its cost but are answered as if asked alone; no real
-        token sees padding (padding sees padding, since a row without any key has no softmax)."""
-        query, key = self.turns[:, start:stop, None], self.turns[:, None]
+    def attention_mask(self, start=0, stop=None):
+        """(B, 1, stop - start, N) bool, [query, key]: what the queries from start to stop may see.
+
+        Causal. Questions on one picture do not see each other, so that they share its cost and are
+        answered as if each were asked alone. No token sees padding, but padding itself does: a
+        query without any key has no softmax. """
+        query = self.segment_ids[:, start:stop, None]
+        key = self.segment_ids[:, None, :]
         order = torch.arange(key.size(2), device=key.device)
-        return ((order <= order[start:stop, None]) & ((key == 0) | (key == query)))[:, None]
+        causal = order <= order[start:stop, None]
+        return (causal & ((key == 0) | (key == query)))[:, None]
 
 
-def understanding(tokenizer, codes, asked, length, image_loss=False):
-    """[bos][und] image, then as many (question, answer) pairs as fit into `length` tokens.
+TENSORS = ("tokens", "position_ids", "segment_ids", "targets", "loss_weights", "is_output")
 
-    codes: (B, M); asked: for each picture a list of (question, answer) strings; image_loss: predict the image tokens, too
-    (the paper's eq. 1). ValueError where not even one fits.
+
+def padding(rows, length, pad):
+    """Tensors of a Batch in which nothing stands yet."""
+    shape = (rows, length)
+    return {"tokens": torch.full(shape, pad), "position_ids": torch.zeros(shape, dtype=torch.long),
+            "segment_ids": torch.full(shape, -1), "targets": torch.full(shape, -1),
+            "is_output": torch.zeros(shape, dtype=torch.bool)}
+
+
+def loss_weights(targets, is_output):
+    """Output tokens count 1 in the loss, other targets INSTRUCTION_WEIGHT, what is no target 0."""
+    return is_output.float() + INSTRUCTION_WEIGHT * (~is_output & (targets >= 0))
+
+
+def understanding(tokenizer, codes, questions, length, image_loss=False):
+    """[bos] [und] image, then as many questions with answers as fit into `length` tokens.
+
+    codes: (B, M). questions: for each picture a list of (question, answer) strings. image_loss:
+    also predict the image tokens. ValueError where not even one question fits.
+
+    A picture of 4 tokens i0 to i3, two questions, and a length of 9; `-` is a target of -1:
+
+        tokens         bos und i0 i1 i2 i3  what shape ? ring eos  size ? big eos  pad
+        position_ids     0   1  2  3  4  5     6     7 8    9  10     6 7   8   9    0
+        segment_ids      0   0  0  0  0  0     1     1 1    1   1     2 2   2   2   -1
+        targets          -   -  -  -  -  - shape     ? ring eos -     ? big eos -    -
+        loss_weights     0   0  0  0  0  0    .2    .2 1    1   0    .2 1   1   0    0
+        is_output        .   .  .  .  .  .     .     . x    x   .     . x   x   .    .
+
+    (With a length of 9 in all after the image: 5 + 4.) With image_loss, i0 to i3 are the targets of
+    positions 1 to 4 and weigh as much as a question's tokens.
     """
-    rows, before = [], 2 + codes.size(1)
-    for image, pairs in zip((codes + tokenizer.first_code).tolist(), asked):
-        tokens, places, turns = [tokenizer.bos, tokenizer.und, *image], [*range(before)], [0] * before
-        targets = [-1, *image, -1] if image_loss else [-1] * before
-        weights = [INSTRUCTION_WEIGHT * (target >= 0) for target in targets]
-        for turn, (question, answer) in enumerate(pairs, 1):
+    first = 2 + codes.size(1)                       # the position after the image
+    batch = padding(len(codes), first + length, tokenizer.pad)
+    image = codes + tokenizer.first_code
+    batch["tokens"][:, 0], batch["tokens"][:, 1] = tokenizer.bos, tokenizer.und
+    batch["tokens"][:, 2:first] = image
+    batch["position_ids"][:, :first] = torch.arange(first)
+    batch["segment_ids"][:, :first] = 0
+    if image_loss:
+        batch["targets"][:, 1:first - 1] = image
+
+    arrays = {name: tensor.numpy() for name, tensor in batch.items()}   # fills faster, same memory
+    for row, pairs in enumerate(questions):
+        start = first
+        for number, (question, answer) in enumerate(pairs, 1):
             question, answer = tokenizer.ids(question), tokenizer.ids(answer) + [tokenizer.eos]
-            n = len(question) + len(answer)
-            if len(tokens) + n > before + length:
-                if turn == 1:
-                    raise ValueError(f"a question and its answer have {n} tokens, the model takes {length}")
+            ids = question + answer
+            stop = start + len(ids)
+            if stop > first + length:
+                if number == 1:
+                    raise ValueError(f"a question and its answer have {len(ids)} tokens, "
+                                     f"the model takes {length}")
                 break
-            tokens += question + answer
-            places += range(before, before + n)             # every question stands as if it came right after the image
-            turns += [turn] * n
-            targets += question[1:] + answer + [-1]
-            weights += [INSTRUCTION_WEIGHT] * (len(question) - 1) + [1.] * len(answer) + [0.]
-        rest = before + length - len(tokens)
-        rows.append((tokens + [tokenizer.pad] * rest, places + [0] * rest, turns + [-1] * rest,
-                     targets + [-1] * rest, weights + [0.] * rest))
-    *whole, weights = (torch.from_numpy(np.array(x)) for x in zip(*rows))       # torch.tensor is slow on nested lists
-    return Batch("und", Layout(2, before - 2, length), image_loss, *whole, weights.float())
+            arrays["tokens"][row, start:stop] = ids
+            # Every question stands where it would if it came right after the image.
+            arrays["position_ids"][row, start:stop] = range(first, first + len(ids))
+            arrays["segment_ids"][row, start:stop] = number
+            arrays["targets"][row, start:stop - 1] = ids[1:]
+            arrays["is_output"][row, stop - 1 - len(answer):stop - 1] = True
+            start = stop
+    weights = loss_weights(batch["targets"], batch["is_output"])
+    return Batch("und", Layout(2, codes.size(1), length), image_loss, loss_weights=weights, **batch)
 
 
 def generation(tokenizer, codes, captions, length):
-    """[bos][gen] caption image, where the text part is `length` tokens long: padding, if any, comes before it.
+    """[bos] [gen] caption image, where all before the image is `length` tokens long: padding comes
+    first, so that the image stands at the same place in each sequence.
 
-    codes: (B, M), of any value where they are still to be sampled. ValueError for a caption that does not fit.
+    codes: (B, M), of any value where they are still to be sampled. ValueError for a caption that
+    does not fit. "a ring", a picture of 4 tokens i0 to i3, and a length of 5:
+
+        tokens         pad bos gen  a ring i0 i1 i2 i3
+        position_ids     0   0   1  2    3  4  5  6  7
+        segment_ids     -1   0   0  0    0  0  0  0  0
+        targets          -   -   -  -   i0 i1 i2 i3  -
+        loss_weights     0   0   0  0    1  1  1  1  0
+        is_output        .   .   .  .    x  x  x  x  .
     """
-    rows, m = [], codes.size(1)
-    for caption in captions:
-        text = [tokenizer.bos, tokenizer.gen, *tokenizer.ids(caption)]
-        rest, n = length - len(text), len(text) + m
-        if rest < 0:
-            raise ValueError(f"a caption has {len(text) - 2} tokens, the model takes {length - 2}: {caption[:60]!r}")
-        rows.append(([tokenizer.pad] * rest + text, [0] * rest + [*range(n)], [-1] * rest + [0] * n))
-    tokens, places, numbers = (torch.from_numpy(np.array(x)) for x in zip(*rows))
+    m = codes.size(1)
+    batch = padding(len(codes), length + m, tokenizer.pad)
     image = codes + tokenizer.first_code
-    none = torch.full((len(codes), length), -1)
-    targets = torch.cat([none[:, 1:], image, none[:, :1]], 1)
-    return Batch("gen", Layout(length, m, 0), True, torch.cat([tokens, image], 1), places, numbers, targets,
-                 (targets >= 0).float())
+    batch["tokens"][:, length:] = image
+    batch["targets"][:, length - 1:-1] = image
+    batch["is_output"][:, length - 1:-1] = True
+
+    arrays = {name: tensor.numpy() for name, tensor in batch.items()}
+    for row, caption in enumerate(captions):
+        text = [tokenizer.bos, tokenizer.gen] + tokenizer.ids(caption)
+        start = length - len(text)
+        if start < 0:
+            raise ValueError(f"a caption has {len(text) - 2} tokens, the model takes {length - 2}: "
+                             f"{caption[:60]!r}")
+        arrays["tokens"][row, start:length] = text
+        arrays["position_ids"][row, start:] = range(len(text) + m)
+        arrays["segment_ids"][row, start:] = 0
+    weights = loss_weights(batch["targets"], batch["is_output"])
+    return Batch("gen", Layout(length, m, 0), False, loss_weights=weights, **batch)
 
 
 def sequences(task, tokenizer, split, c):
-    """All pictures of a data.Split as one Batch of a task. ValueError where a text does not fit."""
+    """All pictures of a data.Split as one Batch. ValueError where a text does not fit."""
     codes = tokenizer.encode(split.pixels)
-    if task == "und":
-        turns = [[(q.text, q.answer) for q in questions] for questions in split.questions]
-        return understanding(tokenizer, codes, turns, c.und.after, c.image_loss)
-    return generation(tokenizer, codes, [caption.text for caption in split.captions], c.gen.before)
+    if task == "gen":
+        captions = [caption.text for caption in split.captions]
+        return generation(tokenizer, codes, captions, c.gen_text)
+    pairs = [[(q.text, q.answer) for q in questions] for questions in split.questions]
+    return understanding(tokenizer, codes, pairs, c.und_text, c.image_loss)
 
 
-def aimed(batch):
-    """The slice of positions that may have a target: the only ones that logits are computed for."""
-    before, m, _ = batch.layout
-    return slice(before - 1 if batch.image_loss else before + m, before + m - 1 if batch.task == "gen" else None)
+# ---------------------------------------------------------------------------------------- the block
+
+class Tokens(NamedTuple):
+    """The tokens that are queries, or keys, in a layer."""
+    index: torch.Tensor     # (n,) their positions in the sequence; None: all of it
+    layout: Layout          # how many of them stand before, in and after the image
+    cos: torch.Tensor       # (B, 1, n, Dh) their rotary angles
+    sin: torch.Tensor
+
+    def of(self, x):
+        """(B, N, d) -> (B, n, d)"""
+        return x if self.index is None else x.index_select(1, self.index)
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding (Su et al. 2021): turns each (x[i], x[i + Dh / 2]) by an angle. x: (B, H, n, Dh);
-    cos, sin: (B, 1, n, Dh), the first half of sin negative."""
+    """Rotary position embedding (Su et al. 2021): turns each pair (x[i], x[i + Dh / 2]) by an
+    angle. x: (B, H, n, Dh); cos, sin: (B, 1, n, Dh), the first half of sin negative."""
     return x * cos + x.roll(x.size(-1) // 2, -1) * sin
 
 
@@ -151,288 +223,237 @@ class Block(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        d, self.heads, self.projections = c.width, c.heads, c.projections
-        owners = PROJECTIONS[c.projections]
-        self.norm1, self.norm2 = nn.RMSNorm(d), nn.RMSNorm(d)
-        self.q = nn.ModuleDict({name: nn.Linear(d, d, bias=False) for name in owners})
-        self.kv = nn.ModuleDict({name: nn.Linear(d, 2 * d, bias=False) for name in owners})
-        self.norm_q, self.norm_k = nn.RMSNorm(d // c.heads), nn.RMSNorm(d // c.heads)
+        d = c.width
+        self.heads, self.projections = c.heads, c.projections
+        self.attention_norm, self.ffn_norm = nn.RMSNorm(d), nn.RMSNorm(d)
+        sets = PROJECTIONS[c.projections]
+        self.query = nn.ModuleDict({name: nn.Linear(d, d, bias=False) for name in sets})
+        self.key_value = nn.ModuleDict({name: nn.Linear(d, 2 * d, bias=False) for name in sets})
+        self.query_norm, self.key_norm = nn.RMSNorm(d // c.heads), nn.RMSNorm(d // c.heads)
         self.out = nn.Linear(d, d, bias=False)
-        self.up, self.down = nn.Linear(d, c.hidden * d, bias=False), nn.Linear(c.hidden * d, d, bias=False)
+        self.up, self.down = nn.Linear(d, FFN * d, bias=False), nn.Linear(FFN * d, d, bias=False)
 
-    def owner(self, task):
-        """Whose projections image tokens use."""
-        return {"shared": "text", "image": "image", "task": task}[self.projections]
+    def forward(self, x, source, queries, keys, mask, task, fused=True):
+        """One layer. x: (B, q, d), the tokens that it updates. source: (B, k, d), those whose keys
+        and values they attend to. queries, keys: Tokens. mask: (B, 1, q, k) bool. Returns x after
+        the layer, and the attention weights (B, H, q, k), or None where fused."""
+        h = self.attention_norm(x)
+        h_source = h if source is x else self.attention_norm(source)
+        q = self.project_query(h, queries, task)
+        k, v = self.project_key_value(h_source, keys, task)
+        attended, weights = attention(q, k, v, mask, fused)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        x = x + self.feed_forward(self.ffn_norm(x))
+        return x, weights
 
-    def project(self, linears, x, t, task):
-        """Q or K and V of t text tokens and the image tokens behind them, each by their own weights: (B, n, out)."""
+    def feed_forward(self, x):
+        up = F.relu(self.up(x), inplace=True)
+        return self.down(up * up)       # in place, and no .square(): a quarter of the FFN's time
+
+    def project_query(self, h, queries, task):
+        """(B, n, d) -> (B, H, n, Dh)"""
+        q = self.split_heads(self.project(self.query, h, queries.layout, task))
+        q = q.type_as(self.query_norm.weight)       # autocast gives bfloat16; norms stay exact
+        return rotate(self.query_norm(q), queries.cos, queries.sin)
+
+    def project_key_value(self, h, keys, task):
+        """(B, n, d) -> twice (B, H, n, Dh)"""
+        k, v = self.project(self.key_value, h, keys.layout, task).chunk(2, dim=-1)
+        k, v = self.split_heads(k), self.split_heads(v)
+        k = k.type_as(self.key_norm.weight)
+        return rotate(self.key_norm(k), keys.cos, keys.sin), v
+
+    def project(self, linears, h, layout, task):
+        """Text tokens by their weights, image tokens by theirs, which may be the same: (B, n,
+        out)."""
         if self.projections == "shared":
-            return linears["text"](x)
-        return torch.cat([linears["text"](x[:, :t]), linears[self.owner(task)](x[:, t:])], 1)
+            return linears["text"](h)
+        image_linear = linears["image" if self.projections == "image" else task]
+        before, image, after = h.split(layout, 1)
+        parts = [linears["text"](before), image_linear(image), linears["text"](after)]
+        return torch.cat(parts, 1)
 
     def split_heads(self, x):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)        # (B, n, d) -> (B, H, n, Dh)
 
-    def rotated_query(self, q, rope):
-        q = self.split_heads(q).type_as(self.norm_q.weight)             # autocast hands over bfloat16; norms stay exact
-        return rotate(self.norm_q(q), *rope)
 
-    def rotated_key_value(self, kv, rope):
-        k, v = map(self.split_heads, kv.chunk(2, dim=-1))
-        return rotate(self.norm_k(k.type_as(self.norm_k.weight)), *rope), v
-
-    def update(self, x, attended):
-        """Residual stream (B, n, d) and outputs of the heads (B, H, n, Dh) -> residual stream after this layer."""
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
-        up = F.relu(self.up(self.norm2(x)), inplace=True)
-        return x + self.down(up * up)                                   # in place, and no .square(): a quarter of the FFN's time
+def attention(q, k, v, mask, fused):
+    """softmax(q k^T / sqrt(Dh)) v, (B, H, q, Dh), and its weights, which no fused kernel gives."""
+    if fused:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask), None
+    scores = q @ k.mT / math.sqrt(q.size(-1))                           # (B, H, q, k)
+    weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    return weights @ v, weights
 
 
-def text_first(x, layout, dim):
-    """Text before the image, image, text after it -> all text, image."""
-    before, image, after = x.split(layout, dim)
-    return torch.cat([before, after, image], dim)
-
-
-def cut(x, t, chosen, dim):
-    """Along `dim`, the first t tokens (all text) and those image tokens behind them that the slice `chosen` names."""
-    image = x.narrow(dim, t, x.size(dim) - t)
-    kept = image[(slice(None),) * dim + (chosen,)]
-    return x if kept.size(dim) == image.size(dim) else torch.cat([x.narrow(dim, 0, t), kept], dim)
-
-
-class LayerCache:
-    """Keys and values of one layer: room for all text tokens and behind them for the image tokens that its rule shows.
-    What is not there yet lies in the future, where the causal mask hides it: shapes never change."""
-
-    def __init__(self, batch, rule, heads, like):
-        before, m, after = batch.layout
-        self.text = before + after
-        image = len(range(0, m, rule.stride)) if rule.keys != "none" else 0
-        self.k, self.v = (like.new_zeros(len(batch.tokens), heads, self.text + image, like.size(1) // heads)
-                          for _ in range(2))
-
-    def extended(self, k, v, t, text_done, image_done):
-        """Takes in the new keys and values, t of text and the rest of the image, and returns all."""
-        for buffer, new in ((self.k, k), (self.v, v)):
-            buffer[:, :, text_done:text_done + t] = new[:, :, :t]
-            image = self.text + image_done
-            buffer[:, :, image:image + new.size(2) - t] = new[:, :, t:]
-        return self.k, self.v
-
+# ---------------------------------------------------------------------------------------- the model
 
 class Model(nn.Module):
     def __init__(self, c, codebook=None):
+        """codebook: (codes, code_dim), the image tokenizer's: similar codes start with similar
+        embeddings."""
         super().__init__()
         self.config = c
-        self.embed = nn.Embedding(c.vocab, c.width)
-        self.row, self.column = (nn.Parameter(.02 * torch.randn(c.side, c.width)) for _ in range(2))
+        self.token_embedding = nn.Embedding(c.vocab, c.width)
+        self.row = nn.Parameter(.02 * torch.randn(c.side, c.width))
+        self.column = nn.Parameter(.02 * torch.randn(c.side, c.width))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
-        self.norm, self.head = nn.RMSNorm(c.width), nn.Linear(c.width, c.vocab, bias=False)
+        self.norm = nn.RMSNorm(c.width)
+        self.head = nn.Linear(c.width, c.vocab, bias=False)
         for name, p in self.named_parameters():
             if name.endswith(("out.weight", "down.weight", "head.weight")):
-                nn.init.zeros_(p)                                       # every layer starts as the identity
+                nn.init.zeros_(p)                               # every layer starts as the identity
             elif name.startswith("blocks") and p.ndim == 2:
                 nn.init.normal_(p, std=p.size(1) ** -.5)
-        if codebook is not None:                                        # similar codes start with similar embeddings
-            image = codebook @ torch.randn(codebook.size(1), c.width)
-            self.embed.weight.data[c.first_code:c.first_code + len(codebook)] = image / image.std()
-        angles = torch.arange(sum(c.und) + sum(c.gen))[:, None] * 1e4 ** -torch.arange(0, 1, 2 * c.heads / c.width)
-        self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], 1), persistent=False)
-        self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], 1), persistent=False)
+        if codebook is not None:
+            embedding = codebook @ torch.randn(codebook.size(1), c.width)
+            codes = slice(c.first_code, c.first_code + len(codebook))
+            self.token_embedding.weight.data[codes] = embedding / embedding.std()
+        length = max(sum(c.layout("und")), sum(c.layout("gen")))
+        head_width = c.width // c.heads
+        frequencies = 1e4 ** -(torch.arange(0, head_width, 2) / head_width)
+        angles = torch.arange(length)[:, None] * frequencies                    # (N, Dh / 2)
+        cos, sin = angles.cos(), angles.sin()
+        self.register_buffer("cos", torch.cat([cos, cos], 1), persistent=False)
+        self.register_buffer("sin", torch.cat([-sin, sin], 1), persistent=False)
 
-    def embedded(self, batch, start, stop):
-        """Token embeddings; image tokens also tell their row and column. (B, stop - start, d)"""
-        x = self.embed(batch.tokens[:, start:stop])
-        before, m, _ = batch.layout
-        grid = F.pad((self.row[:, None] + self.column).flatten(0, 1), (0, 0, before, sum(batch.layout) - before - m))
-        return x + grid[start:stop]
-
-    def rope(self, batch, start, stop):
-        places = batch.places[:, start:stop]
-        return self.cos[places][:, None], self.sin[places][:, None]     # (B, 1, n, Dh)
-
-    def hidden(self, batch, plan, start=0, stop=None, cache=None):
-        """Final states of the tokens from start to stop, (B, stop - start, d). What the plan drops enters no matmul.
-        `cache`, a LayerCache for each layer, has the keys and values of the tokens before start and takes in those of
-        the new ones; without one, start is 0 and stop the end.
-
-        Inside, text comes first and the image last, so that each is one slice; attention minds only the mask.
-        """
+    def embed(self, batch, start=0, stop=None):
+        """(B, stop - start, d): of each token its embedding, of image tokens row and column,
+        too."""
         before, m, after = batch.layout
-        stop = stop or before + m + after
-        new = [max(0, min(stop, b) - max(start, a)) for a, b in
-               ((0, before), (before, before + m), (before + m, before + m + after))]
-        t, passed = new[0] + new[2], max(0, min(start - before, m))     # new text tokens; image tokens before start
-        x = text_first(self.embedded(batch, start, stop), new, 1)
-        rope = [text_first(r, new, 2) for r in self.rope(batch, start, stop)]
-        visible = text_first(text_first(batch.visible(start, stop), new, 2), batch.layout, 3)
+        grid = (self.row[:, None] + self.column).flatten(0, 1)                  # (M, d)
+        grid = F.pad(grid, (0, 0, before, after))                               # (N, d), 0 for text
+        return self.token_embedding(batch.tokens[:, start:stop]) + grid[start:stop]
 
-        # What a layer of each rule works on: which new image tokens are queries and which keys (as slices of them: every
-        # stride-th, counted from the image's first), the rotations of both, and (B, 1, queries, keys) what a query sees.
-        views = {}
-        for rule in set(plan):
-            kept, none = slice(-passed % rule.stride, new[1], rule.stride), slice(0, 0, 1)
-            query, key = kept if rule.query else none, kept if rule.keys != "none" else none
-            every_key = slice(0, m, rule.stride) if rule.keys != "none" else none
-            views[rule] = (query, key, [cut(r, t, query, 2) for r in rope], [cut(r, t, key, 2) for r in rope],
-                           cut(cut(visible, t, query, 2), before + after, every_key, 3))
-
-        image = original = x[:, t:]
-        taking_part = slice(0, new[1], 1)                               # the image tokens that x holds behind the text
-        for i, (block, rule) in enumerate(zip(self.blocks, plan)):
-            query, key, rope_q, rope_k, allowed = views[rule]
-            if query != taking_part:
-                image = image.slice_scatter(x[:, t:], 1, taking_part.start, taking_part.stop, taking_part.step)
-                x, taking_part = torch.cat([x[:, :t], image[:, query]], 1), query
-            h = kv = block.norm1(x)
-            if not rule.query or rule.keys != "hidden":
-                source = original if rule.keys == "embedding" else image
-                kv = torch.cat([h[:, :t], block.norm1(source[:, key])], 1)
-            q = block.rotated_query(block.project(block.q, h, t, batch.task), rope_q)
-            k, v = block.rotated_key_value(block.project(block.kv, kv, t, batch.task), rope_k)
-            if cache is not None:
-                k, v = cache[i].extended(k, v, t, start - passed, len(range(0, passed, rule.stride)))
-            x = block.update(x, F.scaled_dot_product_attention(q, k, v, attn_mask=allowed))
-        image = image.slice_scatter(x[:, t:], 1, taking_part.start, taking_part.stop, taking_part.step)
-        return torch.cat([x[:, :new[0]], image, x[:, new[0]:t]], 1)     # in the order of the sequence again
-
-    def forward(self, batch, plan):
-        """Logits (B, n, vocab) of the n positions that `aimed` names, and the loss."""
-        return self.loss(self.hidden(batch, plan), batch)
+    def rotary(self, batch, start=0, stop=None):
+        """cos and sin, (B, 1, stop - start, Dh)."""
+        position_ids = batch.position_ids[:, start:stop]
+        return self.cos[position_ids][:, None], self.sin[position_ids][:, None]
 
     def loss(self, x, batch):
-        """Logits, and the mean cross-entropy of output tokens, to which other targets add by their weight."""
-        x, targets, weights = (y[:, aimed(batch)] for y in (x, batch.targets, batch.weights))
-        logits = self.head(self.norm(x))
-        each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
-        return logits, (each * weights.flatten()).sum() / (weights == 1).sum()
+        """The logits of the positions that `predicting` names, and the loss of eq. 1: cross-entropy
+        of each target, times its weight, over the number of output tokens. x: (B, N, d)."""
+        span = predicting(batch.layout, batch.image_loss)
+        logits = self.head(self.norm(x[:, span]))
+        targets, weights = batch.targets[:, span].flatten(), batch.loss_weights[:, span].flatten()
+        each = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-1, reduction="none")
+        return logits, (each * weights).sum() / batch.is_output.sum()
 
     def forward_masked(self, batch, plan):
-        """The readable twin of `forward`: everything is computed, and what the plan drops is hidden. Also returns the
-        attention weights of every layer, (B, H, N, N), which no fused kernel gives."""
-        before, m, _ = batch.layout
-        n = before + m + batch.layout.after
-        x = original = self.embedded(batch, 0, n)
-        rope, visible = self.rope(batch, 0, n), batch.visible(0, n)
-        order = torch.arange(n, device=x.device)
-        is_image = ((order >= before) & (order < before + m))[:, None]
-        attention = []
-        for block, rule in zip(self.blocks, plan):
-            queries, keys = (torch.isin(order, torch.tensor(p, device=x.device)) for p in positions(rule, batch.layout))
-            own = block.owner(batch.task)
-            h = block.norm1(x)
-            source = block.norm1(torch.where(is_image, original, x)) if rule.keys == "embedding" else h
-            q = torch.where(is_image, block.q[own](h), block.q["text"](h))
-            kv = torch.where(is_image, block.kv[own](source), block.kv["text"](source))
-            q, (k, v) = block.rotated_query(q, rope), block.rotated_key_value(kv, rope)
-            scores = q @ k.mT / math.sqrt(q.size(-1))
-            attention.append(scores.masked_fill(~(visible & keys), -math.inf).softmax(-1))
-            x = torch.where(queries[:, None], block.update(x, attention[-1] @ v), x)
-        return *self.loss(x, batch), attention
+        """The reference: everything is computed, and what the plan drops is hidden by masks.
 
-    def next_logits(self, batch, plan, start, stop, cache):
-        """Logits (B, vocab) for the token at `stop`, after reading the tokens from start on into the cache."""
-        return self.head(self.norm(self.hidden(batch, plan, start, stop, cache)[:, -1]))
+        plan: one prune.Rule for each layer. Returns logits, loss, and the attention weights of
+        every layer, (B, H, N, N). Dropped queries have weights, too, which change nothing. """
+        device = batch.tokens.device
+        x = original = self.embed(batch)
+        everything = Tokens(None, batch.layout, *self.rotary(batch))
+        causal = batch.attention_mask()
+        order = torch.arange(sum(batch.layout), device=device)
+        before, m, _ = batch.layout
+        is_image = ((order >= before) & (order < before + m))[:, None]          # (N, 1)
+        all_weights = []
+        for block, rule in zip(self.blocks, plan):
+            queries, keys = positions(rule, batch.layout)
+            is_query = torch.isin(order, torch.tensor(queries, device=device))[:, None]
+            is_key = torch.isin(order, torch.tensor(keys, device=device))
+            source = torch.where(is_image, original, x) if rule.keys == "embedding" else x
+            updated, weights = block(x, source, everything, everything, causal & is_key, batch.task,
+                                     fused=False)
+            x = torch.where(is_query, updated, x)
+            all_weights.append(weights)
+        return *self.loss(x, batch), all_weights
+
+    def hidden(self, batch, plan):
+        """Final hidden states (B, N, d): as in `forward_masked`, but only queries and keys are
+        taken into a layer, so that dropped tokens enter no matmul."""
+        x = original = self.embed(batch)
+        rotary = self.rotary(batch)
+        mask = batch.attention_mask()
+        chosen = {rule: gather(rule, batch.layout, rotary, mask) for rule in dict.fromkeys(plan)}
+        before, m, _ = batch.layout
+        image_updated = False
+        for block, rule in zip(self.blocks, plan):
+            queries, keys, layer_mask = chosen[rule]
+            source = x
+            if rule.keys == "embedding" and image_updated:      # else x has the original image
+                image = original[:, before:before + m]
+                source = torch.cat([x[:, :before], image, x[:, before + m:]], 1)
+            image_updated = image_updated or rule.query
+            updated, _ = block(queries.of(x), keys.of(source), queries, keys, layer_mask,
+                               batch.task)
+            x = updated if queries.index is None else x.index_copy(1, queries.index, updated)
+        return x
+
+    def forward(self, batch, plan):
+        """Logits (B, n, vocab) of the n positions that prune.predicting names, and the loss."""
+        return self.loss(self.hidden(batch, plan), batch)
 
     @torch.no_grad()
     def generate(self, batch, plan, start, choose):
-        """Fills in batch.tokens from `start` on, one after the other: choose(logits (B, vocab)) -> ids (B,)."""
-        cache = [LayerCache(batch, rule, self.config.heads, self.embed.weight) for rule in plan]
-        read = 0
-        for i in range(start, batch.tokens.size(1)):
-            batch.tokens[:, i] = choose(self.next_logits(batch, plan, read, i, cache))
-            read = i
+        """Fills in batch.tokens from position `start` on, one after the other, with a KV cache.
+        choose: a function, logits (B, vocab) -> ids (B,). Returns batch.tokens."""
+        rows, n = batch.tokens.shape
+        before, m, _ = batch.layout
+        width, device = self.config.width // self.config.heads, batch.tokens.device
+        # Of each layer room for the keys and values of all tokens. What is not there yet lies in
+        # the future, where the causal mask hides it; what is no key is hidden, too.
+        cache = [torch.zeros(2, rows, self.config.heads, n, width, device=device,
+                             dtype=self.row.dtype) for _ in plan]
+        chosen = {rule: positions(rule, batch.layout) for rule in dict.fromkeys(plan)}
+        order = torch.arange(n, device=device)
+        is_image = ((order >= before) & (order < before + m))[:, None]
+        is_key = {rule: torch.isin(order, torch.tensor(keys, device=device))
+                  for rule, (_, keys) in chosen.items()}
+        read = 0                                            # so many tokens have been read
+        for write in range(start, n):
+            x = original = self.embed(batch, read, write)   # all of the prompt, then token by token
+            rotary, mask = self.rotary(batch, read, write), batch.attention_mask(read, write)
+            for block, rule, layer_cache in zip(self.blocks, plan, cache):
+                queries, keys = (new_tokens(part, read, write, batch.layout, rotary)
+                                 for part in chosen[rule])
+                if sum(keys.layout):
+                    source = x
+                    if rule.keys == "embedding":
+                        source = torch.where(is_image[read:write], original, x)
+                    h = block.attention_norm(keys.of(source))
+                    index = slice(read, write) if keys.index is None else read + keys.index
+                    new = block.project_key_value(h, keys, batch.task)
+                    layer_cache[0][:, :, index], layer_cache[1][:, :, index] = new
+                if sum(queries.layout):
+                    h = queries.of(x)
+                    q = block.project_query(block.attention_norm(h), queries, batch.task)
+                    seen = mask & is_key[rule]
+                    seen = seen if queries.index is None else seen[:, :, queries.index]
+                    attended, _ = attention(q, *layer_cache, seen, fused=True)
+                    h = h + block.out(attended.transpose(1, 2).flatten(2))
+                    h = h + block.feed_forward(block.ffn_norm(h))
+                    x = h if queries.index is None else x.index_copy(1, queries.index, h)
+            batch.tokens[:, write] = choose(self.head(self.norm(x[:, -1])))
+            read = write
         return batch.tokens
 
 
-# ------------------------------------------------------------------------------------------------ drawing, answering
-
-@torch.no_grad()
-def draw(model, tokenizer, captions, plan, guidance=1., temperature=1., top_k=None, seed=0):
-    """Captions -> sampled codes (B, M).
-
-    guidance: classifier-free (Ho & Salimans 2022): logits of the empty caption + guidance * (caption - empty caption);
-    1 draws from the model's own distribution, more follows the caption more closely, for twice the cost. top_k: only
-    the k likeliest codes. ValueError for a caption that is too long.
-    """
-    c, device = model.config, model.embed.weight.device
-    random = torch.Generator(device).manual_seed(seed)
-    rows = list(captions) + [""] * (len(captions) if guidance != 1 else 0)
-    batch = generation(tokenizer, torch.zeros(len(rows), c.gen.image, dtype=torch.long), rows, c.gen.before).to(device)
-
-    def choose(logits):
-        logits = logits[:, c.first_code:].float()
-        if guidance != 1:
-            told, empty = logits.chunk(2)
-            logits = empty + guidance * (told - empty)
-        if top_k:
-            logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(1))).values[:, -1:], -math.inf)
-        code = c.first_code + torch.multinomial((logits / temperature).softmax(-1), 1, generator=random)[:, 0]
-        return code.repeat(len(rows) // len(captions))
-
-    return model.generate(batch, plan, c.gen.before, choose)[:len(captions), c.gen.before:] - c.first_code
+def gather(rule, layout, rotary, mask):
+    """What takes part in a layer of this rule: its queries, its keys (as Tokens), and the mask of
+    these, (B, 1, q, k)."""
+    queries, keys = (new_tokens(part, 0, sum(layout), layout, rotary)
+                     for part in positions(rule, layout))
+    if queries.index is not None:
+        mask = mask[:, :, queries.index]
+    if keys.index is not None:
+        mask = mask[:, :, :, keys.index]
+    return queries, keys, mask
 
 
-@torch.no_grad()
-def answer(model, tokenizer, codes, question, plan, longest=24):
-    """One picture's codes (M,) and a question -> the answer: the likeliest text token, again and again, up to the end
-    token or `longest` tokens. ValueError for a question that is too long."""
-    c, device = model.config, model.embed.weight.device
-    n, first = len(tokenizer.ids(question)), 2 + c.und.image
-    if not 0 < n < c.und.after:
-        raise ValueError(f"a question has {n} tokens, the model takes 1 to {c.und.after - 1}: {question[:60]!r}")
-    length, start = min(n + longest, c.und.after), first + n
-    batch = understanding(tokenizer, codes[None], [[(question, "")]], length)
-    batch.turns[:, first:] = 1                                          # what is still to come belongs to the question
-    batch.places[:, first:] = first + torch.arange(length)
-    out = model.generate(batch.to(device), plan, start, lambda logits: logits[:, :c.first_code].argmax(-1))
-    words = out[0, start:].tolist()
-    return tokenizer.string(words[:words.index(tokenizer.eos)] if tokenizer.eos in words else words).strip()
-
-
-# ------------------------------------------------------------------------------------------------ checkpoints
-
-OPTIONS = dict(objective=str, und_plan=str, gen_plan=str, projections=str, image_loss=bool, data=str, preset=str, seed=int, steps=int,
-               batch_size=int, accumulate=int, save_every=int, shallow=int, lr=float, compile=bool, tokenizer=str, out=str)      # of a run
-
-
-def load(folder, device):
-    """A trained run, by its folder: the model, its tokenizer, and the whole checkpoint (options, step, ...)."""
-    path = Path(folder) / "checkpoint.pt"
-    found = read(path, "run")
-    with refusing(f"{path}: its parts do not fit together"):
-        for key, kind in OPTIONS.items():
-            if type(found["options"][key]) is not kind:
-                raise ValueError(f"option {key} is {found['options'][key]!r}")
-        tokenizer, c = Tokenizer.from_state(found["tokenizer"]), Config(**found["config"])
-        if (c.vocab, c.side, c.first_code) != (tokenizer.vocab, tokenizer.vq.side, tokenizer.first_code):
-            raise ValueError("the model has another vocabulary than the tokenizer")
-        options, step = found["options"], found["step"]
-        if (options["preset"] not in SIZES or options["objective"] not in ("und", "gen", "joint") or type(found["identity"]) is not str
-                or type(step) is not int or not 0 <= step <= options["steps"] or not 0 <= options["seed"] < 2 ** 32
-                or min(options["batch_size"], options["accumulate"], options["save_every"]) < 1):
-            raise ValueError(f"options {options}, step {step}")
-        model = fitting(Model, c, found["model"])
-    tokenizer.vq.to(device)
-    return model.to(device).eval(), tokenizer, found
-
-
-def plans_for(options, layers, told_shallow=False):
-    """{task: plan} of the tasks that a run has; a plan that cannot work for its task is refused in one line, and so is
-    --shallow where no plan has such layers."""
-    if told_shallow and not {options["und_plan"], options["gen_plan"]} & SOME.keys():
-        fail(f"--shallow {options['shallow']}: expected beside a plan that has such layers, one of {', '.join(SOME)}")
-    plans = {}
-    for task in ("und", "gen"):
-        name = options[f"{task}_plan"]
-        if options["objective"] not in (task, "joint"):
-            continue
-        if task == "gen" and name == "himix":
-            fail("--gen-plan himix: image tokens that are never updated cannot tell their own successors apart; expected "
-                 f"one of {', '.join(p for p in PLANS if p != 'himix')}")
-        try:
-            plans[task] = make_plan(name, layers, options["shallow"])
-        except ValueError as error:
-            fail(f"--{task}-plan {name}: {error}")
-    return plans
+def new_tokens(chosen, start, stop, layout, rotary):
+    """Those of the positions `chosen` that lie from start to stop, as Tokens counted from start.
+    rotary: cos and sin of all tokens from start to stop."""
+    here = [p - start for p in chosen if start <= p < stop]
+    image_starts, image_stops = layout.before - start, layout.before + layout.image - start
+    before = sum(p < image_starts for p in here)
+    after = sum(p >= image_stops for p in here)
+    parts = Layout(before, len(here) - before - after, after)
+    if len(here) == stop - start:
+        return Tokens(None, parts, *rotary)
+    index = torch.tensor(here, device=rotary[0].device, dtype=torch.long)
+    return Tokens(index, parts, rotary[0][:, :, index], rotary[1][:, :, index])

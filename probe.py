@@ -1,148 +1,171 @@
-"""Where attention goes, layer by layer: the paper's figs. 2 and 3, for both tasks of a trained model.
+"""Where attention goes, layer by layer: the paper's figs. 2 and 3, for both tasks of a trained
+model.
 
-    python probe.py out/joint               writes attention.json, attention.png and heatmaps.png into its folder
+    python probe.py out/joint               attention.json, attention.png and heatmaps.png in its folder
     python probe.py out/joint --untrained   the same network before training, as a control
-    python probe.py out/table3/*-seed?      ... of each of several runs; eval.py --table takes it up
 
-Fused attention returns no weights, so this goes through `Model.forward_masked`, which tests/ prove equal to the path that
-training takes. One question stands on each picture, as in the paper's sequences.
-"""
+Fused attention returns no weights. So this goes through `Model.forward_masked`, which the tests
+hold equal to the path of training. One question stands on each picture, as in the paper's
+sequences. """
 import argparse
 import json
 from pathlib import Path
 
-import data as data_sets                                            # before torch: it sets an environment variable
-from data import command, fail, line_chart
+from common import fail, line_chart, pick_device, run_script, write_file
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from model import Model, load, plans_for, sequences
+import data
+from eval import load_run, plans_of
+from model import Model, sequences
 from prune import positions
-from tokenizer import pick_device, write
 
 SEGMENTS = ("system", "image", "instruction", "output")
+TITLES = {"und": "understanding", "gen": "generation"}
 
 
 def segments(batch):
-    """{segment: (B, N) bool}. Padding is in none; the image of generation is its output, as in the paper's fig. 3."""
+    """{segment: (B, N) bool}, which tokens belong to it. Padding belongs to none. The image of
+    generation is its output, as in the paper's fig. 3."""
     before, m, _ = batch.layout
     order = torch.arange(sum(batch.layout), device=batch.tokens.device)
-    real, image = batch.turns >= 0, (order >= before) & (order < before + m)
-    system = real & (batch.places < 2) & (order < before)
-    output = torch.zeros_like(real)                 # a token is output if the one before it had to predict it
-    output[:, 1:] = (batch.weights == 1)[:, :-1]
-    return {"system": system, "image": image & ~output, "instruction": real & ~system & ~image & ~output, "output": output}
+    real = batch.segment_ids >= 0
+    image = (order >= before) & (order < before + m)
+    system = real & (batch.position_ids < 2) & (order < before)         # bos and the task's token
+    output = torch.zeros_like(real)
+    output[:, 1:] = batch.is_output[:, :-1]         # output is what the token before it had to predict
+    instruction = real & ~system & ~image & ~output
+    return {"system": system, "image": image & ~output, "instruction": instruction, "output": output}
 
 
 @torch.no_grad()
 def allocation(model, batch, plan, chunk=16):
-    """Attention shares by layer (sec. 4.1): alpha_S = the mean, over heads and queries, of the attention that a query
-    pays to segment S. Two dictionaries {segment: [per layer]}: over all queries, and over those alone that have
-    to predict output (which is what the model is asked for). Also the attention of the first sequence, mean over heads.
+    """Attention allocation by layer (sec. 4.1, eq. 2): alpha_S = the mean, over heads and queries,
+    of the sum of A_ij over all keys j in segment S.
 
-    Tokens that a layer skips ask nothing in it and are not counted. In each layer the shares sum to 1.
-    """
-    totals, counts, first = torch.zeros(2, len(plan), len(SEGMENTS)), torch.zeros(2, len(plan), 1), None
-    asks = torch.zeros(len(plan), sum(batch.layout), dtype=torch.bool, device=batch.tokens.device)
+    Returns it over all queries, and over those alone that predict output (what the model is asked
+    for), both as {segment: [per layer]}; and the attention of the first sequence, a mean over
+    heads, [(N, N) per layer]. In each layer the shares sum to 1. Tokens that a layer skips are no
+    queries. """
+    n = sum(batch.layout)
+    is_query = torch.zeros(len(plan), n, dtype=torch.bool, device=batch.tokens.device)
     for layer, rule in enumerate(plan):
-        asks[layer, positions(rule, batch.layout)[0]] = True
+        is_query[layer, positions(rule, batch.layout)[0]] = True
+    sums = {which: torch.zeros(len(plan), len(SEGMENTS)) for which in ("all", "output")}
+    counts = {which: torch.zeros(len(plan), 1) for which in ("all", "output")}
+    first = None
     for i in range(0, len(batch.tokens), chunk):
         rows = batch.rows(slice(i, i + chunk))
         _, _, attention = model.forward_masked(rows, plan)
-        keys = torch.stack([*segments(rows).values()], 2).type_as(attention[0])             # (B, N, segments)
         if first is None:
-            first = [(a[0].mean(0) * own[:, None]).cpu() for a, own in zip(attention, asks)]
-        for layer, (a, own) in enumerate(zip(attention, asks)):
-            paid, own = a.mean(1) @ keys, own & (rows.turns >= 0)       # (B, N, segments), by query; (B, N)
-            for k, queries in enumerate((own, own & (rows.weights == 1))):
-                totals[k, layer] += paid[queries].sum(0).cpu()
-                counts[k, layer] += queries.sum().cpu()
-    return *(dict(zip(SEGMENTS, shares.T.tolist())) for shares in totals / counts.clamp(min=1)), first
+            first = [(a[0].mean(0) * asks[:, None]).cpu() for a, asks in zip(attention, is_query)]
+        keys = torch.stack(list(segments(rows).values()), 2).type_as(attention[0])  # (B, N, segments)
+        for layer, weights in enumerate(attention):
+            paid = weights.mean(1) @ keys                       # (B, N, segments): what each query pays
+            queries = is_query[layer] & (rows.segment_ids >= 0)                     # (B, N)
+            for which, chosen in (("all", queries), ("output", queries & rows.is_output)):
+                sums[which][layer] += paid[chosen].sum(0).cpu()
+                counts[which][layer] += chosen.sum().cpu()
+    shares = {which: sums[which] / counts[which].clamp(min=1) for which in sums}
+    all_queries, output_queries = (dict(zip(SEGMENTS, shares[which].T.tolist())) for which in shares)
+    return all_queries, output_queries, first
 
 
-def heatmaps(attention, batch, path, columns):
-    """Fig. 2: attention of one sequence, queries downwards and keys to the right, on a logarithmic scale of colours
-    from 0.0001 (dark) to 1 (light), at four layers from first to last. attention, batch: {task: ...}."""
-    font, size, gap = ImageFont.load_default(13), 260, 24
+def heat_colours(attention):
+    """(n, n) in 0..1 -> (n, n, 3) uint8, on a logarithmic scale from 0.0001 (dark) to 1 (light)."""
+    stops = np.array([(10, 8, 40), (90, 20, 110), (200, 60, 80), (250, 160, 60), (255, 250, 200)], float)
+    level = (np.log10(attention.clip(1e-4)) + 4) / 4 * (len(stops) - 1)
+    low = level.astype(int).clip(0, len(stops) - 2)
+    mixed = stops[low] + (stops[low + 1] - stops[low]) * (level - low)[..., None]
+    return mixed.round().astype(np.uint8)
+
+
+def draw_heatmaps(attention, batches, path, columns):
+    """Fig. 2: attention of one sequence, queries downwards and keys to the right, at several layers
+    from first to last. attention, batches: {task: ...}."""
+    font, size, gap, ink = ImageFont.load_default(13), 260, 24, (60, 60, 60)
     sheet = Image.new("RGB", (gap + columns * (size + gap), 2 * (size + 2 * gap) + gap), "white")
     draw = ImageDraw.Draw(sheet)
-    stops = np.array([(10, 8, 40), (90, 20, 110), (200, 60, 80), (250, 160, 60), (255, 250, 200)], float)
     for row, (task, layers) in enumerate(attention.items()):
-        real = (batch[task].turns[0] >= 0).cpu()
-        bounds = [(name, torch.nonzero(part[0].cpu()[real]).flatten()) for name, part in segments(batch[task]).items()]
+        real = (batches[task].segment_ids[0] >= 0).cpu()
+        n = int(real.sum())
         for column, layer in enumerate(np.linspace(0, len(layers) - 1, columns).round().astype(int)):
-            a = layers[layer][real][:, real].numpy()
-            level = (np.log10(a.clip(1e-4)) + 4) / 4 * (len(stops) - 1)
-            low = level.astype(int).clip(0, len(stops) - 2)
-            colours = stops[low] + (stops[low + 1] - stops[low]) * (level - low)[..., None]
             x, y = gap + column * (size + gap), gap + 20 + row * (size + 2 * gap)
-            sheet.paste(Image.fromarray(colours.round().astype(np.uint8)).resize((size, size), Image.NEAREST), (x, y))
-            name = {"und": "understanding", "gen": "generation"}[task]
-            draw.text((x, y - 18), f"{name}, layer {layer + 1}", (30, 30, 30), font)
-            for name, where in bounds:
-                if len(where):
-                    edge = x + size * where[0].item() / len(a)
-                    draw.line([(edge, y + size), (edge, y + size + 6)], fill=(30, 30, 30))
-                if len(where) > 5:                                      # else there is no room for its name
-                    middle = x + size * (where[0].item() + where[-1].item() + 1) / 2 / len(a)
-                    draw.text((middle, y + size + 4), name, (90, 90, 90), font, anchor="mt")
+            picture = Image.fromarray(heat_colours(layers[layer][real][:, real].numpy()))
+            sheet.paste(picture.resize((size, size), Image.NEAREST), (x, y))
+            draw.text((x, y - 18), f"{TITLES[task]}, layer {layer + 1}", ink, font)
+            for name, members in segments(batches[task]).items():
+                where = torch.nonzero(members[0].cpu()[real]).flatten().tolist()
+                if not where:
+                    continue
+                edge = x + size * where[0] / n
+                draw.line([(edge, y + size), (edge, y + size + 6)], fill=ink)
+                if len(where) > 5:                              # else there is no room for its name
+                    middle = x + size * (where[0] + where[-1] + 1) / 2 / n
+                    draw.text((middle, y + size + 4), name, ink, font, anchor="mt")
     sheet.save(path)
 
 
-def probe(model, tokenizer, options, n):
-    """The shares of both tasks on n validation pictures, and what the pictures of them need."""
-    dataset, c = data_sets.load(options["data"], options["preset"]), model.config
+def draw_shares(shares, path):
+    """Fig. 3: the share of each segment by layer; a row for each task."""
+    sheet = Image.new("RGB", (920, 320 * len(shares)))
+    for row, (task, of_task) in enumerate(shares.items()):
+        for column, (title, lines) in enumerate((("all queries", of_task),
+                                                 ("output queries", of_task["output_queries"]))):
+            points = {name: list(enumerate(lines[name], 1)) for name in SEGMENTS}
+            title = f"{TITLES[task]}: attention share, {title}"
+            sheet.paste(line_chart(points, title, "layer", 1., (460, 320)), (460 * column, 320 * row))
+    sheet.save(path)
+
+
+def probe(model, tokenizer, checkpoint, n):
+    """The shares of each task of a run on n validation pictures, as attention.json has them, and
+    what the heatmaps need: attention and batches, {task: ...}."""
+    options, c = checkpoint["options"], model.config
+    dataset = data.load(options["data"], options["preset"])
     shares, attention, batches = {}, {}, {}
-    for task, plan in plans_for(options, c.layers).items():
+    for task, plan in plans_of(checkpoint["tasks"], options, c.layers).items():
         split = dataset.split(task, "val", n, options["seed"], questions=1)
-        batches[task] = sequences(task, tokenizer, split, c).to(model.embed.weight.device)
-        every, output, attention[task] = allocation(model, batches[task], plan)
-        shares[task] = every | {"output_queries": output}
+        batches[task] = sequences(task, tokenizer, split, c).to(model.row.device)
+        all_queries, output_queries, attention[task] = allocation(model, batches[task], plan)
+        shares[task] = all_queries | {"output_queries": output_queries}
     return shares, attention, batches
 
 
-def report(run, suffix, model, tokenizer, options, n):
-    """Probes a model, prints the shares and writes them and the pictures into the folder `run`."""
-    shares, attention, batches = probe(model, tokenizer, options, n)
-    counts = {task: len(batch.tokens) for task, batch in batches.items()}
-    write(run / f"attention{suffix}.json", json.dumps(shares | {"n": counts, "config": options}, indent=1))
-    for task, own in shares.items():
-        print(f"{task}: share of attention by layer, over all queries | over those that predict output")
-        for name in SEGMENTS:
-            print(f"  {name:12}" + " ".join(f"{x:5.2f}" for x in own[name]) + "   |"
-                  + " ".join(f"{x:5.2f}" for x in own["output_queries"][name]))
-    charts = [({name: list(enumerate(own[name], 1)) for name in SEGMENTS}, title) for task, whole in shares.items()
-              for own, title in ((whole, f"{task}: attention share, all queries"),
-                                 (whole["output_queries"], f"{task}: attention share, output queries"))]
-    sheet = Image.new("RGB", (920, 320 * len(shares)))
-    for i, (lines, title) in enumerate(charts):
-        sheet.paste(line_chart(lines, title, "layer", 1., (460, 320)), (460 * (i % 2), 320 * (i // 2)))
-    sheet.save(run / f"attention{suffix}.png")
-    heatmaps(attention, batches, run / f"heatmaps{suffix}.png", min(4, model.config.layers))
-    print(f"{run}/attention{suffix}.json, attention{suffix}.png, heatmaps{suffix}.png")
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", metavar="run", nargs="+", type=Path, help="folder of a trained run")
-    parser.add_argument("--untrained", action="store_true", help="probe the network as it was before training")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a trained run")
+    parser.add_argument("--untrained", action="store_true", help="the network before training")
     parser.add_argument("--n", type=int, default=256, help="validation pictures")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args()
     if args.n < 1:
-        fail("--n: expected at least 1")
+        fail(f"--n {args.n}: expected at least 1")
     device = pick_device(args.device)
-    for run in args.runs:
-        model, tokenizer, found = load(run, device)
-        options, suffix = found["options"], ""
-        if args.untrained:
-            torch.manual_seed(options["seed"])
-            model = Model(model.config, tokenizer.vq.codebook.cpu()).to(device).eval()
-            suffix = "-untrained"
-        report(run, suffix, model, tokenizer, options, args.n)
+    model, tokenizer, checkpoint = load_run(args.run, device)
+    suffix = ""
+    if args.untrained:
+        torch.manual_seed(checkpoint["options"]["seed"])
+        model = Model(model.config, tokenizer.vq.codebook.cpu()).to(device).eval()
+        suffix = "-untrained"
+    shares, attention, batches = probe(model, tokenizer, checkpoint, args.n)
+    counts = {task: len(batch.tokens) for task, batch in batches.items()}
+    contents = {**shares, "n": counts, "config": checkpoint["options"]}
+    write_file(args.run / f"attention{suffix}.json", json.dumps(contents, indent=1))
+    draw_shares(shares, args.run / f"attention{suffix}.png")
+    columns = min(4, model.config.layers)
+    draw_heatmaps(attention, batches, args.run / f"heatmaps{suffix}.png", columns)
+    for task, of_task in shares.items():
+        print(f"{TITLES[task]}: attention share by layer, all queries | those that predict output")
+        for name in SEGMENTS:
+            left, right = (" ".join(f"{x:5.2f}" for x in lines[name])
+                           for lines in (of_task, of_task["output_queries"]))
+            print(f"  {name:12}{left}   |{right}")
+    print(f"{args.run}/attention{suffix}.json, attention{suffix}.png, heatmaps{suffix}.png")
 
 
 if __name__ == "__main__":
-    command(main)
+    run_script(main)

@@ -1,0 +1,375 @@
+"""What every script needs and no reader has to know: one-line errors, files, the device, charts."""
+import io
+import json
+import math
+import os
+import platform
+import re
+import signal
+import sys
+import textwrap
+import time
+import warnings
+from collections import defaultdict
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
+
+
+def fail(message):
+    """Bad input: one line that says what was expected, exit status 2, no traceback."""
+    tqdm.write(f"error: {message}", file=sys.stderr)        # which leaves a progress bar intact
+    raise SystemExit(2)
+
+
+if sys.version_info < (3, 10):
+    fail(f"Python {sys.version.split()[0]} is too old: expected 3.10 or newer")
+# Operators that Apple GPUs lack run on the CPU. PyTorch reads this when it is imported.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+import torch                                                # noqa: E402
+
+
+def run_script(main):
+    """Run a script's main; Ctrl-C and a full disk end it with one line, too."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        tqdm.write("stopped", file=sys.stderr)
+        raise SystemExit(130)
+    except OSError as error:
+        file = error.filename or "a file"
+        fail(f"{file} cannot be read or written: {error.strerror or error}")
+
+
+@contextmanager
+def refuse_errors(message):
+    """Around work with a stranger's file: whatever goes wrong inside is told in one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error) or "?").splitlines()[0][:200]
+        fail(f"{message} ({type(error).__name__}: {reason})")
+
+
+# ---------------------------------------------------------------------- files and checkpoints
+def write_file(path, content):
+    """Write bytes or text; whatever happens, `path` holds either all of the old or of the new."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The process id, because two runs may want to write the same tokenizer.
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+            file.flush()
+            os.fsync(file.fileno())             # else a power cut may leave an empty file
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        # A full disk does not say for which file: name it.
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def save_checkpoint(contents, path):
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    write_file(path, buffer.getvalue())
+
+
+def read_checkpoint(path, kind):
+    """Read a checkpoint of this project, whose "kind" is `kind`; refuse anything else."""
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+        is_ours = contents["kind"] == kind
+    except OSError as error:
+        fail(f"{path}: {error.strerror}")
+    except Exception:                           # the unpickler raises nearly anything
+        is_ours = False
+    if not is_ours:
+        fail(f"{path} is not a {kind} checkpoint of this project, or is damaged")
+    return contents
+
+
+def check_whole_numbers(config, **most):
+    """ValueError unless each named field of `config` is a whole number from 1 to its limit."""
+    for name, limit in most.items():
+        value = getattr(config, name)
+        if type(value) is not int or not 1 <= value <= limit:
+            raise ValueError(f"{name} {value!r}: expected a whole number from 1 to {limit}")
+
+
+def build_network(network, config, state):
+    """network(config) with the weights `state`; an error where the two do not fit."""
+    for name, x in state.items():
+        if x.untyped_storage().nbytes() < x.numel() * x.element_size():
+            raise ValueError(f"{name} claims more numbers than there are")
+    # First without memory, so that a config which claims huge sizes costs nothing. The dict is
+    # copied, because `assign` leaves a note in it.
+    with torch.device("meta"):
+        network(config).load_state_dict(dict(state), assign=True)
+    real = network(config)
+    real.load_state_dict(state)
+    return real
+
+
+@contextmanager
+def exclusive(folder, wait=False):
+    """Lock a folder for this process; yields whether that worked (with `wait`: once it is free).
+
+    The lock ends with the process, however that ends. Without `wait`, an empty folder is removed.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.name == "nt" or torch.distributed.is_initialized():   # Windows has no such locks, and
+        yield True                                              # torchrun's processes share one
+        return
+    import fcntl
+    handle = os.open(folder, os.O_RDONLY)
+    locked = True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        locked = False
+    except OSError:                             # some network file systems have no locks either
+        pass
+    try:
+        yield locked
+    finally:
+        if locked and not wait:
+            with suppress(OSError):             # which rmdir raises where something is inside
+                folder.rmdir()
+        os.close(handle)
+
+
+# ---------------------------------------------------------------------------------- the device
+@contextmanager
+def catch_stop_signals(catch=True):
+    """Around a long loop: Ctrl-C and SIGTERM do not end it at once but fill the list that this
+    yields, so that the loop can save and end. A second signal ends it."""
+    received = []
+
+    def note(number, _):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note)
+              for number in (signal.SIGINT, signal.SIGTERM) if catch}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check_seed(seed):
+    if not 0 <= seed < 2 ** 32:
+        fail(f"--seed {seed}: expected 0 to 2**32 - 1")
+
+
+def pick_device(name):
+    """--device -> torch.device; "auto" takes the best there is, and says which."""
+    major, minor = re.findall(r"\d+", torch.__version__)[:2]
+    if (int(major), int(minor)) < (2, 11):
+        fail(f"PyTorch {torch.__version__} is too old: expected 2.11 (see requirements.txt)")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
+    if name == "auto":
+        name = next(device for device in available if available[device])
+        print(f"device: {name}, the best that PyTorch {torch.__version__} finds here")
+    elif not available[name]:
+        fail(f"--device {name}: PyTorch {torch.__version__} finds no such device here")
+    torch.set_float32_matmul_precision("high")              # TF32 where a GPU has it
+    return torch.device(name)
+
+
+def synchronize(device):
+    """Wait until the device has done all that it was given: before a clock is read."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def hardware(device):
+    """What a result was measured on, in words."""
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    elif device.type == "cpu" and Path("/proc/cpuinfo").exists():
+        match = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+        name = match[1] if match else name
+    return f"{name}, {torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}"
+
+
+def peak_memory_mb(device):
+    """The most that was used so far: of the GPU, or of this process. None on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    try:
+        import resource
+    except ImportError:
+        return None
+    units_per_mb = 2 ** 20 if sys.platform == "darwin" else 2 ** 10     # bytes there, else KB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_per_mb
+
+
+# ---------------------------------------------------------------------- measuring
+def time_each(work, device, repeats):
+    """{name: function} -> {name: [seconds]}. One round warms up; then the functions take turns, so
+    that what else the machine does hits all alike."""
+    seconds = defaultdict(list)
+    for i in range(1 + repeats):
+        for name, function in work.items():
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            if i > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def frechet(a, b):
+    """Frechet distance of two sets of pictures (N, H, W, 3) uint8: |mean - mean|^2 + tr(A + B -
+    2 sqrt(AB)). A picture is 96 numbers: mean and standard deviation, over 255, of each colour in
+    each of 4 x 4 squares. It is not comparable with distances in the features of a network."""
+    def moments(pixels):
+        s = pixels.shape[1] // 4
+        squares = pixels.reshape(len(pixels), 4, s, 4, s, 3) / 255
+        features = np.concatenate([squares.mean((2, 4)), squares.std((2, 4))], -1)
+        features = features.reshape(len(pixels), -1)
+        return features.mean(0), np.cov(features.T)
+
+    (mean_a, cov_a), (mean_b, cov_b) = moments(a), moments(b)
+    values, vectors = np.linalg.eigh(cov_a)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
+    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+
+
+# --------------------------- people's own image files; `where` is how an error message begins
+def open_picture(path, size, where):
+    """Any image that Pillow reads -> (size, size, 3) uint8: upright, on white, cut to a square."""
+    with refuse_errors(f"{where}: {path} cannot be used as an image"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)          # of an animation: the first frame
+            if image.mode.startswith("I"):                  # 16 bits and more
+                levels = np.asarray(image, np.float64)
+                levels = levels / max(255, levels.max()) * 255
+                image = Image.fromarray(levels.astype(np.uint8))
+            image = image.convert("RGBA")
+            paper = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(paper, image).convert("RGB")
+            return np.array(ImageOps.fit(image, (size, size)))
+
+
+def check_text(text, where):
+    """A caption, question, answer or name: not empty, not too long, and encodable as UTF-8."""
+    if not isinstance(text, str) or not text.strip():
+        fail(f"{where}: file_name, text, question and answer must be strings that are not empty")
+    if len(text) > 2000:                        # characters; a sequence takes far fewer
+        fail(f"{where}: {text[:40]!r} ... has {len(text)} characters, expected at most 2000")
+    with refuse_errors(f"{where}: {text[:40]!r} is no Unicode text"):
+        text.encode()                           # lone surrogates, which JSON may hold, are not
+
+
+def check_inside(path, root, where):
+    """A file below the folder `root`, not reached by `..` or a link that leads out of it."""
+    with refuse_errors(f"{where}: no usable file name"):    # NUL in it, too long, a loop of links
+        if not path.resolve().is_relative_to(root.resolve()):
+            fail(f"{where}: {str(path)!r} leads out of {root}")
+        if not path.is_file():
+            fail(f"{where}: no file {path}")
+
+
+def read_metadata(root):
+    """metadata.jsonl -> [(image path, caption, [(question, answer)], file and line)], checked."""
+    file = root / "metadata.jsonl"
+    with refuse_errors(f"{file} cannot be read as UTF-8 text"):
+        # Not splitlines(): a string may hold U+2028, which is no end of a line in JSON.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    entries = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{file} line {number}"
+        with refuse_errors(f"{where}: not JSON"):
+            entry = json.loads(line)
+        with refuse_errors(f"{where}: expected an object with file_name, text and, if you like, "
+                           "qa: a list of objects"):
+            one_pair = [entry] if "question" in entry else []
+            pairs = [(pair.get("question"), pair.get("answer"))
+                     for pair in entry.get("qa", one_pair)]
+            for text in (entry.get("file_name"), entry.get("text"), *sum(pairs, ())):
+                check_text(text, where)
+        path = root / entry["file_name"]
+        check_inside(path, root, where)
+        entries.append((path, entry["text"], pairs, where))
+    return entries
+
+
+# ------------------------------------------------------------------------ pictures for people
+RED, GREY, DARK = (220, 30, 30), (200, 200, 200), (60, 60, 60)
+LINE_COLOURS = [(40, 100, 190), (225, 120, 30), (50, 150, 80), (190, 50, 60)]
+
+
+def contact_sheet(pixels, texts, path, columns=6, size=160, wrong=()):
+    """A PNG: (N, H, W, 3) uint8 pictures over their N texts, those in `wrong` framed in red."""
+    font, gap, line_height = ImageFont.load_default(12), 12, 15
+    wrapped = []                                # for each picture its lines of text
+    for text in texts:
+        lines = [textwrap.fill(line, size // 6) for line in text.split("\n")]
+        wrapped.append("\n".join(lines).split("\n"))
+    row_heights = []
+    for i in range(0, len(wrapped), columns):
+        longest = max(len(lines) for lines in wrapped[i:i + columns])
+        row_heights.append(size + 2 * gap + line_height * longest)
+    sheet = Image.new("RGB", (gap + columns * (size + gap), gap + sum(row_heights)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, lines in enumerate(wrapped):
+        x = gap + i % columns * (size + gap)
+        y = gap + sum(row_heights[:i // columns])
+        sheet.paste(Image.fromarray(pixels[i]).resize((size, size), Image.NEAREST), (x, y))
+        frame, ink = (RED, RED) if i in wrong else (GREY, DARK)
+        draw.rectangle((x - 2, y - 2, x + size + 1, y + size + 1), outline=frame, width=2)
+        for j, line in enumerate(lines):
+            draw.text((x, y + size + 4 + line_height * j), line, ink, font)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def line_chart(lines, title, x_label, top_y=None, size=(560, 360)):
+    """{name: [(x, y)]}, y >= 0, as an Image with a legend. The y axis ends at top_y."""
+    font = ImageFont.load_default(12)
+    left, top, right, bottom = 50, 50, size[0] - 16, size[1] - 40       # of the plot, in pixels
+    points = np.array([point for line in lines.values() for point in line])
+    first, last = points[:, 0].min(), points[:, 0].max()
+    top_y = top_y or points[:, 1].max() * 1.05 or 1
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+
+    def at(x, y):
+        x = left + (x - first) / max(1e-9, last - first) * (right - left)
+        return x, bottom - y / top_y * (bottom - top)
+
+    # Horizontal lines at multiples of 1, 2 or 5 times a power of ten, at most six steps.
+    unit = 10 ** math.floor(math.log10(top_y / 2))
+    unit *= next(k for k in (1, 2, 5, 10) if top_y / (k * unit) <= 6)
+    for k in range(int(top_y / unit + 1e-9) + 1):
+        draw.line([at(first, k * unit), at(last, k * unit)], fill=GREY)
+        draw.text((left - 6, at(first, k * unit)[1]), f"{k * unit:.6g}", DARK, font, anchor="rm")
+    for x in sorted({first + round((last - first) * k / 5) for k in range(6)}):
+        draw.text((at(x, 0)[0], bottom + 6), f"{x:g}", DARK, font, anchor="mt")
+    draw.text((left, 8), title, DARK, font)
+    draw.text(((left + right) / 2, size[1] - 14), x_label, DARK, font, anchor="mm")
+    for i, (name, line) in enumerate(lines.items()):
+        colour = LINE_COLOURS[i % len(LINE_COLOURS)]
+        x = left + 105 * i                      # of its entry in the legend
+        draw.line([at(*point) for point in line], fill=colour, width=2)
+        draw.line([(x, 34), (x + 16, 34)], fill=colour, width=3)
+        draw.text((x + 22, 34), name, DARK, font, anchor="lm")
+    return sheet
