@@ -207,7 +207,7 @@ def generation_loss(model, batch, plan):
     return total / len(batch.tokens)
 
 
-# ---------------------------------------------------------------------------- matching, by likelihood
+# ---------------------------------------------------------------------------- by likelihood
 
 @torch.no_grad()
 def log_likelihoods(model, batch, plan):

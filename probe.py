@@ -1,7 +1,7 @@
 """Where attention goes, layer by layer: the paper's figs. 2 and 3, for both tasks of a trained
 model.
 
-    python probe.py out/joint               attention.json, attention.png and heatmaps.png in its folder
+    python probe.py out/joint               attention.json, attention.png, heatmaps.png
     python probe.py out/joint --untrained   the same network before training, as a control
 
 Fused attention returns no weights. So this goes through `Model.forward_masked`, which the tests
@@ -35,9 +35,10 @@ def segments(batch):
     image = (order >= before) & (order < before + m)
     system = real & (batch.position_ids < 2) & (order < before)         # bos and the task's token
     output = torch.zeros_like(real)
-    output[:, 1:] = batch.is_output[:, :-1]         # output is what the token before it had to predict
+    output[:, 1:] = batch.is_output[:, :-1]     # output is what the token before it had to predict
     instruction = real & ~system & ~image & ~output
-    return {"system": system, "image": image & ~output, "instruction": instruction, "output": output}
+    return {"system": system, "image": image & ~output, "instruction": instruction,
+            "output": output}
 
 
 @torch.no_grad()
@@ -61,21 +62,24 @@ def allocation(model, batch, plan, chunk=16):
         _, _, attention = model.forward_masked(rows, plan)
         if first is None:
             first = [(a[0].mean(0) * asks[:, None]).cpu() for a, asks in zip(attention, is_query)]
-        keys = torch.stack(list(segments(rows).values()), 2).type_as(attention[0])  # (B, N, segments)
+        keys = torch.stack(list(segments(rows).values()), 2)            # (B, N, segments)
+        keys = keys.type_as(attention[0])
         for layer, weights in enumerate(attention):
-            paid = weights.mean(1) @ keys                       # (B, N, segments): what each query pays
+            paid = weights.mean(1) @ keys               # (B, N, segments): what each query pays
             queries = is_query[layer] & (rows.segment_ids >= 0)                     # (B, N)
             for which, chosen in (("all", queries), ("output", queries & rows.is_output)):
                 sums[which][layer] += paid[chosen].sum(0).cpu()
                 counts[which][layer] += chosen.sum().cpu()
     shares = {which: sums[which] / counts[which].clamp(min=1) for which in sums}
-    all_queries, output_queries = (dict(zip(SEGMENTS, shares[which].T.tolist())) for which in shares)
+    all_queries, output_queries = (dict(zip(SEGMENTS, shares[which].T.tolist()))
+                                   for which in ("all", "output"))
     return all_queries, output_queries, first
 
 
 def heat_colours(attention):
     """(n, n) in 0..1 -> (n, n, 3) uint8, on a logarithmic scale from 0.0001 (dark) to 1 (light)."""
-    stops = np.array([(10, 8, 40), (90, 20, 110), (200, 60, 80), (250, 160, 60), (255, 250, 200)], float)
+    stops = np.array([(10, 8, 40), (90, 20, 110), (200, 60, 80), (250, 160, 60), (255, 250, 200)],
+                     float)
     level = (np.log10(attention.clip(1e-4)) + 4) / 4 * (len(stops) - 1)
     low = level.astype(int).clip(0, len(stops) - 2)
     mixed = stops[low] + (stops[low + 1] - stops[low]) * (level - low)[..., None]
@@ -91,7 +95,8 @@ def draw_heatmaps(attention, batches, path, columns):
     for row, (task, layers) in enumerate(attention.items()):
         real = (batches[task].segment_ids[0] >= 0).cpu()
         n = int(real.sum())
-        for column, layer in enumerate(np.linspace(0, len(layers) - 1, columns).round().astype(int)):
+        for column in range(columns):
+            layer = round(column * (len(layers) - 1) / max(1, columns - 1))
             x, y = gap + column * (size + gap), gap + 20 + row * (size + 2 * gap)
             picture = Image.fromarray(heat_colours(layers[layer][real][:, real].numpy()))
             sheet.paste(picture.resize((size, size), Image.NEAREST), (x, y))
@@ -116,7 +121,8 @@ def draw_shares(shares, path):
                                                  ("output queries", of_task["output_queries"]))):
             points = {name: list(enumerate(lines[name], 1)) for name in SEGMENTS}
             title = f"{TITLES[task]}: attention share, {title}"
-            sheet.paste(line_chart(points, title, "layer", 1., (460, 320)), (460 * column, 320 * row))
+            chart = line_chart(points, title, "layer", 1., (460, 320))
+            sheet.paste(chart, (460 * column, 320 * row))
     sheet.save(path)
 
 

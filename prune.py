@@ -19,14 +19,14 @@ from data import PRESETS
 
 class Rule(NamedTuple):
     """What image tokens do in one layer. Text tokens always take part in full."""
-    query: bool = True      # updated by attention and FFN; if not, their hidden state passes unchanged
+    query: bool = True      # updated by attention and FFN; if not, passed on unchanged
     keys: str = "hidden"    # what others see of them: their "hidden" state, their original
                             # "embedding", or "none"
 
 
 FULL = Rule()
 HIMIX = Rule(query=False, keys="embedding")     # sec. 5.1: never updated, seen in every layer
-SHALLOW = Rule(query=False, keys="none")        # sec. 5.2: HMGen's shallow layers; text sees text only
+SHALLOW = Rule(query=False, keys="none")        # sec. 5.2: HMGen's shallow layers
 NAIVE = Rule(query=True, keys="none")           # sec. 5.2: the control that saves little and fails
 
 EVERY_LAYER = {"dense": FULL, "himix": HIMIX, "naive-all": NAIVE}
@@ -47,8 +47,8 @@ def make_plan(name, layers, shallow=1):
         raise ValueError(f"unknown plan {name!r}: expected one of {', '.join(PLANS)}")
     most = (layers - 1) // 2
     if not 0 <= shallow <= most:
-        raise ValueError(f"{shallow} shallow layers do not fit into {layers}: expected 0 to {most}, "
-                         "because they alternate with full ones and the first and last layer are full")
+        raise ValueError(f"{shallow} shallow layers do not fit into {layers}: expected 0 to "
+                         f"{most}, because the first and last layer and those between are full")
     first = (layers - 2 * shallow + 1) // 2
     chosen = range(first, first + 2 * shallow, 1 if name == "skip" else 2)
     return tuple(SOME_LAYERS[name] if layer in chosen else FULL for layer in range(layers))
@@ -151,7 +151,8 @@ def draw_mask(rule, layout, cell):
             name = "skipped" if skipped else rule.keys if is_image else "text"
             if skipped or seen[key]:
                 left, top = key * cell, query * cell
-                draw.rectangle((left, top, left + cell - 2, top + cell - 2), fill=MASK_COLOURS[name])
+                square = left, top, left + cell - 2, top + cell - 2
+                draw.rectangle(square, fill=MASK_COLOURS[name])
     return picture
 
 
@@ -189,7 +190,8 @@ def print_costs(preset):
     for task, layout in layouts.items():
         print(f"\n{task}: {layout.before} + {image} image + {layout.after} tokens, {preset.layers} "
               f"layers, width {preset.width}; forward and backward of one sequence\n"
-              f"{'plan':12}{'layers':>{preset.layers + 2}}{'GFLOP':>10}{'of dense':>10}{'by paper':>10}")
+              f"{'plan':12}{'layers':>{preset.layers + 2}}{'GFLOP':>10}{'of dense':>10}"
+              f"{'by paper':>10}")
         dense = make_plan("dense", preset.layers)
         for name in PLANS:
             if task == "generation" and name == "himix":    # impossible: see train.py
@@ -198,12 +200,11 @@ def print_costs(preset):
             for shallow in range(1, most + 1) if name in SOME_LAYERS else [0]:
                 plan = make_plan(name, preset.layers, shallow)
                 letters = "".join("F" if rule == FULL else name[0] for rule in plan)
-                exact = flops(plan, layout, preset.width, vocab)
-                exact_ratio = exact / flops(dense, layout, preset.width, vocab)
-                ratio = paper_cost(plan, layout, preset.width) / paper_cost(dense, layout, preset.width)
+                exact, of_dense = (flops(p, layout, preset.width, vocab) for p in (plan, dense))
+                paper, of_dense_paper = (paper_cost(p, layout, preset.width) for p in (plan, dense))
                 title = f"{name} K={shallow}" if name in SOME_LAYERS else name
                 print(f"{title:12}{letters:>{preset.layers + 2}}{exact / 1e9:10.3f}"
-                      f"{exact_ratio:10.2f}{ratio:10.2f}")
+                      f"{exact / of_dense:10.2f}{paper / of_dense_paper:10.2f}")
 
 
 def main():

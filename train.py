@@ -1,6 +1,6 @@
 """Train one transformer to understand pictures, to draw them, or both.
 
-    python train.py                         everything: tokenizer, joint dense model, scores, pictures
+    python train.py                 everything: tokenizer, joint dense model, scores, pictures
     python train.py --objective und --und-plan himix --projections image    one task, accelerated
     python train.py --und-plan himix --gen-plan hmgen --projections task    both: "share partial"
     python train.py --data PATH             a folder of your own captioned images
@@ -106,7 +106,8 @@ def optimizers_of(model, lr, embedding_lr):
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     ids = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in ids]
-    return Muon(matrices, lr), torch.optim.AdamW(rest, embedding_lr, BETAS, weight_decay=0, fused=True)
+    adamw = torch.optim.AdamW(rest, embedding_lr, BETAS, weight_decay=0, fused=True)
+    return Muon(matrices, lr), adamw
 
 
 def learning_rate(step, steps):
@@ -143,8 +144,8 @@ def get_tokenizer(options, dataset, device):
     expected = dataset.identity, options["preset"]
     if trained_on != expected:
         fail(f"{path} was trained on {trained_on[0]} with preset {trained_on[1]}; expected "
-             f"{expected[0]} with preset {expected[1]}: give another --tokenizer PATH (it is trained "
-             "if there is no such file)")
+             f"{expected[0]} with preset {expected[1]}: give another --tokenizer PATH (it is "
+             "trained if there is no such file)")
     with refuse_errors(f"{path}: its parts do not fit together"):
         return Tokenizer.from_state(checkpoint)
 
@@ -179,7 +180,8 @@ def get_batch(examples, task, step, options):
     """The rows of `examples`, a Batch of all sequences of a task, that a step takes. The step
     alone says which: a resumed run needs nothing else. Returns this process's rows, and their
     share of the output tokens of the whole step."""
-    generator = torch.Generator().manual_seed(2 * (options["seed"] * 10 ** 9 + step) + (task == "gen"))
+    number = 2 * (options["seed"] * 10 ** 9 + step) + (task == "gen")
+    generator = torch.Generator().manual_seed(number)
     index = torch.randint(len(examples.tokens), (options["batch_size"],), generator=generator)
     index = index.to(examples.tokens.device)
     batch = examples.rows(index[rank()::world()])
@@ -222,16 +224,17 @@ def train(options, device, resumed=None):
         for part in ("val", "transfer") if training[task].scenes else ("val",):
             others.append(dataset.split(task, part, n_val, seed))
     und_text, gen_text = text_lengths(tokenizer, [*training.values(), *others], preset.max_text)
-    side = tokenizer.vq.side
-    c = Config(tokenizer.vocab, preset.layers, preset.width, preset.heads, side, tokenizer.first_code,
-               und_text, gen_text, options["projections"], options["image_loss"])
+    c = Config(tokenizer.vocab, preset.layers, preset.width, preset.heads, tokenizer.vq.side,
+               tokenizer.first_code, und_text, gen_text, options["projections"],
+               options["image_loss"])
     examples = {task: sequences(task, tokenizer, drop_captions(training[task], seed), c).to(device)
                 for task in tasks}
 
     # ---- model and optimizers
     torch.manual_seed(seed)
     model = Model(c, tokenizer.vq.codebook.cpu()).to(device)
-    optimizers = optimizers_of(model, options["lr"], preset.embedding_lr * options["lr"] / preset.lr)
+    embedding_lr = preset.embedding_lr * options["lr"] / preset.lr
+    optimizers = optimizers_of(model, options["lr"], embedding_lr)
     highest = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     start = 0
     if resumed:
@@ -248,8 +251,9 @@ def train(options, device, resumed=None):
     operations = options["batch_size"] * sum(c.flops(task, plans[task]) for task in tasks)
     peak = peak_flops(device)
     if rank() == 0:
-        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {tokens} tokens "
-              f"and {operations / 1e9:.0f} GFLOP a step; data took {time.time() - began:.0f} s")
+        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {tokens} "
+              f"tokens and {operations / 1e9:.0f} GFLOP a step; before the first one "
+              f"{time.time() - began:.0f} s")
 
     # ---- training
     model.train()
@@ -279,16 +283,17 @@ def train(options, device, resumed=None):
                     fail_not_finite(out, f"the loss {values}", step + 1)
                 seconds = (time.perf_counter() - clock) / (step + 1 - clock_step)
                 mfu = operations / seconds / peak / world() if peak else None
-                row = {"step": step + 1, "loss": sum(values.values()), "loss_und": values.get("und"),
-                       "loss_gen": values.get("gen"), "lr": optimizers[0].param_groups[0]["lr"],
+                row = {"step": step + 1, "loss": sum(values.values()),
+                       "loss_und": values.get("und"), "loss_gen": values.get("gen"),
+                       "lr": optimizers[0].param_groups[0]["lr"],
                        "tokens_per_s": tokens / seconds, "step_ms": 1e3 * seconds, "mfu": mfu,
                        "peak_memory_mb": peak_memory_mb(device)}
                 rows.append(row)
                 if rank() == 0:
                     with (out / "log.jsonl").open("a") as log:
                         log.write(json.dumps(row) + "\n")
-                bar.set_postfix_str(f"loss {row['loss']:.3f}, {tokens / seconds / 1e3:.1f}k tokens/s"
-                                    + (f", MFU {100 * mfu:.0f} %" if mfu else ""))
+                bar.set_postfix_str(f"loss {row['loss']:.3f}, {tokens / seconds / 1e3:.1f}k "
+                                    "tokens/s" + (f", MFU {100 * mfu:.0f} %" if mfu else ""))
             if stopped or last_step or (step + 1) % options["save_every"] == 0:
                 if not all(p.isfinite().all() for p in model.parameters()):
                     fail_not_finite(out, "a weight", step + 1)
@@ -302,8 +307,8 @@ def train(options, device, resumed=None):
                 clock, clock_step = time.perf_counter(), step + 1
             if stopped:
                 bar.close()
-                print(f"stopped after step {step + 1} and saved; python train.py --resume --out {out} "
-                      "goes on", file=sys.stderr)
+                print(f"stopped after step {step + 1} and saved; python train.py --resume "
+                      f"--out {out} goes on", file=sys.stderr)
                 raise SystemExit(128 + stopped[0])
     bar.close()
     training_seconds = time.time() - training_began
@@ -327,7 +332,7 @@ def update(optimizers):
     """Applies the gradients and clears them."""
     muon, adamw = ([p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
                    for optimizer in optimizers)
-    if dist.is_initialized():                   # every process has weighted its own part of the loss
+    if dist.is_initialized():               # every process has weighted its own part of the loss
         for p in muon + adamw:
             dist.all_reduce(p.grad)
     torch.nn.utils.clip_grad_norm_(adamw, CLIP)
@@ -387,9 +392,9 @@ FREE = {"out", "compile", "save_every", "device"}
 def complete(given, device):
     """The options of a run: those given; for the others what the device and the objective
     suggest."""
-    options = {"objective": "joint", "und_plan": "dense", "gen_plan": "dense", "projections": "shared",
-               "image_loss": False, "data": "shapes", "seed": 0, "save_every": 200,
-               "preset": default_preset(device), **given}
+    options = {"objective": "joint", "und_plan": "dense", "gen_plan": "dense",
+               "projections": "shared", "image_loss": False, "data": "shapes", "seed": 0,
+               "save_every": 200, "preset": default_preset(device), **given}
     preset = PRESETS[options["preset"]]
     tokenizer = default_tokenizer_path(options["data"])
     usual = {"steps": preset.steps, "batch_size": preset.batch_size, "lr": preset.lr,
@@ -419,7 +424,8 @@ def check(options, given=()):
         fail("--image-loss: generation has no other loss anyway; expected beside understanding")
     for task in ("und", "gen"):
         if task not in tasks and options[f"{task}_plan"] != "dense":
-            fail(f"--{task}-plan {options[f'{task}_plan']}: no such task with --objective {objective}")
+            fail(f"--{task}-plan {options[f'{task}_plan']}: there is no such task with "
+                 f"--objective {objective}")
     if options["gen_plan"] == "himix":
         fail("--gen-plan himix: image tokens that are never updated cannot predict the next one; "
              f"expected one of {', '.join(name for name in PLANS if name != 'himix')}")
