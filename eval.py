@@ -58,19 +58,19 @@ def answer(model, tokenizer, codes, question, plan, longest=24):
 
 
 def default_sampling(source):
-    """(guidance, temperature, top-k) of drawing: see study/README.md, what was tried. A folder's
+    """(guidance, temperature) of drawing: see study/README.md, what was tried. A folder's
     few pictures are known by heart, with an empty caption, too: guidance leads astray there."""
-    return (1.5, .7, None) if source == "shapes" else (1., .1, None)
+    return (1.5, .7) if source == "shapes" else (1., .1)
 
 
 @torch.no_grad()
-def draw(model, tokenizer, captions, plan, guidance=1., temperature=1., top_k=None, seed=0):
+def draw(model, tokenizer, captions, plan, guidance=1., temperature=1., seed=0):
     """Captions -> sampled codes (B, M).
 
     guidance: classifier-free (Ho & Salimans 2022): logits of no caption + guidance * (those of the
     caption - those of no caption). 1 draws from the model's own distribution; more follows the
-    caption more closely, for twice the cost. top_k: only the k likeliest codes. ValueError for a
-    caption that is too long.
+    caption more closely, for twice the cost. ValueError for a caption that is too
+    long.
     """
     c, device = model.config, model.row.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -84,9 +84,6 @@ def draw(model, tokenizer, captions, plan, guidance=1., temperature=1., top_k=No
         if guidance != 1:
             with_caption, without = logits.chunk(2)
             logits = without + guidance * (with_caption - without)
-        if top_k:
-            least = logits.topk(min(top_k, logits.size(1))).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -math.inf)
         probabilities = (logits / temperature).softmax(-1)
         code = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
         return c.first_code + code.repeat(len(texts) // n)
@@ -287,74 +284,94 @@ def cost(model, batches, plans):
 
 # ---------------------------------------------------------------------------- all of it
 
+class Shown(NamedTuple):
+    """For samples.png: pictures, the text under each, and the indices of wrong ones."""
+    pictures: list
+    texts: list
+    wrong: list
+
+
+def score_understanding(model, tokenizer, dataset, plan, n, seed):
+    """Scores of understanding on n validation pictures, how many questions these are, what to show,
+    and the pictures' sequences."""
+    def score(split):
+        batch = sequences("und", tokenizer, split, model.config).to(model.row.device)
+        answers, loss = answer_all(model, tokenizer, split, batch, plan)
+        return answers, {**understanding_scores(answers), "loss": loss}, batch
+
+    split = dataset.split("und", "val", n, seed)
+    answers, scores, batch = score(split)
+    counts = {"und": len(answers)}
+    shown = Shown(list(split.pixels[:SHOWN]), question_lines(split, answers), [])
+    if split.scenes:
+        held_out, others, _ = score(dataset.split("und", "transfer", n, seed))
+        scores["transfer_accuracy"] = others["accuracy"]
+        scores["transfer_chance"] = others["chance"]
+        counts["und_transfer"] = len(held_out)
+    return scores, counts, shown, batch
+
+
+def score_generation(model, tokenizer, dataset, plan, n, seed, sampling):
+    """The same of generation, on n validation captions."""
+    def draw_split(split):
+        captions = [caption.text for caption in split.captions]
+        return draw_pictures(model, tokenizer, captions, plan, sampling)
+
+    split = dataset.split("gen", "val", n, seed)
+    batch = sequences("gen", tokenizer, split, model.config).to(model.row.device)
+    drawn, reconstructed = draw_split(split), tokenizer.decode(tokenizer.encode(split.pixels))
+    ceiling = {"frechet": frechet(reconstructed, split.pixels)}
+    scores = {"frechet": frechet(drawn, split.pixels), "ceiling": ceiling,
+              "loss": generation_loss(model, batch, plan)}
+    counts = {"gen": len(drawn)}
+    shown = Shown(list(drawn[:SHOWN]), [caption.text for caption in split.captions[:SHOWN]], [])
+    if split.scenes:
+        rates, wrong = check_pictures(dataset, split, drawn)
+        scores |= rates
+        ceiling |= check_pictures(dataset, split, reconstructed)[0]
+        shown.wrong.extend(i for i in wrong if i < SHOWN)
+        held_out = dataset.split("gen", "transfer", n, seed)
+        scenes = [[thing for thing in scene if thing.pair in dataset.held_out["gen"]]
+                  for scene in held_out.scenes]             # only objects of held-out pairs count
+        rates, _ = check_pictures(dataset, held_out._replace(scenes=scenes), draw_split(held_out))
+        scores["transfer_object_accuracy"] = rates["object_accuracy"]
+        counts["gen_transfer"] = len(scenes)
+    else:       # also what it was trained on: a new name does not tell how the thing looks
+        seen = dataset.split("gen", "train", SHOWN, seed)
+        shown.pictures.extend(draw_split(seen))
+        shown.texts.extend(f"{caption.text} (trained on)" for caption in seen.captions)
+    return scores, counts, shown, batch
+
+
 def evaluate(model, tokenizer, checkpoint, dataset, plans, sampling):
     """All scores of a run under the plans {task: plan}, on validation pictures that its seed draws.
 
     checkpoint: of train.py; only "options" and "step" are needed. sampling: (guidance,
-    temperature, top-k). Returns the scores (what eval.json holds), and for samples.png: pictures,
-    texts, and which of them are wrong. """
+    temperature). Returns what eval.json holds, and a Shown.
+    """
     start, device, options = time.time(), model.row.device, checkpoint["options"]
-    preset, seed, c = PRESETS[options["preset"]], options["seed"], model.config
+    preset, seed = PRESETS[options["preset"]], options["seed"]
     model.eval()
-    config = {**options, "guidance": sampling[0], "temperature": sampling[1], "top_k": sampling[2],
+    config = {**options, "guidance": sampling[0], "temperature": sampling[1],
               "step": checkpoint["step"], "parameters": sum(p.numel() for p in model.parameters()),
               "examples": checkpoint["step"] * options["batch_size"]}
-    scores, batches, splits = {"config": config, "n": {}}, {}, {}
-    pictures, texts, wrong = [], [], []
-
-    if "und" in plans:
-        splits["und"] = split = dataset.split("und", "val", preset.und_val, seed)
-        batches["und"] = sequences("und", tokenizer, split, c).to(device)
-        answers, loss = answer_all(model, tokenizer, split, batches["und"], plans["und"])
-        scores["und"] = {**understanding_scores(answers), "loss": loss}
-        scores["n"]["und"] = len(answers)
-        pictures += [*split.pixels[:SHOWN]]
-        texts += question_lines(split, answers)
-        if split.scenes:
-            split = dataset.split("und", "transfer", preset.und_val, seed)
-            batch = sequences("und", tokenizer, split, c).to(device)
-            answers, _ = answer_all(model, tokenizer, split, batch, plans["und"])
-            held_out = understanding_scores(answers)
-            scores["und"]["transfer_accuracy"] = held_out["accuracy"]
-            scores["und"]["transfer_chance"] = held_out["chance"]
-            scores["n"]["und_transfer"] = len(answers)
-
-    if "gen" in plans:
-        splits["gen"] = split = dataset.split("gen", "val", preset.gen_val, seed)
-        batches["gen"] = sequences("gen", tokenizer, split, c).to(device)
-        captions = [caption.text for caption in split.captions]
-        drawn = draw_pictures(model, tokenizer, captions, plans["gen"], sampling)
-        reconstructed = tokenizer.decode(tokenizer.encode(split.pixels))
-        scores["gen"] = {"frechet": frechet(drawn, split.pixels),
-                         "loss": generation_loss(model, batches["gen"], plans["gen"]),
-                         "ceiling": {"frechet": frechet(reconstructed, split.pixels)}}
-        scores["n"]["gen"] = len(drawn)
-        if split.scenes:
-            rates, wrong_drawn = check_pictures(dataset, split, drawn)
-            scores["gen"] |= rates
-            scores["gen"]["ceiling"] |= check_pictures(dataset, split, reconstructed)[0]
-            wrong = [len(pictures) + i for i in wrong_drawn if i < SHOWN]
-            held_out = dataset.split("gen", "transfer", preset.gen_val, seed)
-            scenes = [[thing for thing in scene if thing.pair in dataset.held_out["gen"]]
-                      for scene in held_out.scenes]         # only objects of held-out pairs count
-            captions = [caption.text for caption in held_out.captions]
-            others = draw_pictures(model, tokenizer, captions, plans["gen"], sampling)
-            rates, _ = check_pictures(dataset, held_out._replace(scenes=scenes), others)
-            scores["gen"]["transfer_object_accuracy"] = rates["object_accuracy"]
-            scores["n"]["gen_transfer"] = len(others)
-        pictures += [*drawn[:SHOWN]]
-        texts += [caption.text for caption in split.captions[:SHOWN]]
-
-    split = next(iter(splits.values()))
-    if not split.scenes:
+    scores, shown, batches = {"config": config, "n": {}}, Shown([], [], []), {}
+    for task, plan in plans.items():
+        if task == "und":
+            of_task = score_understanding(model, tokenizer, dataset, plan, preset.und_val, seed)
+        else:
+            of_task = score_generation(model, tokenizer, dataset, plan, preset.gen_val, seed,
+                                       sampling)
+        scores[task], counts, new, batches[task] = of_task
+        scores["n"] |= counts
+        shown.wrong.extend(len(shown.pictures) + i for i in new.wrong)
+        shown.pictures.extend(new.pictures)
+        shown.texts.extend(new.texts)
+    if options["data"] != "shapes":
+        split = dataset.split("und", "val", preset.und_val, seed)
         for task, rates in matching(model, tokenizer, split, plans).items():
-            scores[task]["matching"] = rates
-            scores[task]["bits_per_token"] = scores[task]["loss"] / math.log(2)
-        if "gen" in plans:      # also what it was trained on: a new name does not tell how it looks
-            seen = dataset.split("gen", "train", SHOWN, seed)
-            captions = [caption.text for caption in seen.captions]
-            pictures += [*draw_pictures(model, tokenizer, captions, plans["gen"], sampling)]
-            texts += [f"{caption} (trained on)" for caption in captions]
+            bits = scores[task]["loss"] / math.log(2)
+            scores[task] |= {"matching": rates, "bits_per_token": bits}
 
     n = min(BATCH, options["batch_size"])               # of a step, which may not fit as a whole
     rows = {task: batch.rows(torch.arange(n, device=device) % len(batch.tokens))
@@ -363,13 +380,16 @@ def evaluate(model, tokenizer, checkpoint, dataset, plans, sampling):
     for key in ("flops_per_step", "step_ms"):
         scores["cost"][key] *= options["batch_size"] / n
     scores |= {"seconds": time.time() - start, "hardware": hardware(device)}
-    return scores, (pictures, texts, wrong)
+    return scores, shown
 
 
 def question_lines(split, answers):
     """For each picture shown, its first questions with what the model said."""
-    lines = {id(a.question): f"{a.question.text} {a.said}"
-             + ("" if a.right else f" (no: {a.question.answer})") for a in answers}
+    lines = {}
+    for a in answers:
+        lines[id(a.question)] = f"{a.question.text} {a.said}"
+        if not a.right:
+            lines[id(a.question)] += f" (no: {a.question.answer})"
     return ["\n".join(lines[id(q)] for q in questions[:4] if id(q) in lines)
             for questions in split.questions[:SHOWN]]
 
@@ -410,8 +430,8 @@ def summary(scores):
 
 def save_scores(scores, shown, folder, suffix=""):
     """Writes eval.json and samples.png, the names with a suffix, into a run's folder."""
-    pictures, texts, wrong = shown
-    contact_sheet(pictures, texts, Path(folder) / f"samples{suffix}.png", wrong=wrong)
+    path = Path(folder) / f"samples{suffix}.png"
+    contact_sheet(shown.pictures, shown.texts, path, wrong=shown.wrong)
     # The scores come last: where they are, all is.
     write_file(Path(folder) / f"eval{suffix}.json", json.dumps(scores, indent=1))
 
@@ -485,7 +505,6 @@ def main():
     parser.add_argument("--n", type=int, default=8, help="how many pictures --draw draws")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance; 1: none")
     parser.add_argument("--temperature", type=float)
-    parser.add_argument("--top-k", type=int, help="draw from the k likeliest codes only")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args()
     check_arguments(args, parser)
@@ -500,10 +519,11 @@ def main():
     if changed:
         suffix = "-{und_plan}-{gen_plan}{shallow}".format(**options)
     sampling = default_sampling(options["data"])
-    if (args.guidance, args.temperature, args.top_k) != (None, None, None):
-        given = (args.guidance, args.temperature, args.top_k)
-        sampling = tuple(usual if new is None else new for new, usual in zip(given, sampling))
-        suffix += "-g{:g}-t{:g}-k{}".format(*sampling)
+    if args.guidance is not None or args.temperature is not None:
+        guidance = sampling[0] if args.guidance is None else args.guidance
+        temperature = sampling[1] if args.temperature is None else args.temperature
+        sampling = guidance, temperature
+        suffix += f"-g{guidance:g}-t{temperature:g}"
 
     for task, asked in (("und", args.ask or args.und_plan), ("gen", args.draw or args.gen_plan)):
         if asked and task not in tasks:
@@ -532,13 +552,13 @@ def main():
 
 def check_arguments(args, parser):
     """Refuses numbers out of range, and options that do not belong together."""
-    for name, least in (("n", 1), ("top_k", 1), ("temperature", 1e-6), ("guidance", 0)):
+    for name, least in (("n", 1), ("temperature", 1e-6), ("guidance", 0)):
         number = getattr(args, name)
         if number is not None and not least <= number < math.inf:
-            fail(f"--{name.replace('_', '-')} {number}: expected at least {least:g}")
+            fail(f"--{name} {number}: expected at least {least:g}")
     given = {key for key, value in vars(args).items()
              if value not in (None, parser.get_default(key))}
-    sampling = {"guidance", "temperature", "top_k"}
+    sampling = {"guidance", "temperature"}
     allowed = {"und_plan", "gen_plan", "shallow"} | sampling
     if args.ask:
         allowed = {"ask", "und_plan", "shallow"}

@@ -152,28 +152,23 @@ def get_tokenizer(options, dataset, device):
 
 def text_lengths(tokenizer, splits, limit):
     """How many text tokens the sequences of these splits need: (all questions on a picture with
-    their answers, a caption with the two tokens before it). A text longer than the limit is
-    refused, but of several questions on a picture some may be left out."""
-    most_asked = longest_caption = 0
+    their answers, a caption with the two tokens before it). One text longer than `limit` is
+    refused; of several questions on a picture those that do not fit are left out."""
+    def length(*texts):
+        return sum(len(tokenizer.ids(text)) for text in texts)
+
+    und_text = gen_text = longest = 0
     for split in splits:
         for questions in split.questions:
-            asked = 0
-            for question in questions:
-                n = len(tokenizer.ids(question.text)) + len(tokenizer.ids(question.answer)) + 1
-                check_length(question.text, n, limit)
-                asked += n
-            most_asked = max(most_asked, asked)
+            lengths = [length(q.text, q.answer) + 1 for q in questions]         # 1: the end token
+            und_text = max(und_text, sum(lengths))
+            longest = max([longest, *lengths])
         for caption in split.captions:
-            n = len(tokenizer.ids(caption.text)) + 2
-            check_length(caption.text, n, limit)
-            longest_caption = max(longest_caption, n)
-    return min(most_asked, limit), longest_caption
-
-
-def check_length(text, n, limit):
-    if n > limit:
-        fail(f"--data: a caption, or a question with its answer, has {n} tokens, expected at most "
-             f"{limit}: {text[:60]!r} ...")
+            gen_text = max(gen_text, length(caption.text) + 2)
+    if max(longest, gen_text) > limit:
+        fail(f"--data: a caption, or a question with its answer, has {max(longest, gen_text)} "
+             f"tokens, expected at most {limit}")
+    return min(und_text, limit), gen_text
 
 
 def get_batch(examples, task, step, options):
