@@ -1,17 +1,14 @@
-"""What every script needs and no reader has to know: one-line errors, files, the device, charts."""
+"""What every script needs and no reader has to know: errors in one line, files, devices, charts."""
 import io
 import json
 import math
 import os
 import platform
 import re
-import signal
 import sys
 import textwrap
-import time
 import warnings
-from collections import defaultdict
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +18,7 @@ from tqdm import tqdm
 
 def fail(message):
     """Bad input: one line that says what was expected, exit status 2, no traceback."""
-    tqdm.write(f"error: {message}", file=sys.stderr)        # which leaves a progress bar intact
+    tqdm.write(f"error: {message}", file=sys.stderr)        # leaves a progress bar intact
     raise SystemExit(2)
 
 
@@ -55,6 +52,7 @@ def refuse_errors(message):
 
 
 # ---------------------------------------------------------------------- files and checkpoints
+
 def write_file(path, content):
     """Write bytes or text; whatever happens, `path` holds either all of the old or of the new."""
     path = Path(path)
@@ -81,94 +79,25 @@ def save_checkpoint(contents, path):
 
 def read_checkpoint(path, kind):
     """Read a checkpoint of this project, whose "kind" is `kind`; refuse anything else."""
-    try:
+    with refuse_errors(f"{path} is not a {kind} checkpoint of this project"):
         contents = torch.load(path, map_location="cpu", weights_only=True)
-        is_ours = contents["kind"] == kind
-    except OSError as error:
-        fail(f"{path}: {error.strerror}")
-    except Exception:                           # the unpickler raises nearly anything
-        is_ours = False
-    if not is_ours:
-        fail(f"{path} is not a {kind} checkpoint of this project, or is damaged")
+        if contents["kind"] != kind:
+            raise ValueError(f"it is a {contents['kind']} checkpoint")
     return contents
 
 
-def check_whole_numbers(config, **most):
-    """ValueError unless each named field of `config` is a whole number from 1 to its limit."""
-    for name, limit in most.items():
-        value = getattr(config, name)
-        if type(value) is not int or not 1 <= value <= limit:
-            raise ValueError(f"{name} {value!r}: expected a whole number from 1 to {limit}")
-
-
-def build_network(network, config, state):
-    """network(config) with the weights `state`; an error where the two do not fit."""
-    for name, x in state.items():
-        if x.untyped_storage().nbytes() < x.numel() * x.element_size():
-            raise ValueError(f"{name} claims more numbers than there are")
-    # First without memory, so that a config which claims huge sizes costs nothing. The dict is
+def build_network(make, state):
+    """make(), a network, with the weights `state`; an error where the two do not fit."""
+    # First without memory, so that a file which claims huge sizes costs nothing. The dict is
     # copied, because `assign` leaves a note in it.
     with torch.device("meta"):
-        network(config).load_state_dict(dict(state), assign=True)
-    real = network(config)
-    real.load_state_dict(state)
-    return real
+        make().load_state_dict(dict(state), assign=True)
+    network = make()
+    network.load_state_dict(state)
+    return network
 
 
-@contextmanager
-def exclusive(folder, wait=False):
-    """Lock a folder for this process; yields whether that worked (with `wait`: once it is free).
-
-    The lock ends with the process, however that ends. Without `wait`, an empty folder is removed.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if os.name == "nt" or torch.distributed.is_initialized():   # Windows has no such locks, and
-        yield True                                              # torchrun's processes share one
-        return
-    import fcntl
-    handle = os.open(folder, os.O_RDONLY)
-    locked = True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        locked = False
-    except OSError:                             # some network file systems have no locks either
-        pass
-    try:
-        yield locked
-    finally:
-        if locked and not wait:
-            with suppress(OSError):             # which rmdir raises where something is inside
-                folder.rmdir()
-        os.close(handle)
-
-
-# ---------------------------------------------------------------------------------- the device
-@contextmanager
-def catch_stop_signals(catch=True):
-    """Around a long loop: Ctrl-C and SIGTERM do not end it at once but fill the list that this
-    yields, so that the loop can save and end. A second signal ends it."""
-    received = []
-
-    def note(number, _):
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, note)
-              for number in (signal.SIGINT, signal.SIGTERM) if catch}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def check_seed(seed):
-    if not 0 <= seed < 2 ** 32:
-        fail(f"--seed {seed}: expected 0 to 2**32 - 1")
-
+# ---------------------------------------------------------------------- the device
 
 def pick_device(name):
     """--device -> torch.device; "auto" takes the best there is, and says which."""
@@ -215,41 +144,8 @@ def peak_memory_mb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_per_mb
 
 
-# ---------------------------------------------------------------------- measuring
-def time_each(work, device, repeats):
-    """{name: function} -> {name: [seconds]}. One round warms up; then the functions take turns, so
-    that what else the machine does hits all alike."""
-    seconds = defaultdict(list)
-    for i in range(1 + repeats):
-        for name, function in work.items():
-            synchronize(device)
-            start = time.perf_counter()
-            function()
-            synchronize(device)
-            if i > 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+# ---------------------- people's own image files; `where` is how an error message begins
 
-
-def frechet(a, b):
-    """Frechet distance of two sets of pictures (N, H, W, 3) uint8: |mean - mean|^2 + tr(A + B -
-    2 sqrt(AB)). A picture is 96 numbers: mean and standard deviation, over 255, of each colour in
-    each of 4 x 4 squares. It is not comparable with distances in the features of a network."""
-    def moments(pixels):
-        s = pixels.shape[1] // 4
-        squares = pixels.reshape(len(pixels), 4, s, 4, s, 3) / 255
-        features = np.concatenate([squares.mean((2, 4)), squares.std((2, 4))], -1)
-        features = features.reshape(len(pixels), -1)
-        return features.mean(0), np.cov(features.T)
-
-    (mean_a, cov_a), (mean_b, cov_b) = moments(a), moments(b)
-    values, vectors = np.linalg.eigh(cov_a)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
-    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
-
-
-# --------------------------- people's own image files; `where` is how an error message begins
 def open_picture(path, size, where):
     """Any image that Pillow reads -> (size, size, 3) uint8: upright, on white, cut to a square."""
     with refuse_errors(f"{where}: {path} cannot be used as an image"), warnings.catch_warnings():
@@ -267,52 +163,64 @@ def open_picture(path, size, where):
             return np.array(ImageOps.fit(image, (size, size)))
 
 
-def check_text(text, where):
-    """A caption, question, answer or name: not empty, not too long, and encodable as UTF-8."""
+def check_text(text):
+    """ValueError unless this is a caption, question, answer or name that can be used."""
     if not isinstance(text, str) or not text.strip():
-        fail(f"{where}: file_name, text, question and answer must be strings that are not empty")
+        raise ValueError("file_name, text, question and answer must be strings, not empty")
     if len(text) > 2000:                        # characters; a sequence takes far fewer
-        fail(f"{where}: {text[:40]!r} ... has {len(text)} characters, expected at most 2000")
-    with refuse_errors(f"{where}: {text[:40]!r} is no Unicode text"):
-        text.encode()                           # lone surrogates, which JSON may hold, are not
+        raise ValueError(f"{text[:40]!r} ... has {len(text)} characters, expected at most 2000")
+    text.encode()                               # fails for lone surrogates, which JSON may hold
 
 
-def check_inside(path, root, where):
-    """A file below the folder `root`, not reached by `..` or a link that leads out of it."""
-    with refuse_errors(f"{where}: no usable file name"):    # NUL in it, too long, a loop of links
-        if not path.resolve().is_relative_to(root.resolve()):
-            fail(f"{where}: {str(path)!r} leads out of {root}")
-        if not path.is_file():
-            fail(f"{where}: no file {path}")
+def check_inside(path, root):
+    """ValueError unless it is a file below `root`, not reached by `..` or a link that leads out."""
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{str(path)!r} leads out of {root}")
+    if not path.is_file():
+        raise ValueError(f"no file {path}")
 
 
-def read_metadata(root):
-    """metadata.jsonl -> [(image path, caption, [(question, answer)], file and line)], checked."""
+def read_folder(path):
+    """A folder of images -> [(image path, caption, [(question, answer)], where it says so)].
+
+    It has a metadata.jsonl, as Hugging Face's ImageFolder has, or a folder for each class, whose
+    name is the caption.
+    """
+    root, entries = Path(path), []
     file = root / "metadata.jsonl"
-    with refuse_errors(f"{file} cannot be read as UTF-8 text"):
+    if not root.is_dir():
+        fail(f"--data {path}: expected `shapes` or a folder of images")
+    if not file.exists():
+        for picture in sorted(root.glob("*/*")):
+            if picture.suffix.lower() in Image.registered_extensions():
+                name = picture.parent.name.replace("_", " ")
+                with refuse_errors(str(picture.parent)):
+                    check_text(name)
+                    check_inside(picture, root)
+                entries.append((picture, name, [], str(picture.parent)))
+        return entries
+    with refuse_errors(f"{file}: expected UTF-8 text"):
         # Not splitlines(): a string may hold U+2028, which is no end of a line in JSON.
         lines = file.read_text(encoding="utf-8-sig").split("\n")
-    entries = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{file} line {number}"
-        with refuse_errors(f"{where}: not JSON"):
-            entry = json.loads(line)
         with refuse_errors(f"{where}: expected an object with file_name, text and, if you like, "
-                           "qa: a list of objects"):
-            one_pair = [entry] if "question" in entry else []
-            pairs = [(pair.get("question"), pair.get("answer"))
-                     for pair in entry.get("qa", one_pair)]
+                           "qa, a list of objects"):
+            entry = json.loads(line)
+            pairs = entry.get("qa", [entry] if "question" in entry else [])
+            pairs = [(pair.get("question"), pair.get("answer")) for pair in pairs]
             for text in (entry.get("file_name"), entry.get("text"), *sum(pairs, ())):
-                check_text(text, where)
-        path = root / entry["file_name"]
-        check_inside(path, root, where)
-        entries.append((path, entry["text"], pairs, where))
+                check_text(text)
+            picture = root / entry["file_name"]
+            check_inside(picture, root)
+        entries.append((picture, entry["text"], pairs, where))
     return entries
 
 
-# ------------------------------------------------------------------------ pictures for people
+# ---------------------------------------------------------------------- pictures for people
+
 RED, GREY, DARK = (220, 30, 30), (200, 200, 200), (60, 60, 60)
 LINE_COLOURS = [(40, 100, 190), (225, 120, 30), (50, 150, 80), (190, 50, 60)]
 
@@ -324,15 +232,14 @@ def contact_sheet(pixels, texts, path, columns=6, size=160, wrong=()):
     for text in texts:
         lines = [textwrap.fill(line, size // 6) for line in text.split("\n")]
         wrapped.append("\n".join(lines).split("\n"))
-    row_heights = []
+    tops = [gap]                                # where each row of pictures begins
     for i in range(0, len(wrapped), columns):
         longest = max(len(lines) for lines in wrapped[i:i + columns])
-        row_heights.append(size + 2 * gap + line_height * longest)
-    sheet = Image.new("RGB", (gap + columns * (size + gap), gap + sum(row_heights)), "white")
+        tops.append(tops[-1] + size + 2 * gap + line_height * longest)
+    sheet = Image.new("RGB", (gap + columns * (size + gap), tops[-1]), "white")
     draw = ImageDraw.Draw(sheet)
     for i, lines in enumerate(wrapped):
-        x = gap + i % columns * (size + gap)
-        y = gap + sum(row_heights[:i // columns])
+        x, y = gap + i % columns * (size + gap), tops[i // columns]
         sheet.paste(Image.fromarray(pixels[i]).resize((size, size), Image.NEAREST), (x, y))
         frame, ink = (RED, RED) if i in wrong else (GREY, DARK)
         draw.rectangle((x - 2, y - 2, x + size + 1, y + size + 1), outline=frame, width=2)

@@ -7,84 +7,60 @@
 Both give the project the same: a `Split` of pixels, with a caption and questions for each picture.
 """
 import argparse
-import math
 import random
 import zlib
 from collections import Counter
-from dataclasses import dataclass
-from functools import cache
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from common import (check_inside, check_text, contact_sheet, fail, open_picture, read_metadata,
-                    run_script)
+from common import contact_sheet, fail, open_picture, read_folder, run_script
 
+# All that has to fit together, and the machine. Options of the scripts override some of it.
+PATCH = 4           # pixels that an image token covers, height = width
 
-@dataclass(frozen=True)
-class Preset:
-    """All that has to fit together, and the machine. Options of the scripts override parts."""
+PRESETS = dict(
+    #                tiny     cpu      gpu
     # the shapes world
-    image_size: int             # pixels, height = width; of a folder's pictures, too
-    grid: int                   # grid x grid cells, at most one object in each
-    shapes: int                 # how many of SHAPES
-    colours: int                # how many of COLOURS
-    max_objects: int            # in a scene
-    jitter: int                 # pixels that an object may lie off the centre of its cell, each way
+    image_size=     (16,      32,      64),     # pixels, height = width (folders', too)
+    grid=           (2,       2,       3),      # grid x grid cells, at most one object in each
+    shapes=         (2,       4,       8),      # how many of SHAPES
+    colours=        (3,       6,       8),      # how many of COLOURS
+    max_objects=    (2,       4,       6),      # in a scene
+    jitter=         (0,       1,       2),      # pixels an object may lie off its cell's centre
     # the tokenizer
-    bpe_scenes: int             # whose captions and questions the byte pairs are learned from
-    patch: int                  # pixels that an image token covers, height = width
-    codes: int                  # size of the codebook
-    code_dim: int               # numbers in a code
-    vq_width: int               # channels of the image tokenizer
-    vq_blocks: int              # residual blocks of its decoder
-    vq_pictures: int            # that it is trained on
-    vq_steps: int
-    vq_batch_size: int
+    bpe_scenes=     (300,     3000,    3000),   # whose texts the byte pairs are learned from
+    patch=          (4,       4,       4),      # pixels that an image token covers, height = width
+    codes=          (32,      256,     512),    # size of the codebook
+    code_dim=       (4,       8,       8),      # numbers in a code
+    vq_width=       (32,      96,      128),    # channels of the image tokenizer
+    vq_blocks=      (1,       2,       2),      # residual blocks of its decoder
+    vq_pictures=    (500,     6000,    20_000), # that it is trained on
+    vq_steps=       (150,     1200,    3000),
+    vq_batch_size=  (16,      16,      128),
     # the transformer
-    layers: int
-    width: int                  # numbers in a hidden state
-    heads: int                  # attention heads
-    max_text: int               # most text tokens that a sequence may have
+    layers=         (3,       4,       12),
+    width=          (32,      128,     384),    # numbers in a hidden state
+    heads=          (2,       4,       6),      # attention heads
+    max_text=       (40,      80,      192),    # most text tokens that a sequence may have
     # training
-    steps: int
-    batch_size: int             # pictures of each task in a step
-    lr: float                   # Muon's, for the matrices in the layers
-    embedding_lr: float         # AdamW's, for embeddings, head, norms and positions
-    und_scenes: int             # training pictures with questions (understanding)
-    gen_scenes: int             # training pictures with captions (generation)
+    steps=          (100,     1600,    6000),
+    batch_size=     (8,       16,      64),     # pictures of each task in a step
+    lr=             (.02,     .02,     .02),    # Muon's, for the matrices in the layers
+    embedding_lr=   (.01,     .01,     .01),    # AdamW's, for embeddings, head, norms, positions
+    und_scenes=     (300,     8000,    40_000), # training pictures with questions (understanding)
+    gen_scenes=     (300,     20_000,  60_000), # training pictures with captions (generation)
     # evaluation
-    und_val: int                # validation pictures with questions; of the transfer split as many
-    gen_val: int                # validation captions to draw; of the transfer split as many
-
-
-PRESETS = {
-    "tiny": Preset(             # for tests: seconds
-        image_size=16, grid=2, shapes=2, colours=3, max_objects=2, jitter=0,
-        bpe_scenes=300, patch=4, codes=32, code_dim=4,
-        vq_width=32, vq_blocks=1, vq_pictures=500, vq_steps=150, vq_batch_size=16,
-        layers=3, width=32, heads=2, max_text=40,
-        steps=100, batch_size=8, lr=.02, embedding_lr=.01, und_scenes=300, gen_scenes=300,
-        und_val=40, gen_val=20),
-    "cpu": Preset(              # ten minutes on two cores
-        image_size=32, grid=2, shapes=4, colours=6, max_objects=4, jitter=1,
-        bpe_scenes=3000, patch=4, codes=256, code_dim=8,
-        vq_width=96, vq_blocks=2, vq_pictures=6000, vq_steps=1200, vq_batch_size=16,
-        layers=4, width=128, heads=4, max_text=80,
-        steps=1600, batch_size=16, lr=.02, embedding_lr=.01, und_scenes=8000, gen_scenes=20_000,
-        und_val=1000, gen_val=400),
-    "gpu": Preset(
-        image_size=64, grid=3, shapes=8, colours=8, max_objects=6, jitter=2,
-        bpe_scenes=3000, patch=4, codes=512, code_dim=8,
-        vq_width=128, vq_blocks=2, vq_pictures=20_000, vq_steps=3000, vq_batch_size=128,
-        layers=12, width=384, heads=6, max_text=192,
-        steps=6000, batch_size=64, lr=.02, embedding_lr=.01, und_scenes=40_000, gen_scenes=60_000,
-        und_val=2000, gen_val=1000)}
+    und_val=        (40,      1000,    2000),   # pictures with questions; of held-out pairs, too
+    gen_val=        (20,      400,     1000),   # captions to draw; of held-out pairs, too
+)
+PRESETS = {name: SimpleNamespace(**{key: values[column] for key, values in PRESETS.items()})
+           for column, name in enumerate(("tiny", "cpu", "gpu"))}
 
 
 class Question(NamedTuple):
@@ -106,9 +82,19 @@ class Split(NamedTuple):
     scenes: list = None         # N tuples of Things, only in the shapes world
 
 
-# ------------------------------------------------------------------------------ the shapes world
+# ---------------------------------------------------------------------- the shapes world
 
-SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond", "heart", "star")
+# What lies inside a shape: x to the right and y downwards from its centre, in its radius.
+INSIDE = {"circle": lambda x, y: x ** 2 + y ** 2 < 1,
+          "square": lambda x, y: np.maximum(abs(x), abs(y)) < .85,
+          "triangle": lambda x, y: (2 * abs(x) < 1 + y) & (y < .8),
+          "cross": lambda x, y: (np.minimum(abs(x), abs(y)) < .33) & (abs(x) < 1) & (abs(y) < 1),
+          "ring": lambda x, y: abs(np.hypot(x, y) - .75) < .25,
+          "diamond": lambda x, y: abs(x) / .75 + abs(y) < 1,
+          "heart": lambda x, y: x ** 2 + (1.2 * y + .6 * np.sqrt(abs(x))) ** 2 < 1,
+          "star": lambda x, y: np.hypot(x, y) * (2.4 - 1.4 * abs(
+              2 * (np.arctan2(x, -y) / (2 * np.pi / 5) % 1) - 1)) < 1}
+SHAPES = tuple(INSIDE)
 COLOURS = {"red": (220, 40, 40), "green": (30, 160, 60), "blue": (40, 80, 220),
            "yellow": (245, 190, 0), "purple": (150, 50, 190), "cyan": (0, 190, 210),
            "black": (40, 40, 40), "orange": (245, 120, 20)}
@@ -142,15 +128,12 @@ CAPTION_FIELDS = {"scene": ("size", "colour", "shape", "cell"), "single object":
                   "colours": ("colour", "shape"), "position": ("shape",),
                   "attribute binding": ("colour", "shape")}
 
-# The transfer split: what a task never sees in training, while the other task does.
-HELD_OUT = {
-    "tiny": {"und": [("red", "circle")], "gen": [("green", "circle")]},
-    "cpu": {"und": [("red", "circle"), ("blue", "square"), ("purple", "triangle")],
-            "gen": [("green", "circle"), ("yellow", "square"), ("cyan", "triangle")]},
-    "gpu": {"und": [("red", "circle"), ("blue", "square"), ("purple", "triangle"),
-                    ("black", "cross")],
-            "gen": [("green", "circle"), ("yellow", "square"), ("cyan", "triangle"),
-                    ("orange", "cross")]}}
+# Held-out pairs: what a task never sees in training, while the other task does.
+HELD_OUT = {"tiny": {"und": ["red circle"], "gen": ["green circle"]},
+            "cpu": {"und": ["red circle", "blue square", "purple triangle"],
+                    "gen": ["green circle", "yellow square", "cyan triangle"]},
+            "gpu": {"und": ["red circle", "blue square", "purple triangle", "black cross"],
+                    "gen": ["green circle", "yellow square", "cyan triangle", "orange cross"]}}
 
 
 class Thing(NamedTuple):
@@ -172,7 +155,7 @@ class Shapes:
 
     A scene is a tuple of Things, sorted by cell. `rng` is a random.Random throughout. In the
     language methods, `avoid` is a set of (colour, shape) pairs that must not be named; `required`,
-    if given, a set of pairs of which the text has to name one (for the transfer split).
+    if given, a set of pairs of which the text has to name one (for held-out pairs).
     """
     identity = "shapes"         # stands in checkpoints, which fit one data set only
 
@@ -185,8 +168,9 @@ class Shapes:
         cells = [f"{row} {column}" for row in rows for column in columns]
         self.cell_names = [cell.replace("middle middle", "middle") for cell in cells]
         self.held_out = {}                                  # task -> {(colour, shape)}
-        for task, pairs in HELD_OUT[preset].items():
-            self.held_out[task] = {(COLOUR_NAMES.index(c), SHAPES.index(s)) for c, s in pairs}
+        for task, names in HELD_OUT[preset].items():
+            words = [name.split() for name in names]
+            self.held_out[task] = {(COLOUR_NAMES.index(c), SHAPES.index(s)) for c, s in words}
         self.draw_cells()
 
     def draw_cells(self):
@@ -262,25 +246,22 @@ class Shapes:
         drawn_norms = (drawn ** 2).sum(1)
         limit = 255 ** 2 * 10 ** (-worst / 10) * drawn.shape[1]     # squared error of that PSNR
         scenes = []
-        for start in range(0, len(pixels), 1024):           # so that the products stay small
-            block = pixels[start:start + 1024, :grid * size, :grid * size]
-            cells = block.reshape(-1, grid, size, grid, size, 3)
-            cells = cells.transpose(0, 1, 3, 2, 4, 5)       # (N, row, column, size, size, 3)
-            cells = cells.reshape(len(block) * grid ** 2, -1).astype(np.float32)
-            # |cell - drawn|^2 = |drawn|^2 - 2 cell . drawn + |cell|^2, for all pairs at once
+        for picture in pixels[:, :grid * size, :grid * size]:
+            cells = picture.reshape(grid, size, grid, size, 3).transpose(0, 2, 1, 3, 4)
+            cells = cells.reshape(grid ** 2, -1).astype(np.float32)
+            # |cell - drawn|^2 of all pairs at once, less |cell|^2, which changes no order
             scores = drawn_norms - 2 * cells @ drawn.T
             errors = scores.min(1) + (cells ** 2).sum(1)
-            nearest = scores.argmin(1).reshape(len(block), -1)          # (N, grid * grid)
-            readable = (errors < limit).reshape(len(block), -1)
-            for numbers, flags in zip(nearest, readable):
-                things = []
-                for cell in range(grid ** 2):
-                    if not flags[cell]:
-                        things.append(Thing(-1, -1, -1, cell))
-                    elif numbers[cell] != 0:                # 0: empty
-                        things.append(self.contents[numbers[cell]]._replace(cell=cell))
-                scenes.append(tuple(things))
+            things = []
+            for cell, number in enumerate(scores.argmin(1)):
+                if errors[cell] > limit:
+                    things.append(Thing(-1, -1, -1, cell))
+                elif number != 0:                           # 0: empty
+                    things.append(self.contents[number]._replace(cell=cell))
+            scenes.append(tuple(things))
         return scenes
+
+    # ------------------------------------------------------------------ language
 
     def phrase(self, thing, fields, plural=False):
         """These fields of a thing in words: "top left small red circle"."""
@@ -317,8 +298,7 @@ class Shapes:
                 kinds += ["position", "position"]
         if required:
             kinds = [k for k in kinds if {"colour", "shape"} <= set(CAPTION_FIELDS[k])]
-        kind = rng.choice(kinds)
-        relation = ()
+        kind, relation = rng.choice(kinds), ()
         if kind == "scene":
             fields = ("size", "colour", "shape")
             parts = [f"{self.cell_names[t.cell]} a {self.phrase(t, fields)}" for t in scene]
@@ -331,9 +311,7 @@ class Shapes:
             parts = [f"{NUMBERS[n]} {self.phrase(scene[0], ('shape',), plural=True)}"]
         else:
             parts = ["a " + self.phrase(thing, CAPTION_FIELDS[kind]) for thing in scene]
-        text = parts[-1]
-        if len(parts) > 1:
-            text = ", ".join(parts[:-1]) + " and " + parts[-1]
+        text = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
         return Caption(rng.choice(("", "draw ", "a picture of ")) + text, kind, relation)
 
     def fulfilled(self, caption, wanted, seen):
@@ -351,53 +329,48 @@ class Shapes:
             right = r in self.related(a, b)
         return (want & have).total(), right
 
-    def question(self, rng, scene, kind, avoid=(), required=None):
-        """One Question of this kind, or None where the scene gives none."""
-        candidates = [t for t in scene if not required or t.pair in required]
-        thing = rng.choice(candidates)
-        if kind == "place" and len(scene) == 1:             # "where is the object?": not with one
-            return None
-        if kind in NAMED_BY:
-            name = self.refer(rng, scene, thing, NAMED_BY[kind])
-            answers = {"colour": COLOUR_NAMES[thing.colour], "shape": SHAPES[thing.shape],
-                       "size": SIZE_NAMES[thing.size], "place": self.cell_names[thing.cell]}
-            return phrase_question(rng, kind, answers[kind], name) if name else None
-        if kind == "existence":
-            return self.existence_question(rng, scene, thing, avoid, required)
-        if kind == "count":
-            return self.count_question(rng, scene)
-        others = [t for t in scene if t is not thing and (not required or t.pair not in required)]
-        if not others:
-            return None
-        other = rng.choice(others)
-        name = self.refer(rng, scene, thing, NAMED_BY["place"])
-        other_name = self.refer(rng, scene, other, NAMED_BY["place"])
-        if kind == "relation" and name and other_name:
-            is_true = rng.choice((False, True))
-            r = rng.choice(self.related(thing, other))
-            if is_true:
-                return phrase_question(rng, kind, "yes", name, RELATIONS[r], other_name)
-            # The opposite of something true: knowing which two objects are meant is not enough.
-            return phrase_question(rng, kind, "no", name, RELATIONS[OPPOSITE[r]], other_name)
-        if kind == "neighbour" and other_name:
-            for r in rng.sample(range(4), 4):
-                there = [t for t in scene if r in self.related(t, other)]
-                if there == [thing]:                        # else several answers were right
-                    answer = SHAPES[thing.shape]
-                    return phrase_question(rng, kind, answer, RELATIONS[r], other_name)
-        return None
-
-    def refer(self, rng, scene, thing, options):
-        """A phrase from one of the options (tuples of fields) that only `thing` fits, or None."""
+    def refer(self, rng, scene, thing, kind):
+        """A phrase that only `thing` fits, by fields that a question of this kind may use; or
+        None."""
         unique = []
-        for fields in options:
-            values = [attrgetter(*fields)(t) for t in scene]
-            if values.count(attrgetter(*fields)(thing)) == 1:
+        for fields in NAMED_BY[kind]:
+            look = attrgetter(*fields)
+            if [look(t) for t in scene].count(look(thing)) == 1:
                 unique.append(fields)
         return "the " + self.phrase(thing, rng.choice(unique)) if unique else None
 
-    def count_question(self, rng, scene):
-        """How many ...? First the number is drawn, then what there is that number of."""
+    def question(self, rng, scene, kind, avoid=(), required=None):
+        """One Question of this kind, or None where the scene gives none."""
+        thing = rng.choice([t for t in scene if not required or t.pair in required])
+        answer = None
+        if kind in ("colour", "shape", "size") or kind == "place" and len(scene) > 1:
+            parts = [self.refer(rng, scene, thing, kind)]
+            answer = {"colour": COLOUR_NAMES[thing.colour], "shape": SHAPES[thing.shape],
+                      "size": SIZE_NAMES[thing.size], "place": self.cell_names[thing.cell]}[kind]
+        elif kind == "existence":
+            answer, *parts = self.existence(rng, scene, thing, avoid, required)
+        elif kind == "count":
+            answer, *parts = self.count(rng, scene)
+        elif kind in ("relation", "neighbour") and len(scene) > 1:
+            other = rng.choice([t for t in scene if t is not thing])
+            names = [self.refer(rng, scene, t, "place") for t in (thing, other)]
+            if kind == "relation":
+                r = rng.choice(self.related(thing, other))
+                answer = rng.choice(("no", "yes"))
+                # The opposite of something true: knowing which two are meant is not enough.
+                parts = [names[0], RELATIONS[r if answer == "yes" else OPPOSITE[r]], names[1]]
+            else:
+                for r in rng.sample(range(4), 4):
+                    there = [t for t in scene if r in self.related(t, other)]
+                    if there == [thing]:                    # else several answers were right
+                        answer, parts = SHAPES[thing.shape], [RELATIONS[r], names[1]]
+        if answer is None or None in parts:
+            return None
+        return Question(rng.choice(PHRASINGS[kind]).format(*parts), answer, kind)
+
+    def count(self, rng, scene):
+        """How many ...? First the number is drawn, then what there is that number of. Returns the
+        answer and what is counted."""
         groups = {len(scene): [((), 0)]}                    # number -> [(fields, value)]
         limits = {"colour": self.preset.colours, "shape": self.preset.shapes, "size": 2}
         for field, limit in limits.items():
@@ -407,36 +380,29 @@ class Shapes:
         number = rng.choice(sorted(groups))
         fields, value = rng.choice(groups[number])
         example = Thing(value, value, value, 0)             # only the field in question is named
-        objects = self.phrase(example, fields, plural=True)
-        return phrase_question(rng, "count", NUMBERS[number], objects)
+        return NUMBERS[number], self.phrase(example, fields, plural=True)
 
-    def existence_question(self, rng, scene, thing, avoid, required):
+    def existence(self, rng, scene, thing, avoid, required):
         """Is there ...? Half of the answers are no, and most of these are hard, as in POPE (Li et
-        al. 2023): the companion of a present object, or one's colour with another's shape."""
-        p = self.preset
-        if required or rng.random() < .6:
-            fields = ("colour", "shape")
-        else:
+        al. 2023): one object's colour with another's shape, or the companion of a present object.
+        Returns the answer and what is asked for."""
+        fields = ("colour", "shape")
+        if not required and rng.random() < .4:
             fields = rng.choice((("colour",), ("shape",)))
         if rng.randrange(2) == 1:
-            return phrase_question(rng, "existence", "yes", self.phrase(thing, fields))
+            return "yes", self.phrase(thing, fields)
         look = attrgetter(*fields)
         present = {look(t) for t in scene}
         for _ in range(50):                                 # until something absent is drawn
-            a, b, source = rng.choice(scene), rng.choice(scene), rng.randrange(3)
-            if source == 0:
-                pair = a.colour, b.shape
-            elif source == 1:
-                pair = self.companion(a)
-            else:
-                pair = rng.randrange(p.colours), rng.randrange(p.shapes)
+            a, b = rng.choice(scene), rng.choice(scene)
+            anything = rng.randrange(self.preset.colours), rng.randrange(self.preset.shapes)
+            pair = rng.choice(((a.colour, b.shape), self.companion(a), anything))
             if required:
                 pair = rng.choice(sorted(required))
             absent = Thing(0, *pair, 0)
-            names_avoided = len(fields) == 2 and pair in avoid
-            if look(absent) not in present and not names_avoided:
-                return phrase_question(rng, "existence", "no", self.phrase(absent, fields))
-        return None
+            if look(absent) not in present and (len(fields) == 1 or pair not in avoid):
+                return "no", self.phrase(absent, fields)
+        return None, None
 
     def questions(self, rng, scene, n, counts, avoid, required):
         """Up to n Questions, first of the kinds that `counts` ({kind: number}) has fewest of.
@@ -444,13 +410,10 @@ class Shapes:
         Not every scene has one of every kind: without this, relations would be one in twenty.
         """
         kinds = ("colour", "shape", "existence") if required else QUESTION_KINDS
-        questions, tries = [], Counter()
-        while len(questions) < n and tries.total() < 4 * n + 8:
-            # A kind comes up for the third time only when all others were tried twice.
-            kind = min(kinds, key=lambda k: (tries[k] // 2, counts[k]))
-            tries[kind] += 1
+        questions = []
+        for kind in sorted(kinds, key=counts.get) * 4:      # up to four of a kind, in turn
             question = self.question(rng, scene, kind, avoid, required)
-            if question and question not in questions:
+            if question and question not in questions and len(questions) < n:
                 questions.append(question)
                 counts[kind] += 1
         return questions
@@ -469,7 +432,8 @@ class Shapes:
         every_pair = self.held_out["und"] | self.held_out["gen"]
         avoid = {"train": held_out, "val": every_pair, "transfer": set()}[part]
         required = held_out if part == "transfer" else None
-        scenes, captions, asked, counts = [], [], [], Counter()
+        scenes, captions, asked = [], [], []
+        counts = dict.fromkeys(QUESTION_KINDS, 0)           # of questions of each kind
         while len(scenes) < n:
             scene = self.scene(rng, avoid)
             look = [thing[:4] for thing in scene]           # all but dx, dy
@@ -484,86 +448,35 @@ class Shapes:
         return Split(self.render(scenes), captions, asked, scenes)
 
 
-def phrase_question(rng, kind, answer, *parts):
-    return Question(rng.choice(PHRASINGS[kind]).format(*parts), answer, kind)
-
-
-@cache
 def shape_mask(shape, diameter, size):
-    """How far a shape covers each pixel of its cell: (size, size) in 0..1, 8x8 subpixels each."""
-    scale = 8
-    r, c = diameter * scale // 2, size * scale // 2         # radius and centre, in subpixels
-    image = Image.new("L", (size * scale, size * scale))
-    draw = ImageDraw.Draw(image)
-
-    def polygon(*points):                                   # in radii, from the centre
-        draw.polygon([(c + round(x * r), c + round(y * r)) for x, y in points], fill=255)
-
-    if shape in ("circle", "ring"):
-        draw.ellipse((c - r, c - r, c + r, c + r), fill=255)
-    if shape == "ring":
-        draw.ellipse((c - r // 2, c - r // 2, c + r // 2, c + r // 2), fill=0)
-    if shape == "square":
-        polygon((-.85, -.85), (.85, -.85), (.85, .85), (-.85, .85))
-    if shape == "triangle":
-        polygon((0, -1), (1, .8), (-1, .8))
-    if shape == "cross":
-        polygon((-.33, -1), (.33, -1), (.33, 1), (-.33, 1))
-        polygon((-1, -.33), (-1, .33), (1, .33), (1, -.33))
-    if shape == "diamond":
-        polygon((0, -1), (.75, 0), (0, 1), (-.75, 0))
-    if shape == "heart":                                    # two circles above a triangle
-        h = r * 11 // 20
-        for x in (-h + r // 20, h - r // 20):
-            draw.ellipse((c + x - h, c - r, c + x + h, c - r + 2 * h), fill=255)
-        polygon((-.98, -.2), (0, 1), (.98, -.2), (0, -.5))
-    if shape == "star":                                     # every other corner lies further in
-        corners = [(i * math.pi / 5, 1 if i % 2 == 0 else .42) for i in range(10)]
-        polygon(*[(math.sin(angle) * far, -math.cos(angle) * far) for angle, far in corners])
-    return np.asarray(image.reduce(scale), np.float64) / 255
+    """How far a shape covers each pixel of its cell: (size, size) in 0..1, 8x8 points each."""
+    points = (np.arange(size * 8) + .5 - size * 4) / (diameter * 4)     # in radii, from the centre
+    inside = INSIDE[shape](points[None, :], points[:, None])
+    return inside.reshape(size, 8, size, 8).mean((1, 3))
 
 
-# ------------------------------------------------------------------------------- your own images
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-
+# ---------------------------------------------------------------------- your own images
 
 class Folder:
     """Images with captions: a metadata.jsonl (Hugging Face's ImageFolder), or a folder for each
-    class, whose name is the caption."""
+    class, whose name is the caption. Without questions, "what is this?" asks for the caption."""
 
     def __init__(self, path, preset="cpu"):
-        root = Path(path)
         self.image_size = PRESETS[preset].image_size
-        if not root.is_dir():
-            fail(f"--data {path}: expected `shapes` or a folder of images")
-        entries = []                                        # (file, caption, [(q, a)], where)
-        if (root / "metadata.jsonl").exists():
-            entries = read_metadata(root)
-        else:
-            for file in sorted(root.glob("*/*")):
-                if file.suffix.lower() in SUFFIXES:
-                    text, where = file.parent.name.replace("_", " "), str(file.parent)
-                    check_text(text, where)
-                    check_inside(file, root, where)
-                    entries.append((file, text, [], where))
-        if not entries:
-            fail(f"{path}: no images: expected a metadata.jsonl or a folder of images per class")
-
         pixels, self.captions, self.questions = [], [], []
-        for file, text, pairs, where in tqdm(entries, "reading images", leave=False):
+        for file, text, pairs, where in tqdm(read_folder(path), "reading images", leave=False):
             pixels.append(open_picture(file, self.image_size, where))
             self.captions.append(Caption(text, "text"))
             pairs = pairs or [("what is this?", text)]
             self.questions.append([Question(q, a, "question") for q, a in pairs])
-        self.pixels = np.stack(pixels)                      # (N, H, W, 3) uint8
         # By content, so that copies of one picture are never in both parts.
-        is_val = np.array([zlib.crc32(p.tobytes()) % 10 == 0 for p in pixels])
+        is_val = np.array([zlib.crc32(p.tobytes()) % 10 == 0 for p in pixels], bool)
         self.indices = {"train": np.flatnonzero(~is_val), "val": np.flatnonzero(is_val)}
         if min(len(self.indices["val"]), len(self.indices["train"])) < 10:
-            fail(f"{path}: {len(pixels)} images are too few: about one in ten is kept for "
+            fail(f"--data {path}: {len(pixels)} images are too few: about one in ten is kept for "
                  "validation, where ten are needed")
-        self.identity = f"{root.resolve().name} {zlib.crc32(self.pixels.tobytes()):08x}"
+        self.pixels = np.stack(pixels)                      # (N, H, W, 3) uint8
+        self.identity = f"{Path(path).resolve().name} {zlib.crc32(self.pixels.tobytes()):08x}"
 
     def split(self, task, part, n, seed=0, questions=10):
         """Up to n pictures of a part ("train" or "val"), the same for both tasks, shuffled."""

@@ -14,9 +14,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from common import (build_network, check_whole_numbers, contact_sheet, fail, frechet, hardware,
-                    open_picture, pick_device, read_checkpoint, refuse_errors, run_script,
-                    time_each, write_file)
+from common import (build_network, contact_sheet, fail, hardware, open_picture, pick_device,
+                    read_checkpoint, refuse_errors, run_script, synchronize, write_file)
 
 import numpy as np
 import torch
@@ -26,15 +25,15 @@ from tqdm import tqdm
 
 import data
 from data import CAPTION_FIELDS, PRESETS, QUESTION_KINDS, Question
-from model import PROJECTIONS, Config, Model, generation, sequences, understanding
+from model import Config, Model, generation, sequences, understanding
 from prune import make_plan, paper_cost, predicting
-from tokenizer import Tokenizer
+from tokenizer import FIRST_CODE, Tokenizer
 
 BATCH = 64                                          # sequences that are scored at a time
 SHOWN = 18                                          # pictures of each task in samples.png
 
 
-# ---------------------------------------------------------------------------- answering and drawing
+# ---------------------------------------------------------------------- answering and drawing
 
 @torch.no_grad()
 def answer(model, tokenizer, codes, question, plan, longest=24):
@@ -58,8 +57,8 @@ def answer(model, tokenizer, codes, question, plan, longest=24):
 
 
 def default_sampling(source):
-    """(guidance, temperature) of drawing: see study/README.md, what was tried. A folder's
-    few pictures are known by heart, with an empty caption, too: guidance leads astray there."""
+    """(guidance, temperature) of drawing: see study/README.md, what was tried. A folder's few
+    pictures are known by heart, with an empty caption, too: guidance leads astray there."""
     return (1.5, .7) if source == "shapes" else (1., .1)
 
 
@@ -69,8 +68,7 @@ def draw(model, tokenizer, captions, plan, guidance=1., temperature=1., seed=0):
 
     guidance: classifier-free (Ho & Salimans 2022): logits of no caption + guidance * (those of the
     caption - those of no caption). 1 draws from the model's own distribution; more follows the
-    caption more closely, for twice the cost. ValueError for a caption that is too
-    long.
+    caption more closely, for twice the cost. ValueError for a caption that is too long.
     """
     c, device = model.config, model.row.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -93,15 +91,15 @@ def draw(model, tokenizer, captions, plan, guidance=1., temperature=1., seed=0):
 
 
 def draw_pictures(model, tokenizer, captions, plan, sampling, batch=200):
-    """Captions (strings) -> pictures (N, H, W, 3) uint8."""
-    pictures = []
-    for i in tqdm(range(0, len(captions), batch), desc="drawing", leave=False):
-        codes = draw(model, tokenizer, captions[i:i + batch], plan, *sampling, seed=i)
+    """Captions (data.Caption) -> pictures (N, H, W, 3) uint8. sampling: (guidance, temperature)."""
+    texts, pictures = [caption.text for caption in captions], []
+    for i in tqdm(range(0, len(texts), batch), desc="drawing", leave=False):
+        codes = draw(model, tokenizer, texts[i:i + batch], plan, *sampling, seed=i)
         pictures.append(tokenizer.decode(codes))
     return np.concatenate(pictures)
 
 
-# ---------------------------------------------------------------------------- understanding
+# ---------------------------------------------------------------------- understanding
 
 class Answered(NamedTuple):
     question: Question
@@ -115,63 +113,61 @@ def answer_all(model, tokenizer, split, batch, plan):
 
     Greedy decoding gives the right answer, word for word, just when each of the answer's tokens,
     the end included, is the likeliest one after the right ones before it: one forward pass tells.
-    Returns [Answered], and the mean loss (nats) of an output token. """
-    answers, loss, outputs = [], 0., 0
+    Returns a list of Answered for each picture, and the mean loss (nats) of an output token.
+    """
+    answers, loss = [], 0.
     for i in tqdm(range(0, len(batch.tokens), BATCH), desc="answering", leave=False):
         rows = batch.rows(slice(i, i + BATCH))
         logits, _ = model(rows, plan)
         span = predicting(rows.layout, rows.image_loss)
-        is_output, targets = rows.is_output[:, span], rows.targets[:, span]
-        output_logits = logits[is_output].float()
-        loss += F.cross_entropy(output_logits, targets[is_output], reduction="sum").item()
-        outputs += is_output.sum().item()
-        # Of each output token: which picture and question it belongs to, target and prediction.
-        picture, position = is_output.nonzero(as_tuple=True)
-        number = rows.segment_ids[:, span][picture, position]
-        columns = [picture, number, targets[is_output], output_logits.argmax(-1)]
-        words = defaultdict(list)
-        for picture, number, target, prediction in torch.stack(columns, 1).tolist():
-            words[picture, number].append((target, prediction))
-        for (picture, number), pairs in words.items():
-            right = all(target == prediction for target, prediction in pairs)
-            said = tokenizer.string([prediction for _, prediction in pairs]).strip()
-            question = split.questions[i + picture][number - 1]
-            answers.append(Answered(question, said, right))
-    return answers, loss / outputs
+        targets, is_output = rows.targets[:, span], rows.is_output[:, span]
+        loss += F.cross_entropy(logits[is_output].float(), targets[is_output],
+                                reduction="sum").item()
+        segments, targets, is_output, likeliest = (
+            x.cpu() for x in (rows.segment_ids[:, span], targets, is_output, logits.argmax(-1)))
+        for row, questions in enumerate(split.questions[i:i + BATCH]):
+            answers.append([])
+            for number, question in enumerate(questions, 1):
+                tokens = is_output[row] & (segments[row] == number)     # of this answer
+                if tokens.any():                                # else it did not fit
+                    said = likeliest[row, tokens]
+                    right = torch.equal(said, targets[row, tokens])
+                    said = tokenizer.string(said.tolist()).strip()
+                    answers[-1].append(Answered(question, said, right))
+    return answers, loss / batch.is_output.sum().item()
 
 
-def mean(flags):
-    flags = list(flags)
-    return sum(flags) / len(flags) if flags else None
+def mean(numbers):
+    numbers = list(numbers)
+    return sum(numbers) / len(numbers)
 
 
 def understanding_scores(answers):
     """Accuracy, also by kind of question. `chance`: the accuracy of who knows the most frequent
     answer to each kind of question and no more. `pope`: of yes/no questions (Li et al. 2023)."""
+    answers = [a for of_picture in answers for a in of_picture]
     by_type, guessed = {}, 0
     for kind in (*QUESTION_KINDS, "question"):
         of_kind = [a for a in answers if a.question.kind == kind]
         if of_kind:
-            counts = Counter(a.question.answer for a in of_kind)
-            most = counts.most_common(1)[0][1]
+            (_, most), = Counter(a.question.answer for a in of_kind).most_common(1)
             guessed += most
             by_type[kind] = {"accuracy": mean(a.right for a in of_kind),
                              "chance": most / len(of_kind), "n": len(of_kind)}
-    scores = {"accuracy": mean(a.right for a in answers), "chance": guessed / len(answers),
-              "by_type": by_type}
-    yes_no = [(a.question.answer == "yes", a.said.startswith("yes")) for a in answers
-              if a.question.kind == "existence"]
-    if yes_no:
-        hits = sum(true and said for true, said in yes_no)
-        precision = hits / max(1, sum(said for _, said in yes_no))
-        recall = hits / max(1, sum(true for true, _ in yes_no))
-        f1 = 2 * precision * recall / max(1e-9, precision + recall)
-        scores["pope"] = {"accuracy": mean(true == said for true, said in yes_no),
-                          "precision": precision, "recall": recall, "f1": f1}
+    scores = {"n": len(answers), "accuracy": mean(a.right for a in answers),
+              "chance": guessed / len(answers), "by_type": by_type}
+    existence = [a for a in answers if a.question.kind == "existence"]
+    if existence:
+        yes = sum(a.question.answer == "yes" for a in existence)
+        said_yes = sum(a.said == "yes" for a in existence)
+        hits = sum(a.said == a.question.answer == "yes" for a in existence)
+        scores["pope"] = {"accuracy": mean(a.right for a in existence),
+                          "precision": hits / max(1, said_yes), "recall": hits / max(1, yes),
+                          "f1": 2 * hits / max(1, said_yes + yes)}
     return scores
 
 
-# ---------------------------------------------------------------------------- generation
+# ---------------------------------------------------------------------- generation
 
 def check_pictures(dataset, split, pixels):
     """What the checker says of pictures beside their captions: object and image accuracy, also by
@@ -189,9 +185,27 @@ def check_pictures(dataset, split, pixels):
         return {"object_accuracy": sum(objects) / sum(stated), "image_accuracy": mean(right),
                 "n": len(checked)}
 
-    everything = [row for checked in by_kind.values() for row in checked]
     by_type = {kind: rates(by_kind[kind]) for kind in CAPTION_FIELDS if kind in by_kind}
+    everything = [row for checked in by_kind.values() for row in checked]
     return {**rates(everything), "by_type": by_type}, wrong
+
+
+def frechet(a, b):
+    """Frechet distance of two sets of pictures (N, H, W, 3) uint8: |mean - mean|^2 + tr(A + B -
+    2 sqrt(AB)). A picture is 96 numbers: mean and standard deviation, over 255, of each colour in
+    each of 4 x 4 squares. It is not comparable with distances in the features of a network."""
+    def moments(pixels):
+        s = pixels.shape[1] // 4
+        squares = pixels.reshape(len(pixels), 4, s, 4, s, 3) / 255
+        features = np.concatenate([squares.mean((2, 4)), squares.std((2, 4))], -1)
+        features = features.reshape(len(pixels), -1)
+        return features.mean(0), np.cov(features.T)
+
+    (mean_a, cov_a), (mean_b, cov_b) = moments(a), moments(b)
+    values, vectors = np.linalg.eigh(cov_a)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
+    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
 
 
 @torch.no_grad()
@@ -204,56 +218,21 @@ def generation_loss(model, batch, plan):
     return total / len(batch.tokens)
 
 
-# ---------------------------------------------------------------------------- by likelihood
+# ---------------------------------------------------------------------- cost
 
-@torch.no_grad()
-def log_likelihoods(model, batch, plan):
-    """(B,): log p(output tokens | all before them) of each sequence."""
-    batch = batch.to(model.row.device)
-    logits, _ = model(batch, plan)
-    span = predicting(batch.layout, batch.image_loss)
-    targets, is_output = batch.targets[:, span], batch.is_output[:, span]
-    loss = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=-1,
-                           reduction="none")                        # (B, positions)
-    return -(loss * is_output).sum(1).cpu()
+def time_each(work, device, repeats):
+    """{name: function} -> {name: [seconds]}. One round warms up; then the functions take turns, so
+    that what else the machine does hits all alike."""
+    seconds = {name: [] for name in work}
+    for i in range(1 + repeats):
+        for name, function in work.items():
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: of_name[1:] for name, of_name in seconds.items()}
 
-
-def matching(model, tokenizer, split, plans, group=10):
-    """Pictures and texts matched among ten, where no checker exists. How often the right text is
-    picked for a picture ("caption"), the right picture for a text ("image"), by a blind guess
-    ("chance").
-
-    und: log p(answer | picture, first question). gen: log p(picture | caption) - log p(picture | no
-    caption). A pick whose text is the right text counts as right.
-    """
-    hits = {task: defaultdict(list) for task in plans}
-    codes, length = tokenizer.encode(split.pixels), model.config.gen_text
-    for i in tqdm(range(0, len(codes) - group + 1, group), desc="matching", leave=False):
-        pictures = codes[i:i + group]
-        each = pictures.repeat_interleave(group, 0)         # row a * group + b: picture a, text b
-        tables = {}
-        if "und" in plans:
-            first = [questions[0] for questions in split.questions[i:i + group]]
-            pairs = [[(a.text, b.answer)] for a in first for b in first]
-            batch = understanding(tokenizer, each, pairs, model.config.und_text)
-            table = log_likelihoods(model, batch, plans["und"]).view(group, group)
-            tables["und"] = table, [question.answer for question in first]
-        if "gen" in plans:
-            texts = [caption.text for caption in split.captions[i:i + group]]
-            batch = generation(tokenizer, each, texts * group, length)
-            table = log_likelihoods(model, batch, plans["gen"]).view(group, group)
-            batch = generation(tokenizer, pictures, [""] * group, length)
-            tables["gen"] = table - log_likelihoods(model, batch, plans["gen"])[:, None], texts
-        for task, (table, texts) in tables.items():
-            for k in range(group):
-                hits[task]["caption"].append(texts[table[k].argmax()] == texts[k])
-                hits[task]["image"].append(texts[table[:, k].argmax()] == texts[k])
-                hits[task]["chance"].append(texts.count(texts[k]) / group)
-    return {task: {what: mean(flags) for what, flags in of_task.items()}
-            for task, of_task in hits.items()}
-
-
-# ---------------------------------------------------------------------------- cost
 
 def cost(model, batches, plans):
     """What forward and backward of these batches cost under the plans: FLOPs as counted, and the
@@ -261,118 +240,105 @@ def cost(model, batches, plans):
     c, device = model.config, model.row.device
     dense = {task: make_plan("dense", c.layers) for task in plans}
 
-    def exact(plans):
-        return sum(len(batches[task].tokens) * c.flops(task, plan) for task, plan in plans.items())
-
-    def by_paper(plans):
-        return sum(len(batches[task].tokens) * paper_cost(plan, c.layout(task), c.width)
-                   for task, plan in plans.items())
-
-    def work(plans):
+    def step(plans):
         for task, plan in plans.items():
             with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
                 _, loss = model(batches[task], plan)
             loss.backward()
 
-    seconds = time_each({"plan": lambda: work(plans), "dense": lambda: work(dense)}, device, 5)
+    seconds = time_each({"plan": lambda: step(plans), "dense": lambda: step(dense)}, device, 5)
     model.zero_grad()
     ms = {name: 1e3 * statistics.median(each) for name, each in seconds.items()}
-    return {"flops_per_step": exact(plans), "flops_ratio": exact(plans) / exact(dense),
-            "paper_flops_ratio": by_paper(plans) / by_paper(dense), "step_ms": ms["plan"],
+    counted, by_paper = Counter(), Counter()
+    for name, of_name in (("plan", plans), ("dense", dense)):
+        for task, plan in of_name.items():
+            n = len(batches[task].tokens)
+            counted[name] += n * c.flops(task, plan)
+            by_paper[name] += n * paper_cost(plan, c.layout(task), c.width)
+    return {"flops_per_step": counted["plan"], "flops_ratio": counted["plan"] / counted["dense"],
+            "paper_flops_ratio": by_paper["plan"] / by_paper["dense"], "step_ms": ms["plan"],
             "step_ratio": 1. if plans == dense else ms["plan"] / ms["dense"]}
 
 
-# ---------------------------------------------------------------------------- all of it
-
-class Shown(NamedTuple):
-    """For samples.png: pictures, the text under each, and the indices of wrong ones."""
-    pictures: list
-    texts: list
-    wrong: list
-
+# ---------------------------------------------------------------------- all scores of a run
 
 def score_understanding(model, tokenizer, dataset, plan, n, seed):
-    """Scores of understanding on n validation pictures, how many questions these are, what to show,
-    and the pictures' sequences."""
-    def score(split):
+    """Scores on n validation pictures, what to show of them, and their sequences."""
+    def score(part):
+        split = dataset.split("und", part, n, seed)
         batch = sequences("und", tokenizer, split, model.config).to(model.row.device)
         answers, loss = answer_all(model, tokenizer, split, batch, plan)
-        return answers, {**understanding_scores(answers), "loss": loss}, batch
+        return split, answers, {**understanding_scores(answers), "loss": loss}, batch
 
-    split = dataset.split("und", "val", n, seed)
-    answers, scores, batch = score(split)
-    counts = {"und": len(answers)}
-    shown = Shown(list(split.pixels[:SHOWN]), question_lines(split, answers), [])
+    split, answers, scores, batch = score("val")
+    shown = []                                              # (picture, text, is it wrong?)
+    for picture, of_picture in zip(split.pixels[:SHOWN], answers):
+        lines = []
+        for a in of_picture[:4]:
+            lines.append(f"{a.question.text} {a.said}"
+                         + ("" if a.right else f" (no: {a.question.answer})"))
+        shown.append((picture, "\n".join(lines), False))
     if split.scenes:
-        held_out, others, _ = score(dataset.split("und", "transfer", n, seed))
-        scores["transfer_accuracy"] = others["accuracy"]
-        scores["transfer_chance"] = others["chance"]
-        counts["und_transfer"] = len(held_out)
-    return scores, counts, shown, batch
+        _, _, held_out, _ = score("transfer")
+        scores |= {f"transfer_{name}": held_out[name] for name in ("accuracy", "chance", "n")}
+    else:
+        scores["bits_per_token"] = scores["loss"] / math.log(2)
+    return scores, shown, batch
 
 
 def score_generation(model, tokenizer, dataset, plan, n, seed, sampling):
-    """The same of generation, on n validation captions."""
-    def draw_split(split):
-        captions = [caption.text for caption in split.captions]
-        return draw_pictures(model, tokenizer, captions, plan, sampling)
-
+    """Scores on n validation captions, what to show of them, and their sequences."""
     split = dataset.split("gen", "val", n, seed)
     batch = sequences("gen", tokenizer, split, model.config).to(model.row.device)
-    drawn, reconstructed = draw_split(split), tokenizer.decode(tokenizer.encode(split.pixels))
-    ceiling = {"frechet": frechet(reconstructed, split.pixels)}
-    scores = {"frechet": frechet(drawn, split.pixels), "ceiling": ceiling,
-              "loss": generation_loss(model, batch, plan)}
-    counts = {"gen": len(drawn)}
-    shown = Shown(list(drawn[:SHOWN]), [caption.text for caption in split.captions[:SHOWN]], [])
+    drawn = draw_pictures(model, tokenizer, split.captions, plan, sampling)
+    reconstructed = tokenizer.decode(tokenizer.encode(split.pixels))
+    scores = {"n": len(drawn), "loss": generation_loss(model, batch, plan),
+              "frechet": frechet(drawn, split.pixels),
+              "ceiling": {"frechet": frechet(reconstructed, split.pixels)}}
+    shown = [(picture, caption.text, False)
+             for picture, caption in zip(drawn[:SHOWN], split.captions)]
     if split.scenes:
         rates, wrong = check_pictures(dataset, split, drawn)
         scores |= rates
-        ceiling |= check_pictures(dataset, split, reconstructed)[0]
-        shown.wrong.extend(i for i in wrong if i < SHOWN)
+        scores["ceiling"] |= check_pictures(dataset, split, reconstructed)[0]
+        shown = [(picture, text, i in wrong) for i, (picture, text, _) in enumerate(shown)]
         held_out = dataset.split("gen", "transfer", n, seed)
         scenes = [[thing for thing in scene if thing.pair in dataset.held_out["gen"]]
                   for scene in held_out.scenes]             # only objects of held-out pairs count
-        rates, _ = check_pictures(dataset, held_out._replace(scenes=scenes), draw_split(held_out))
+        drawn = draw_pictures(model, tokenizer, held_out.captions, plan, sampling)
+        rates, _ = check_pictures(dataset, held_out._replace(scenes=scenes), drawn)
         scores["transfer_object_accuracy"] = rates["object_accuracy"]
-        counts["gen_transfer"] = len(scenes)
     else:       # also what it was trained on: a new name does not tell how the thing looks
-        seen = dataset.split("gen", "train", SHOWN, seed)
-        shown.pictures.extend(draw_split(seen))
-        shown.texts.extend(f"{caption.text} (trained on)" for caption in seen.captions)
-    return scores, counts, shown, batch
+        known = dataset.split("gen", "train", SHOWN, seed).captions
+        drawn = draw_pictures(model, tokenizer, known, plan, sampling)
+        shown += [(picture, f"{caption.text} (trained on)", False)
+                  for picture, caption in zip(drawn, known)]
+        scores["bits_per_token"] = scores["loss"] / math.log(2)
+    return scores, shown, batch
 
 
-def evaluate(model, tokenizer, checkpoint, dataset, plans, sampling):
+def evaluate(model, tokenizer, options, step, dataset, plans, sampling):
     """All scores of a run under the plans {task: plan}, on validation pictures that its seed draws.
 
-    checkpoint: of train.py; only "options" and "step" are needed. sampling: (guidance,
-    temperature). Returns what eval.json holds, and a Shown.
+    options: of train.py. step: how far it was trained. sampling: (guidance, temperature). Returns
+    what eval.json holds, and what to show: [(picture, text, is it wrong?)].
     """
-    start, device, options = time.time(), model.row.device, checkpoint["options"]
+    start, device = time.time(), model.row.device
     preset, seed = PRESETS[options["preset"]], options["seed"]
     model.eval()
-    config = {**options, "guidance": sampling[0], "temperature": sampling[1],
-              "step": checkpoint["step"], "parameters": sum(p.numel() for p in model.parameters()),
-              "examples": checkpoint["step"] * options["batch_size"]}
-    scores, shown, batches = {"config": config, "n": {}}, Shown([], [], []), {}
-    for task, plan in plans.items():
-        if task == "und":
-            of_task = score_understanding(model, tokenizer, dataset, plan, preset.und_val, seed)
-        else:
-            of_task = score_generation(model, tokenizer, dataset, plan, preset.gen_val, seed,
-                                       sampling)
-        scores[task], counts, new, batches[task] = of_task
-        scores["n"] |= counts
-        shown.wrong.extend(len(shown.pictures) + i for i in new.wrong)
-        shown.pictures.extend(new.pictures)
-        shown.texts.extend(new.texts)
-    if options["data"] != "shapes":
-        split = dataset.split("und", "val", preset.und_val, seed)
-        for task, rates in matching(model, tokenizer, split, plans).items():
-            bits = scores[task]["loss"] / math.log(2)
-            scores[task] |= {"matching": rates, "bits_per_token": bits}
-
+    config = {**options, "guidance": sampling[0], "temperature": sampling[1], "step": step,
+              "parameters": sum(p.numel() for p in model.parameters()),
+              "examples": step * options["batch_size"]}
+    scores, shown, batches = {"config": config}, [], {}
+    if "und" in plans:
+        scores["und"], new, batches["und"] = score_understanding(
+            model, tokenizer, dataset, plans["und"], preset.und_val, seed)
+        shown += new
+    if "gen" in plans:
+        scores["gen"], new, batches["gen"] = score_generation(
+            model, tokenizer, dataset, plans["gen"], preset.gen_val, seed, sampling)
+        shown += new
+    scores["n"] = {task: scores[task]["n"] for task in plans}
     n = min(BATCH, options["batch_size"])               # of a step, which may not fit as a whole
     rows = {task: batch.rows(torch.arange(n, device=device) % len(batch.tokens))
             for task, batch in batches.items()}
@@ -383,60 +349,38 @@ def evaluate(model, tokenizer, checkpoint, dataset, plans, sampling):
     return scores, shown
 
 
-def question_lines(split, answers):
-    """For each picture shown, its first questions with what the model said."""
-    lines = {}
-    for a in answers:
-        lines[id(a.question)] = f"{a.question.text} {a.said}"
-        if not a.right:
-            lines[id(a.question)] += f" (no: {a.question.answer})"
-    return ["\n".join(lines[id(q)] for q in questions[:4] if id(q) in lines)
-            for questions in split.questions[:SHOWN]]
-
-
 def summary(scores):
     """The scores in a few lines, for a terminal."""
-    def percent(x):
-        return "–" if x is None else f"{100 * x:.1f} %"
-
     lines = []
-    if "und" in scores:
-        u = scores["und"]
-        lines.append(f"understanding: {percent(u['accuracy'])} of {scores['n']['und']} questions "
-                     f"right (chance {percent(u['chance'])}), of held-out pairs "
-                     f"{percent(u.get('transfer_accuracy'))}")
-        lines += [f"   {kind:18}{percent(r['accuracy'])} (chance {percent(r['chance'])})"
-                  for kind, r in u["by_type"].items()]
-    if "gen" in scores:
-        g = scores["gen"]
-        lines.append(f"generation: {percent(g.get('image_accuracy'))} of {scores['n']['gen']} "
-                     "images right, objects of held-out pairs "
-                     f"{percent(g.get('transfer_object_accuracy'))}, Frechet {g['frechet']:.3f} "
-                     f"(reconstructions {g['ceiling']['frechet']:.3f})")
-        lines += [f"   {kind:18}{percent(r['image_accuracy'])}"
-                  for kind, r in g.get("by_type", {}).items()]
-    for task in ("und", "gen"):
-        if "matching" in scores.get(task, {}):
-            rates = scores[task]["matching"]
-            lines.append(f"{task}: of ten, the text of an image {percent(rates['caption'])}, the "
-                         f"image of a text {percent(rates['image'])} "
-                         f"(chance {percent(rates['chance'])})")
-    k = scores["cost"]
-    lines.append(f"cost: {k['flops_per_step'] / 1e9:.1f} GFLOP a step = {k['flops_ratio']:.2f} of "
-                 f"dense (by the paper's formula {k['paper_flops_ratio']:.2f}), time "
-                 f"{k['step_ratio']:.2f}")
+    for part in ("und", "gen", "cost"):
+        numbers = [f"{name} {value:.4g}" for name, value in scores.get(part, {}).items()
+                   if isinstance(value, (int, float))]
+        if numbers:
+            lines.append(f"{part}: " + ", ".join(numbers))
+        for kind, rates in scores.get(part, {}).get("by_type", {}).items():
+            right = rates["accuracy" if part == "und" else "image_accuracy"]
+            lines.append(f"   {kind:20}{right:.1%} of {rates['n']}")
     return "\n".join(lines)
 
 
 def save_scores(scores, shown, folder, suffix=""):
     """Writes eval.json and samples.png, the names with a suffix, into a run's folder."""
-    path = Path(folder) / f"samples{suffix}.png"
-    contact_sheet(shown.pictures, shown.texts, path, wrong=shown.wrong)
+    pictures, texts, flags = zip(*shown)
+    wrong = [i for i, flag in enumerate(flags) if flag]
+    contact_sheet(pictures, texts, Path(folder) / f"samples{suffix}.png", wrong=wrong)
     # The scores come last: where they are, all is.
     write_file(Path(folder) / f"eval{suffix}.json", json.dumps(scores, indent=1))
 
 
-# ---------------------------------------------------------------------------- trained runs
+# ---------------------------------------------------------------------- trained runs
+
+def plans_of(tasks, options, layers):
+    """{task: plan} of a run with these options. ValueError for a plan that cannot work."""
+    if "gen" in tasks and options["gen_plan"] == "himix":
+        raise ValueError("--gen-plan himix: image tokens that are never updated cannot predict the "
+                         "next one; expected another plan")
+    return {task: make_plan(options[f"{task}_plan"], layers, options["shallow"]) for task in tasks}
+
 
 def load_run(folder, device):
     """A trained run, by its folder: the model, its tokenizer, the whole checkpoint (train.py says
@@ -444,53 +388,21 @@ def load_run(folder, device):
     path = Path(folder) / "checkpoint.pt"
     checkpoint = read_checkpoint(path, "run")
     with refuse_errors(f"{path}: its parts do not fit together"):
-        check_checkpoint(checkpoint)
         tokenizer = Tokenizer.from_state(checkpoint["tokenizer"])
-        c = Config(**checkpoint["config"])
-        check_config(c)
-        fits = c.vocab, c.side, c.first_code
-        if fits != (tokenizer.vocab, tokenizer.vq.side, tokenizer.first_code):
+        c, options = Config(**checkpoint["config"]), checkpoint["options"]
+        tasks = checkpoint["tasks"]
+        for name, value in {**vars(c), "step": checkpoint["step"] + 1,
+                            "batch_size": options["batch_size"]}.items():
+            if type(value) is int and not 1 <= value < 10 ** 6:
+                raise ValueError(f"{name} {value}")
+        if (c.vocab, c.side, c.first_code) != (tokenizer.vocab, tokenizer.vq.side, FIRST_CODE):
             raise ValueError("the model has another vocabulary than the tokenizer")
-        plans_of(checkpoint["tasks"], checkpoint["options"], c.layers)
-        model = build_network(Model, c, checkpoint["model"])
+        if tasks not in (["und", "gen"], ["und"], ["gen"]) or options["preset"] not in PRESETS:
+            raise ValueError(f"tasks {tasks!r}, preset {options['preset']!r}")
+        plans_of(tasks, options, c.layers)
+        model = build_network(lambda: Model(c), checkpoint["model"])
     tokenizer.vq.to(device)
     return model.to(device).eval(), tokenizer, checkpoint
-
-
-def plans_of(tasks, options, layers):
-    """{task: plan} of a run with these options. ValueError for a plan that cannot work."""
-    return {task: make_plan(options[f"{task}_plan"], layers, options["shallow"]) for task in tasks}
-
-
-OPTION_TYPES = dict(objective=str, und_plan=str, gen_plan=str, projections=str, image_loss=bool,
-                    data=str, preset=str, seed=int, steps=int, batch_size=int, save_every=int,
-                    shallow=int, lr=float, compile=bool, tokenizer=str, out=str)
-
-
-def check_checkpoint(checkpoint):
-    """ValueError unless options, tasks and step are such as train.py writes."""
-    options, step, tasks = checkpoint["options"], checkpoint["step"], checkpoint["tasks"]
-    for name, kind in OPTION_TYPES.items():
-        if type(options[name]) is not kind:
-            raise ValueError(f"option {name} is {options[name]!r}")
-    if options["preset"] not in PRESETS or type(checkpoint["identity"]) is not str:
-        raise ValueError(f"preset {options['preset']!r}, identity {checkpoint['identity']!r}")
-    if tasks not in (["und", "gen"], ["und"], ["gen"]):
-        raise ValueError(f"tasks {tasks!r}")
-    if type(step) is not int or not 0 <= step <= options["steps"]:
-        raise ValueError(f"step {step!r}")
-    if not 0 <= options["seed"] < 2 ** 32 or min(options["batch_size"], options["save_every"]) < 1:
-        raise ValueError(f"options {options}")
-
-
-def check_config(c):
-    """ValueError for a configuration that no model can be built from."""
-    check_whole_numbers(c, vocab=2 ** 20, layers=1000, width=65536, heads=1024, side=256,
-                        first_code=2 ** 20, und_text=2 ** 16, gen_text=2 ** 16)
-    if c.width % (2 * c.heads):
-        raise ValueError(f"width {c.width} has to be a multiple of twice the {c.heads} heads")
-    if c.projections not in PROJECTIONS or type(c.image_loss) is not bool:
-        raise ValueError(f"projections {c.projections!r}, image_loss {c.image_loss!r}")
 
 
 def main():
@@ -507,16 +419,20 @@ def main():
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args()
-    check_arguments(args, parser)
+    for name, least in (("n", 1), ("temperature", 1e-6), ("guidance", 0)):
+        number = getattr(args, name)
+        if number is not None and not least <= number < math.inf:
+            fail(f"--{name} {number}: expected at least {least:g}")
     device = pick_device(args.device)
     model, tokenizer, checkpoint = load_run(args.run, device)
-    options, tasks = checkpoint["options"], checkpoint["tasks"]
-    suffix = ""
-    changed = [key for key in ("und_plan", "gen_plan", "shallow")
-               if getattr(args, key) not in (None, options[key])]
-    for key in changed:
-        options[key] = getattr(args, key)
+    options, tasks, suffix = checkpoint["options"], checkpoint["tasks"], ""
+    for task, needed in (("und", args.ask or args.und_plan), ("gen", args.draw or args.gen_plan)):
+        if needed and task not in tasks:
+            fail(f"{args.run} was trained for {tasks[0]} alone")
+    changed = {key: getattr(args, key) for key in ("und_plan", "gen_plan", "shallow")
+               if getattr(args, key) not in (None, options[key])}
     if changed:
+        options |= changed
         suffix = "-{und_plan}-{gen_plan}{shallow}".format(**options)
     sampling = default_sampling(options["data"])
     if args.guidance is not None or args.temperature is not None:
@@ -524,50 +440,26 @@ def main():
         temperature = sampling[1] if args.temperature is None else args.temperature
         sampling = guidance, temperature
         suffix += f"-g{guidance:g}-t{temperature:g}"
-
-    for task, asked in (("und", args.ask or args.und_plan), ("gen", args.draw or args.gen_plan)):
-        if asked and task not in tasks:
-            fail(f"{args.run} was not trained for that task: expected no such option")
-    if options["gen_plan"] == "himix":
-        fail("--gen-plan himix: image tokens that are never updated cannot predict the next one")
     try:
         plans = plans_of(tasks, options, model.config.layers)
         if args.ask:
-            pixels = open_picture(Path(args.ask[0]), tokenizer.vq.config.image_size, "--ask")
+            pixels = open_picture(Path(args.ask[0]), tokenizer.vq.image_size, "--ask")
             codes = tokenizer.encode(pixels[None])[0]
             print(answer(model, tokenizer, codes, args.ask[1], plans["und"]))
         elif args.draw is not None:
-            pixels = draw_pictures(model, tokenizer, [args.draw] * args.n, plans["gen"], sampling)
+            captions = [data.Caption(args.draw, "text")] * args.n
+            pixels = draw_pictures(model, tokenizer, captions, plans["gen"], sampling)
             contact_sheet(pixels, [""] * args.n, args.run / "draw.png", columns=min(args.n, 6))
             Image.fromarray(pixels[0]).save(args.run / "draw-0.png")
             print(f"{args.run}/draw.png: {args.n} pictures of {args.draw!r}; draw-0.png: the first")
         else:
             dataset = data.load(options["data"], options["preset"])
-            scores, shown = evaluate(model, tokenizer, checkpoint, dataset, plans, sampling)
+            scores, shown = evaluate(model, tokenizer, options, checkpoint["step"], dataset, plans,
+                                     sampling)
             save_scores(scores, shown, args.run, suffix)
             print(f"{summary(scores)}\n{args.run}/eval{suffix}.json, samples{suffix}.png")
     except ValueError as error:
         fail(str(error))
-
-
-def check_arguments(args, parser):
-    """Refuses numbers out of range, and options that do not belong together."""
-    for name, least in (("n", 1), ("temperature", 1e-6), ("guidance", 0)):
-        number = getattr(args, name)
-        if number is not None and not least <= number < math.inf:
-            fail(f"--{name} {number}: expected at least {least:g}")
-    given = {key for key, value in vars(args).items()
-             if value not in (None, parser.get_default(key))}
-    sampling = {"guidance", "temperature"}
-    allowed = {"und_plan", "gen_plan", "shallow"} | sampling
-    if args.ask:
-        allowed = {"ask", "und_plan", "shallow"}
-    elif args.draw is not None:
-        allowed = {"draw", "n", "gen_plan", "shallow"} | sampling
-    wrong = given - allowed - {"run", "device"}
-    if wrong:
-        fail(f"--{min(wrong).replace('_', '-')} does not belong there: expected only "
-             + ", ".join(f"--{key.replace('_', '-')}" for key in sorted(allowed)))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """The unified model: one causal transformer over text and image tokens, for both tasks.
 
 From top to bottom: the configuration, how sequences are built, the transformer block, the model
-with its two forwards, answering and drawing, loading a run.
+with its two forwards and cached decoding.
 
 `Model.forward_masked` computes everything and hides what the plan drops: read this one.
 `Model.forward` never computes what the plan drops: it is the fast one, and the default. The tests
-hold the two equal: logits, loss and every gradient. """
+hold the two equal: logits, loss and every gradient.
+"""
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -51,7 +52,7 @@ class Config:
         return flops(plan, self.layout(task), self.width, self.vocab, image_loss)
 
 
-# ---------------------------------------------------------------------------------------- sequences
+# ---------------------------------------------------------------------- sequences
 
 class Batch(NamedTuple):
     """Sequences of one task, all of one length N. What stands at position i of `targets`,
@@ -68,17 +69,18 @@ class Batch(NamedTuple):
 
     def rows(self, index):
         """Those sequences, as a Batch."""
-        return self._replace(**{name: getattr(self, name)[index] for name in TENSORS})
+        return Batch(*self[:3], *[tensor[index] for tensor in self[3:]])
 
     def to(self, device):
-        return self._replace(**{name: getattr(self, name).to(device) for name in TENSORS})
+        return Batch(*self[:3], *[tensor.to(device) for tensor in self[3:]])
 
     def attention_mask(self, start=0, stop=None):
         """(B, 1, stop - start, N) bool, [query, key]: what the queries from start to stop may see.
 
         Causal. Questions on one picture do not see each other, so that they share its cost and are
         answered as if each were asked alone. No token sees padding, but padding itself does: a
-        query without any key has no softmax. """
+        query without any key has no softmax.
+        """
         query = self.segment_ids[:, start:stop, None]
         key = self.segment_ids[:, None, :]
         order = torch.arange(key.size(2), device=key.device)
@@ -86,20 +88,19 @@ class Batch(NamedTuple):
         return (causal & ((key == 0) | (key == query)))[:, None]
 
 
-TENSORS = ("tokens", "position_ids", "segment_ids", "targets", "loss_weights", "is_output")
+def make_batch(task, layout, image_loss, tokens, position_ids, segment_ids, targets, is_output):
+    """A Batch from its tensors. Output tokens weigh 1 in the loss, other targets
+    INSTRUCTION_WEIGHT."""
+    weights = is_output.float() + INSTRUCTION_WEIGHT * (~is_output & (targets >= 0))
+    return Batch(task, layout, image_loss, tokens, position_ids, segment_ids, targets, weights,
+                 is_output)
 
 
 def padding(rows, length, pad):
-    """Tensors of a Batch in which nothing stands yet."""
+    """Tokens, position_ids, segment_ids, targets and is_output in which nothing stands yet."""
     shape = (rows, length)
-    return {"tokens": torch.full(shape, pad), "position_ids": torch.zeros(shape, dtype=torch.long),
-            "segment_ids": torch.full(shape, -1), "targets": torch.full(shape, -1),
-            "is_output": torch.zeros(shape, dtype=torch.bool)}
-
-
-def loss_weights(targets, is_output):
-    """Output tokens count 1 in the loss, other targets INSTRUCTION_WEIGHT, what is no target 0."""
-    return is_output.float() + INSTRUCTION_WEIGHT * (~is_output & (targets >= 0))
+    return (torch.full(shape, pad), torch.zeros(shape, dtype=torch.long), torch.full(shape, -1),
+            torch.full(shape, -1), torch.zeros(shape, dtype=torch.bool))
 
 
 def understanding(tokenizer, codes, questions, length, image_loss=False):
@@ -108,7 +109,7 @@ def understanding(tokenizer, codes, questions, length, image_loss=False):
     codes: (B, M). questions: for each picture a list of (question, answer) strings. image_loss:
     also predict the image tokens. ValueError where not even one question fits.
 
-    A picture of 4 tokens i0 to i3, two questions, and a length of 9; `-` is a target of -1:
+    A picture of 4 tokens i0 to i3, two questions, and a length of 10; `-` is a target of -1:
 
         tokens         bos und i0 i1 i2 i3  what shape ? ring eos  size ? big eos  pad
         position_ids     0   1  2  3  4  5     6     7 8    9  10     6 7   8   9    0
@@ -117,20 +118,21 @@ def understanding(tokenizer, codes, questions, length, image_loss=False):
         loss_weights     0   0  0  0  0  0    .2    .2 1    1   0    .2 1   1   0    0
         is_output        .   .  .  .  .  .     .     . x    x   .     . x   x   .    .
 
-    (With a length of 9 in all after the image: 5 + 4.) With image_loss, i0 to i3 are the targets of
-    positions 1 to 4 and weigh as much as a question's tokens.
+    With image_loss, i0 to i3 are the targets of positions 1 to 4 and weigh as much as a question's
+    tokens.
     """
     first = 2 + codes.size(1)                       # the position after the image
     batch = padding(len(codes), first + length, tokenizer.pad)
+    tokens, position_ids, segment_ids, targets, is_output = batch
     image = codes + tokenizer.first_code
-    batch["tokens"][:, 0], batch["tokens"][:, 1] = tokenizer.bos, tokenizer.und
-    batch["tokens"][:, 2:first] = image
-    batch["position_ids"][:, :first] = torch.arange(first)
-    batch["segment_ids"][:, :first] = 0
+    tokens[:, 0], tokens[:, 1], tokens[:, 2:first] = tokenizer.bos, tokenizer.und, image
+    position_ids[:, :first] = torch.arange(first)
+    segment_ids[:, :first] = 0
     if image_loss:
-        batch["targets"][:, 1:first - 1] = image
+        targets[:, 1:first - 1] = image
 
-    arrays = {name: tensor.numpy() for name, tensor in batch.items()}   # fills faster, same memory
+    # The same memory as arrays of numpy, which are faster to fill piece by piece.
+    tokens, position_ids, segment_ids, targets, is_output = (x.numpy() for x in batch)
     for row, pairs in enumerate(questions):
         start = first
         for number, (question, answer) in enumerate(pairs, 1):
@@ -142,15 +144,14 @@ def understanding(tokenizer, codes, questions, length, image_loss=False):
                     raise ValueError(f"a question and its answer have {len(ids)} tokens, "
                                      f"the model takes {length}")
                 break
-            arrays["tokens"][row, start:stop] = ids
+            tokens[row, start:stop] = ids
             # Every question stands where it would if it came right after the image.
-            arrays["position_ids"][row, start:stop] = range(first, first + len(ids))
-            arrays["segment_ids"][row, start:stop] = number
-            arrays["targets"][row, start:stop - 1] = ids[1:]
-            arrays["is_output"][row, stop - 1 - len(answer):stop - 1] = True
+            position_ids[row, start:stop] = range(first, first + len(ids))
+            segment_ids[row, start:stop] = number
+            targets[row, start:stop - 1] = ids[1:]
+            is_output[row, stop - 1 - len(answer):stop - 1] = True
             start = stop
-    weights = loss_weights(batch["targets"], batch["is_output"])
-    return Batch("und", Layout(2, codes.size(1), length), image_loss, loss_weights=weights, **batch)
+    return make_batch("und", Layout(2, codes.size(1), length), image_loss, *batch)
 
 
 def generation(tokenizer, codes, captions, length):
@@ -169,23 +170,20 @@ def generation(tokenizer, codes, captions, length):
     """
     m = codes.size(1)
     batch = padding(len(codes), length + m, tokenizer.pad)
+    tokens, position_ids, segment_ids, targets, is_output = batch
     image = codes + tokenizer.first_code
-    batch["tokens"][:, length:] = image
-    batch["targets"][:, length - 1:-1] = image
-    batch["is_output"][:, length - 1:-1] = True
-
-    arrays = {name: tensor.numpy() for name, tensor in batch.items()}
+    tokens[:, length:], targets[:, length - 1:-1] = image, image
+    is_output[:, length - 1:-1] = True
     for row, caption in enumerate(captions):
         text = [tokenizer.bos, tokenizer.gen] + tokenizer.ids(caption)
         start = length - len(text)
         if start < 0:
             raise ValueError(f"a caption has {len(text) - 2} tokens, the model takes {length - 2}: "
                              f"{caption[:60]!r}")
-        arrays["tokens"][row, start:length] = text
-        arrays["position_ids"][row, start:] = range(len(text) + m)
-        arrays["segment_ids"][row, start:] = 0
-    weights = loss_weights(batch["targets"], batch["is_output"])
-    return Batch("gen", Layout(length, m, 0), False, loss_weights=weights, **batch)
+        tokens[row, start:length] = torch.tensor(text)
+        position_ids[row, start:] = torch.arange(len(text) + m)
+        segment_ids[row, start:] = 0
+    return make_batch("gen", Layout(length, m, 0), False, *batch)
 
 
 def sequences(task, tokenizer, split, c):
@@ -198,18 +196,14 @@ def sequences(task, tokenizer, split, c):
     return understanding(tokenizer, codes, pairs, c.und_text, c.image_loss)
 
 
-# ---------------------------------------------------------------------------------------- the block
+# ---------------------------------------------------------------------- the block
 
 class Tokens(NamedTuple):
     """The tokens that are queries, or keys, in a layer."""
-    index: torch.Tensor     # (n,) their positions in the sequence; None: all of it
+    index: torch.Tensor     # (n,) their positions in the sequence
     layout: Layout          # how many of them stand before, in and after the image
     cos: torch.Tensor       # (B, 1, n, Dh) their rotary angles
     sin: torch.Tensor
-
-    def of(self, x):
-        """(B, N, d) -> (B, n, d)"""
-        return x if self.index is None else x.index_select(1, self.index)
 
 
 def rotate(x, cos, sin):
@@ -233,35 +227,30 @@ class Block(nn.Module):
         self.out = nn.Linear(d, d, bias=False)
         self.up, self.down = nn.Linear(d, FFN * d, bias=False), nn.Linear(FFN * d, d, bias=False)
 
-    def forward(self, x, source, queries, keys, mask, task, fused=True):
+    def forward(self, x, source, queries, keys, mask, task, fused=True, cache=None):
         """One layer. x: (B, q, d), the tokens that it updates. source: (B, k, d), those whose keys
         and values they attend to. queries, keys: Tokens. mask: (B, 1, q, k) bool. Returns x after
-        the layer, and the attention weights (B, H, q, k), or None where fused."""
+        the layer, and the attention weights (B, H, q, k), or None where fused.
+
+        cache: (keys, values) of all tokens, each (B, H, N, Dh), which take in those of `source`;
+        then x attends to all of them, and the mask is (B, 1, q, N).
+        """
         h = self.attention_norm(x)
         h_source = h if source is x else self.attention_norm(source)
-        q = self.project_query(h, queries, task)
-        k, v = self.project_key_value(h_source, keys, task)
-        attended, weights = attention(q, k, v, mask, fused)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
-        x = x + self.feed_forward(self.ffn_norm(x))
-        return x, weights
-
-    def feed_forward(self, x):
-        up = F.relu(self.up(x), inplace=True)
-        return self.down(up * up)       # in place, and no .square(): a quarter of the FFN's time
-
-    def project_query(self, h, queries, task):
-        """(B, n, d) -> (B, H, n, Dh)"""
         q = self.split_heads(self.project(self.query, h, queries.layout, task))
-        q = q.type_as(self.query_norm.weight)       # autocast gives bfloat16; norms stay exact
-        return rotate(self.query_norm(q), queries.cos, queries.sin)
-
-    def project_key_value(self, h, keys, task):
-        """(B, n, d) -> twice (B, H, n, Dh)"""
-        k, v = self.project(self.key_value, h, keys.layout, task).chunk(2, dim=-1)
-        k, v = self.split_heads(k), self.split_heads(v)
-        k = k.type_as(self.key_norm.weight)
-        return rotate(self.key_norm(k), keys.cos, keys.sin), v
+        kv = self.project(self.key_value, h_source, keys.layout, task)
+        k, v = map(self.split_heads, kv.chunk(2, dim=-1))               # (B, H, k, Dh)
+        # Autocast gives bfloat16; norms stay exact.
+        q = rotate(self.query_norm(q.type_as(self.query_norm.weight)), queries.cos, queries.sin)
+        k = rotate(self.key_norm(k.type_as(self.key_norm.weight)), keys.cos, keys.sin)
+        if cache:
+            cache[0][:, :, keys.index], cache[1][:, :, keys.index] = k, v
+            k, v = cache
+        attended, weights = attention(q, k, v, mask, fused)             # (B, H, q, Dh)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        up = F.relu(self.up(self.ffn_norm(x)), inplace=True)
+        x = x + self.down(up * up)      # in place, and no .square(): a quarter of the FFN's time
+        return x, weights
 
     def project(self, linears, h, layout, task):
         """Text tokens by their weights, image tokens by theirs, which may be the same: (B, n,
@@ -286,7 +275,7 @@ def attention(q, k, v, mask, fused):
     return weights @ v, weights
 
 
-# ---------------------------------------------------------------------------------------- the model
+# ---------------------------------------------------------------------- the model
 
 class Model(nn.Module):
     def __init__(self, c, codebook=None):
@@ -321,14 +310,22 @@ class Model(nn.Module):
         """(B, stop - start, d): of each token its embedding, of image tokens row and column,
         too."""
         before, m, after = batch.layout
-        grid = (self.row[:, None] + self.column).flatten(0, 1)                  # (M, d)
+        grid = (self.row[:, None] + self.column).flatten(0, 1)[:m]              # (M, d)
         grid = F.pad(grid, (0, 0, before, after))                               # (N, d), 0 for text
         return self.token_embedding(batch.tokens[:, start:stop]) + grid[start:stop]
 
-    def rotary(self, batch, start=0, stop=None):
-        """cos and sin, (B, 1, stop - start, Dh)."""
-        position_ids = batch.position_ids[:, start:stop]
-        return self.cos[position_ids][:, None], self.sin[position_ids][:, None]
+    def select(self, chosen, batch, start=0, stop=None):
+        """Those of the positions `chosen` that lie from start to stop, as Tokens."""
+        stop = stop or sum(batch.layout)
+        before, m, _ = batch.layout
+        chosen = [p for p in chosen if start <= p < stop]
+        image = [p for p in chosen if before <= p < before + m]
+        after = [p for p in chosen if p >= before + m]
+        layout = Layout(len(chosen) - len(image) - len(after), len(image), len(after))
+        index = torch.tensor(chosen, device=batch.tokens.device, dtype=torch.long)
+        position_ids = batch.position_ids[:, index]                             # (B, n)
+        cos, sin = self.cos[position_ids], self.sin[position_ids]
+        return Tokens(index, layout, cos[:, None], sin[:, None])
 
     def loss(self, x, batch):
         """The logits of the positions that `predicting` names, and the loss of eq. 1: cross-entropy
@@ -343,19 +340,19 @@ class Model(nn.Module):
         """The reference: everything is computed, and what the plan drops is hidden by masks.
 
         plan: one prune.Rule for each layer. Returns logits, loss, and the attention weights of
-        every layer, (B, H, N, N). Dropped queries have weights, too, which change nothing. """
-        device = batch.tokens.device
-        x = original = self.embed(batch)
-        everything = Tokens(None, batch.layout, *self.rotary(batch))
+        every layer, (B, H, N, N). Dropped queries have weights, too, which change nothing.
+        """
+        x = original = self.embed(batch)                                        # (B, N, d)
+        order = torch.arange(sum(batch.layout), device=x.device)
+        everything = self.select(order.tolist(), batch)
         causal = batch.attention_mask()
-        order = torch.arange(sum(batch.layout), device=device)
         before, m, _ = batch.layout
         is_image = ((order >= before) & (order < before + m))[:, None]          # (N, 1)
         all_weights = []
         for block, rule in zip(self.blocks, plan):
             queries, keys = positions(rule, batch.layout)
-            is_query = torch.isin(order, torch.tensor(queries, device=device))[:, None]
-            is_key = torch.isin(order, torch.tensor(keys, device=device))
+            is_query = torch.isin(order, torch.tensor(queries, device=x.device))[:, None]
+            is_key = torch.isin(order, torch.tensor(keys, device=x.device))
             source = torch.where(is_image, original, x) if rule.keys == "embedding" else x
             updated, weights = block(x, source, everything, everything, causal & is_key, batch.task,
                                      fused=False)
@@ -367,21 +364,21 @@ class Model(nn.Module):
         """Final hidden states (B, N, d): as in `forward_masked`, but only queries and keys are
         taken into a layer, so that dropped tokens enter no matmul."""
         x = original = self.embed(batch)
-        rotary = self.rotary(batch)
-        mask = batch.attention_mask()
-        chosen = {rule: gather(rule, batch.layout, rotary, mask) for rule in dict.fromkeys(plan)}
+        causal = batch.attention_mask()
         before, m, _ = batch.layout
-        image_updated = False
+        parts = {}                                          # of each kind of layer
+        for rule in set(plan):
+            queries, keys = (self.select(chosen, batch) for chosen in positions(rule, batch.layout))
+            parts[rule] = queries, keys, causal[:, :, queries.index][..., keys.index]
         for block, rule in zip(self.blocks, plan):
-            queries, keys, layer_mask = chosen[rule]
+            queries, keys, mask = parts[rule]
             source = x
-            if rule.keys == "embedding" and image_updated:      # else x has the original image
+            if rule.keys == "embedding":
                 image = original[:, before:before + m]
                 source = torch.cat([x[:, :before], image, x[:, before + m:]], 1)
-            image_updated = image_updated or rule.query
-            updated, _ = block(queries.of(x), keys.of(source), queries, keys, layer_mask,
+            updated, _ = block(x[:, queries.index], source[:, keys.index], queries, keys, mask,
                                batch.task)
-            x = updated if queries.index is None else x.index_copy(1, queries.index, updated)
+            x = x.index_copy(1, queries.index, updated)
         return x
 
     def forward(self, batch, plan):
@@ -394,66 +391,28 @@ class Model(nn.Module):
         choose: a function, logits (B, vocab) -> ids (B,). Returns batch.tokens."""
         rows, n = batch.tokens.shape
         before, m, _ = batch.layout
-        width, device = self.config.width // self.config.heads, batch.tokens.device
-        # Of each layer room for the keys and values of all tokens. What is not there yet lies in
-        # the future, where the causal mask hides it; what is no key is hidden, too.
-        cache = [torch.zeros(2, rows, self.config.heads, n, width, device=device,
-                             dtype=self.row.dtype) for _ in plan]
-        chosen = {rule: positions(rule, batch.layout) for rule in dict.fromkeys(plan)}
-        order = torch.arange(n, device=device)
+        shape = rows, self.config.heads, n, self.config.width // self.config.heads
+        # Room for the keys and values of all tokens. What is not there yet lies in the future,
+        # where the causal mask hides it; what is no key of a layer is hidden, too.
+        caches = [(self.row.new_zeros(shape), self.row.new_zeros(shape)) for _ in plan]
+        order = torch.arange(n, device=self.row.device)
         is_image = ((order >= before) & (order < before + m))[:, None]
-        is_key = {rule: torch.isin(order, torch.tensor(keys, device=device))
-                  for rule, (_, keys) in chosen.items()}
         read = 0                                            # so many tokens have been read
         for write in range(start, n):
             x = original = self.embed(batch, read, write)   # all of the prompt, then token by token
-            rotary, mask = self.rotary(batch, read, write), batch.attention_mask(read, write)
-            for block, rule, layer_cache in zip(self.blocks, plan, cache):
-                queries, keys = (new_tokens(part, read, write, batch.layout, rotary)
-                                 for part in chosen[rule])
-                if sum(keys.layout):
-                    source = x
-                    if rule.keys == "embedding":
-                        source = torch.where(is_image[read:write], original, x)
-                    h = block.attention_norm(keys.of(source))
-                    index = slice(read, write) if keys.index is None else read + keys.index
-                    new = block.project_key_value(h, keys, batch.task)
-                    layer_cache[0][:, :, index], layer_cache[1][:, :, index] = new
-                if sum(queries.layout):
-                    h = queries.of(x)
-                    q = block.project_query(block.attention_norm(h), queries, batch.task)
-                    seen = mask & is_key[rule]
-                    seen = seen if queries.index is None else seen[:, :, queries.index]
-                    attended, _ = attention(q, *layer_cache, seen, fused=True)
-                    h = h + block.out(attended.transpose(1, 2).flatten(2))
-                    h = h + block.feed_forward(block.ffn_norm(h))
-                    x = h if queries.index is None else x.index_copy(1, queries.index, h)
+            causal = batch.attention_mask(read, write)
+            for block, rule, cache in zip(self.blocks, plan, caches):
+                every_query, every_key = positions(rule, batch.layout)
+                queries = self.select(every_query, batch, read, write)
+                keys = self.select(every_key, batch, read, write)
+                is_key = torch.isin(order, torch.tensor(every_key, device=order.device))
+                source = x
+                if rule.keys == "embedding":
+                    source = torch.where(is_image[read:write], original, x)
+                updated, _ = block(x[:, queries.index - read], source[:, keys.index - read],
+                                   queries, keys, (causal & is_key)[:, :, queries.index - read],
+                                   batch.task, cache=cache)
+                x = x.index_copy(1, queries.index - read, updated)
             batch.tokens[:, write] = choose(self.head(self.norm(x[:, -1])))
             read = write
         return batch.tokens
-
-
-def gather(rule, layout, rotary, mask):
-    """What takes part in a layer of this rule: its queries, its keys (as Tokens), and the mask of
-    these, (B, 1, q, k)."""
-    queries, keys = (new_tokens(part, 0, sum(layout), layout, rotary)
-                     for part in positions(rule, layout))
-    if queries.index is not None:
-        mask = mask[:, :, queries.index]
-    if keys.index is not None:
-        mask = mask[:, :, :, keys.index]
-    return queries, keys, mask
-
-
-def new_tokens(chosen, start, stop, layout, rotary):
-    """Those of the positions `chosen` that lie from start to stop, as Tokens counted from start.
-    rotary: cos and sin of all tokens from start to stop."""
-    here = [p - start for p in chosen if start <= p < stop]
-    image_starts, image_stops = layout.before - start, layout.before + layout.image - start
-    before = sum(p < image_starts for p in here)
-    after = sum(p >= image_stops for p in here)
-    parts = Layout(before, len(here) - before - after, after)
-    if len(here) == stop - start:
-        return Tokens(None, parts, *rotary)
-    index = torch.tensor(here, device=rotary[0].device, dtype=torch.long)
-    return Tokens(index, parts, rotary[0][:, :, index], rotary[1][:, :, index])

@@ -46,16 +46,17 @@ def allocation(model, batch, plan, chunk=16):
     """Attention allocation by layer (sec. 4.1, eq. 2): alpha_S = the mean, over heads and queries,
     of the sum of A_ij over all keys j in segment S.
 
-    Returns it over all queries, and over those alone that predict output (what the model is asked
-    for), both as {segment: [per layer]}; and the attention of the first sequence, a mean over
-    heads, [(N, N) per layer]. In each layer the shares sum to 1. Tokens that a layer skips are no
-    queries. """
-    n = sum(batch.layout)
-    is_query = torch.zeros(len(plan), n, dtype=torch.bool, device=batch.tokens.device)
+    Returns {segment: [per layer]} over all queries, with the same over those queries alone that
+    predict output (what the model is asked for) under "output_queries"; and the attention of the
+    first sequence, a mean over heads, [(N, N) per layer]. In each layer the shares sum to 1. Tokens
+    that a layer skips are no queries.
+    """
+    n, layers = sum(batch.layout), len(plan)
+    is_query = torch.zeros(layers, n, dtype=torch.bool, device=batch.tokens.device)
     for layer, rule in enumerate(plan):
         is_query[layer, positions(rule, batch.layout)[0]] = True
-    sums = {which: torch.zeros(len(plan), len(SEGMENTS)) for which in ("all", "output")}
-    counts = {which: torch.zeros(len(plan), 1) for which in ("all", "output")}
+    sums = torch.zeros(2, layers, len(SEGMENTS))            # of all queries, of output queries
+    counts = torch.zeros(2, layers, 1)
     first = None
     for i in range(0, len(batch.tokens), chunk):
         rows = batch.rows(slice(i, i + chunk))
@@ -63,17 +64,15 @@ def allocation(model, batch, plan, chunk=16):
         if first is None:
             first = [(a[0].mean(0) * asks[:, None]).cpu() for a, asks in zip(attention, is_query)]
         keys = torch.stack(list(segments(rows).values()), 2)            # (B, N, segments)
-        keys = keys.type_as(attention[0])
         for layer, weights in enumerate(attention):
-            paid = weights.mean(1) @ keys               # (B, N, segments): what each query pays
-            queries = is_query[layer] & (rows.segment_ids >= 0)                     # (B, N)
-            for which, chosen in (("all", queries), ("output", queries & rows.is_output)):
-                sums[which][layer] += paid[chosen].sum(0).cpu()
-                counts[which][layer] += chosen.sum().cpu()
-    shares = {which: sums[which] / counts[which].clamp(min=1) for which in sums}
-    all_queries, output_queries = (dict(zip(SEGMENTS, shares[which].T.tolist()))
-                                   for which in ("all", "output"))
-    return all_queries, output_queries, first
+            paid = weights.mean(1) @ keys.type_as(weights)              # by each query: (B, N, S)
+            queries = is_query[layer] & (rows.segment_ids >= 0)         # (B, N)
+            for which, chosen in enumerate((queries, queries & rows.is_output)):
+                sums[which, layer] += paid[chosen].sum(0).cpu()
+                counts[which, layer] += chosen.sum().cpu()
+    of_all, of_output = (sums / counts.clamp(min=1)).transpose(1, 2).tolist()
+    shares = dict(zip(SEGMENTS, of_all), output_queries=dict(zip(SEGMENTS, of_output)))
+    return shares, first
 
 
 def heat_colours(attention):
@@ -86,9 +85,10 @@ def heat_colours(attention):
     return mixed.round().astype(np.uint8)
 
 
-def draw_heatmaps(attention, batches, path, columns):
+def draw_heatmaps(attention, batches, path, columns=4):
     """Fig. 2: attention of one sequence, queries downwards and keys to the right, at several layers
     from first to last. attention, batches: {task: ...}."""
+    columns = min(columns, *map(len, attention.values()))
     font, size, gap, ink = ImageFont.load_default(13), 260, 24, (60, 60, 60)
     sheet = Image.new("RGB", (gap + columns * (size + gap), 2 * (size + 2 * gap) + gap), "white")
     draw = ImageDraw.Draw(sheet)
@@ -126,20 +126,6 @@ def draw_shares(shares, path):
     sheet.save(path)
 
 
-def probe(model, tokenizer, checkpoint, n):
-    """The shares of each task of a run on n validation pictures, as attention.json has them, and
-    what the heatmaps need: attention and batches, {task: ...}."""
-    options, c = checkpoint["options"], model.config
-    dataset = data.load(options["data"], options["preset"])
-    shares, attention, batches = {}, {}, {}
-    for task, plan in plans_of(checkpoint["tasks"], options, c.layers).items():
-        split = dataset.split(task, "val", n, options["seed"], questions=1)
-        batches[task] = sequences(task, tokenizer, split, c).to(model.row.device)
-        all_queries, output_queries, attention[task] = allocation(model, batches[task], plan)
-        shares[task] = all_queries | {"output_queries": output_queries}
-    return shares, attention, batches
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -152,24 +138,27 @@ def main():
         fail(f"--n {args.n}: expected at least 1")
     device = pick_device(args.device)
     model, tokenizer, checkpoint = load_run(args.run, device)
-    suffix = ""
+    options, suffix = checkpoint["options"], ""
     if args.untrained:
-        torch.manual_seed(checkpoint["options"]["seed"])
+        torch.manual_seed(options["seed"])
         model = Model(model.config, tokenizer.vq.codebook.cpu()).to(device).eval()
         suffix = "-untrained"
-    shares, attention, batches = probe(model, tokenizer, checkpoint, args.n)
-    counts = {task: len(batch.tokens) for task, batch in batches.items()}
-    contents = {**shares, "n": counts, "config": checkpoint["options"]}
-    write_file(args.run / f"attention{suffix}.json", json.dumps(contents, indent=1))
-    draw_shares(shares, args.run / f"attention{suffix}.png")
-    columns = min(4, model.config.layers)
-    draw_heatmaps(attention, batches, args.run / f"heatmaps{suffix}.png", columns)
-    for task, of_task in shares.items():
+    dataset = data.load(options["data"], options["preset"])
+    shares, attention, batches = {}, {}, {}
+    for task, plan in plans_of(checkpoint["tasks"], options, model.config.layers).items():
+        split = dataset.split(task, "val", args.n, options["seed"], questions=1)
+        batches[task] = sequences(task, tokenizer, split, model.config).to(device)
+        shares[task], attention[task] = allocation(model, batches[task], plan)
         print(f"{TITLES[task]}: attention share by layer, all queries | those that predict output")
         for name in SEGMENTS:
             left, right = (" ".join(f"{x:5.2f}" for x in lines[name])
-                           for lines in (of_task, of_task["output_queries"]))
+                           for lines in (shares[task], shares[task]["output_queries"]))
             print(f"  {name:12}{left}   |{right}")
+    contents = {**shares, "n": {task: len(batch.tokens) for task, batch in batches.items()},
+                "config": options}
+    write_file(args.run / f"attention{suffix}.json", json.dumps(contents, indent=1))
+    draw_shares(shares, args.run / f"attention{suffix}.png")
+    draw_heatmaps(attention, batches, args.run / f"heatmaps{suffix}.png")
     print(f"{args.run}/attention{suffix}.json, attention{suffix}.png, heatmaps{suffix}.png")
 
 

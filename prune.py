@@ -5,16 +5,18 @@
 
 A plan is data: one `Rule` for each layer. It knows nothing of weights. `model.py` carries a plan
 out in two ways: by computing everything and hiding what the plan drops (the reference, easy to
-read), and by taking dropped tokens out of every matmul (fast, the default). """
+read), and by taking dropped tokens out of every matmul (fast, the default).
+"""
 import argparse
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from common import run_script
-from data import PRESETS
+from data import PATCH, PRESETS
 
 
 class Rule(NamedTuple):
@@ -40,7 +42,8 @@ def make_plan(name, layers, shallow=1):
     `shallow` is HMGen's K. K layers in the middle alternate with full ones, the first and the last
     layer are always full (sec. 5.2): K = 2 of 6 layers is F S F S F F. "naive" changes the same
     layers; "skip", which is not in the paper, the 2 K middle layers without a full one between
-    them. ValueError for an unknown name, and where so many layers do not fit. """
+    them. ValueError for an unknown name, and where so many layers do not fit.
+    """
     if name in EVERY_LAYER:
         return (EVERY_LAYER[name],) * layers
     if name not in SOME_LAYERS:
@@ -94,7 +97,7 @@ def mask(rule, layout):
     return seen
 
 
-# ---------------------------------------------------------------------------------------- cost
+# ---------------------------------------------------------------------- cost
 
 FFN = 4         # width of the feed-forward network, as a multiple of the model's
 
@@ -130,7 +133,33 @@ def paper_cost(plan, layout, width):
     return total
 
 
-# ---------------------------------------------------------------------------------------- pictures
+def print_costs(preset):
+    """Prints what every plan costs, in GFLOP for a sequence and relative to dense."""
+    p = PRESETS[preset]
+    image = (p.image_size // PATCH) ** 2
+    layouts = {"und": Layout(2, image, p.max_text), "gen": Layout(p.max_text * 2 // 5, image, 0)}
+    vocab = 512 + p.codes
+    for task, layout in layouts.items():
+        print(f"\n{task}: {layout.before} + {image} image + {layout.after} tokens, {p.layers} "
+              f"layers, width {p.width}; forward and backward of one sequence\n"
+              f"{'plan':12}{'layers':>{p.layers + 2}}{'GFLOP':>10}{'of dense':>10}{'by paper':>10}")
+        dense = make_plan("dense", p.layers)
+        for name in PLANS:
+            if (task, name) == ("gen", "himix"):            # impossible: see train.py
+                continue
+            numbers = range(1, (p.layers + 1) // 2) if name in SOME_LAYERS else [0]
+            for shallow in numbers:
+                plan = make_plan(name, p.layers, shallow)
+                letters = "".join("F" if rule == FULL else name[0] for rule in plan)
+                exact = flops(plan, layout, p.width, vocab)
+                of_dense = exact / flops(dense, layout, p.width, vocab)
+                by_paper = paper_cost(plan, layout, p.width) / paper_cost(dense, layout, p.width)
+                title = f"{name} K={shallow}" if shallow else name
+                print(f"{title:12}{letters:>{p.layers + 2}}{exact / 1e9:10.3f}"
+                      f"{of_dense:10.2f}{by_paper:10.2f}")
+
+
+# ---------------------------------------------------------------------- the masks' picture
 
 MASK_COLOURS = {"text": (70, 120, 190), "hidden": (240, 150, 40), "embedding": (90, 170, 90),
                 "skipped": (225, 225, 225)}
@@ -141,19 +170,15 @@ LEGEND = {"text": "text key", "hidden": "image key: hidden state",
 def draw_mask(rule, layout, cell):
     """The mask of one layer as an Image: queries downwards, keys to the right, `cell` pixels
     each."""
-    n = sum(layout)
-    picture = Image.new("RGB", (n * cell, n * cell), "white")
-    draw = ImageDraw.Draw(picture)
-    for query, seen in enumerate(mask(rule, layout).tolist()):
-        skipped = not any(seen)
-        for key in range(n):
-            is_image = layout.before <= key < layout.before + layout.image
-            name = "skipped" if skipped else rule.keys if is_image else "text"
-            if skipped or seen[key]:
-                left, top = key * cell, query * cell
-                square = left, top, left + cell - 2, top + cell - 2
-                draw.rectangle(square, fill=MASK_COLOURS[name])
-    return picture
+    seen, n = mask(rule, layout), sum(layout)
+    colours = np.full((n, 3), MASK_COLOURS["text"], np.uint8)           # of each key
+    if rule.keys != "none":
+        colours[layout.before:layout.before + layout.image] = MASK_COLOURS[rule.keys]
+    pixels = np.where(seen[:, :, None], colours, np.uint8(255))         # white: not seen
+    pixels[~seen.any(1)] = MASK_COLOURS["skipped"]
+    pixels = pixels.repeat(cell, 0).repeat(cell, 1)
+    pixels[::cell], pixels[:, ::cell] = 255, 255            # lines between the cells
+    return Image.fromarray(pixels)
 
 
 def draw_plans(path, cell=10):
@@ -181,39 +206,13 @@ def draw_plans(path, cell=10):
     sheet.save(path)
 
 
-def print_costs(preset):
-    """Prints what every plan costs, in GFLOP for a sequence and relative to dense."""
-    image = (preset.image_size // preset.patch) ** 2
-    layouts = {"understanding": Layout(2, image, preset.max_text),
-               "generation": Layout(preset.max_text * 2 // 5, image, 0)}
-    vocab = 512 + preset.codes
-    for task, layout in layouts.items():
-        print(f"\n{task}: {layout.before} + {image} image + {layout.after} tokens, {preset.layers} "
-              f"layers, width {preset.width}; forward and backward of one sequence\n"
-              f"{'plan':12}{'layers':>{preset.layers + 2}}{'GFLOP':>10}{'of dense':>10}"
-              f"{'by paper':>10}")
-        dense = make_plan("dense", preset.layers)
-        for name in PLANS:
-            if task == "generation" and name == "himix":    # impossible: see train.py
-                continue
-            most = (preset.layers - 1) // 2
-            for shallow in range(1, most + 1) if name in SOME_LAYERS else [0]:
-                plan = make_plan(name, preset.layers, shallow)
-                letters = "".join("F" if rule == FULL else name[0] for rule in plan)
-                exact, of_dense = (flops(p, layout, preset.width, vocab) for p in (plan, dense))
-                paper, of_dense_paper = (paper_cost(p, layout, preset.width) for p in (plan, dense))
-                title = f"{name} K={shallow}" if name in SOME_LAYERS else name
-                print(f"{title:12}{letters:>{preset.layers + 2}}{exact / 1e9:10.3f}"
-                      f"{exact / of_dense:10.2f}{paper / of_dense_paper:10.2f}")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="cpu", choices=PRESETS)
     parser.add_argument("--out", default="out/masks.png")
     args = parser.parse_args()
-    print_costs(PRESETS[args.preset])
+    print_costs(args.preset)
     draw_plans(args.out)
     print(f"\n{args.out}: what tokens see in each kind of layer (fig. 4)")
 

@@ -9,24 +9,22 @@ Ids of the one vocabulary: 0 to 255 bytes, from 256 merged text, 507 to 511 spec
 """
 import argparse
 import math
-import time
 from collections import Counter
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import regex
 import tiktoken
 from tqdm import tqdm
 
-from common import (build_network, check_seed, check_whole_numbers, contact_sheet, fail,
-                    pick_device, run_script, save_checkpoint)
-from data import PRESETS, load
+from common import (build_network, contact_sheet, fail, pick_device, refuse_errors, run_script,
+                    read_checkpoint, save_checkpoint)
+from data import PATCH, PRESETS, load
 
 import torch                            # after common.py, which sets an environment variable
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ------------------------------------------------------------------------------------------ text
+# ---------------------------------------------------------------------- text
 
 PATTERN = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"    # a word takes the space before it along
 SPECIAL = ("<|bos|>", "<|eos|>", "<|und|>", "<|gen|>", "<|pad|>")
@@ -60,20 +58,12 @@ def train_bpe(texts, size=MAX_TEXT_IDS):
     return ranks
 
 
-# ---------------------------------------------------------------------------------------- images
+# ---------------------------------------------------------------------- images
 
-@dataclass
-class VQConfig:
-    image_size: int             # pixels, height = width
-    patch: int                  # pixels that a code covers, height = width
-    width: int                  # channels
-    blocks: int                 # residual blocks of the decoder
-    codes: int                  # size of the codebook
-    code_dim: int               # numbers in a code: few, so that no code is left unused
-
-    @classmethod
-    def from_preset(cls, p):
-        return cls(p.image_size, p.patch, p.vq_width, p.vq_blocks, p.codes, p.code_dim)
+CODE_DIM = 8            # numbers in a code: few, so that no code is left unused
+DECODER_BLOCKS = 2
+LEARNING_RATE = 4e-3
+COMMITMENT = 1 / 40     # weight of the commitment loss beside the squared error
 
 
 class Residual(nn.Module):
@@ -99,29 +89,30 @@ class VQ(nn.Module):
     transformer learns much more slowly to predict it. The decoder sees the neighbourhood.
     """
 
-    def __init__(self, config):
+    def __init__(self, image_size, width, codes):
+        """image_size: pixels, height = width. width: channels. codes: size of the codebook."""
         super().__init__()
-        c = self.config = config
-        self.side = c.image_size // c.patch
+        self.config = {"image_size": image_size, "width": width, "codes": codes}
+        self.image_size, self.side = image_size, image_size // PATCH
         self.encoder = nn.Sequential(
-            nn.Conv2d(3, c.width, c.patch, stride=c.patch), Residual(c.width, 1), nn.SiLU(),
-            nn.Conv2d(c.width, c.code_dim, 1))
+            nn.Conv2d(3, width, PATCH, stride=PATCH), Residual(width, 1), nn.SiLU(),
+            nn.Conv2d(width, CODE_DIM, 1))
         self.decoder = nn.Sequential(
-            nn.Conv2d(c.code_dim, c.width, 3, padding=1),
-            *[Residual(c.width, 3) for _ in range(c.blocks)], nn.SiLU(),
-            nn.Conv2d(c.width, 3 * c.patch ** 2, 1), nn.PixelShuffle(c.patch))
-        self.register_buffer("codebook", torch.zeros(c.codes, c.code_dim))      # unit vectors
+            nn.Conv2d(CODE_DIM, width, 3, padding=1),
+            *[Residual(width, 3) for _ in range(DECODER_BLOCKS)], nn.SiLU(),
+            nn.Conv2d(width, 3 * PATCH ** 2, 1), nn.PixelShuffle(PATCH))
+        self.register_buffer("codebook", torch.zeros(codes, CODE_DIM))      # unit vectors
         # Moving averages over steps, for each code: the sum of its features, and their number.
-        self.register_buffer("sums", torch.zeros(c.codes, c.code_dim))
-        self.register_buffer("counts", torch.zeros(c.codes))
+        self.register_buffer("sums", torch.zeros(codes, CODE_DIM))
+        self.register_buffer("counts", torch.zeros(codes))
 
     def features(self, images):
-        """(B, 3, H, W) in -1..1 -> (B, side, side, code_dim), unit vectors."""
+        """(B, 3, H, W) in -1..1 -> (B, side, side, CODE_DIM), unit vectors."""
         x = self.encoder(images.contiguous(memory_format=torch.channels_last))
         return F.normalize(x.permute(0, 2, 3, 1), dim=-1)
 
     def nearest(self, z):
-        """(..., code_dim) unit vectors -> the codes of largest cosine, in one row."""
+        """(..., CODE_DIM) unit vectors -> the codes of largest cosine, in one row."""
         return (z.flatten(0, -2) @ self.codebook.T).argmax(1)
 
     def forward(self, images):
@@ -140,7 +131,7 @@ class VQ(nn.Module):
     @torch.no_grad()
     def start_codebook(self, z, rounds=10):
         """k-means on the features of the first batch."""
-        z = z.flatten(0, -2)                            # (B * side * side, code_dim)
+        z = z.flatten(0, -2)                            # (B * side * side, CODE_DIM)
         centres = z[torch.randperm(len(z), device=z.device)[:len(self.codebook)]]
         for _ in range(rounds):
             nearest = (z @ centres.T).argmax(1)
@@ -153,7 +144,7 @@ class VQ(nn.Module):
     @torch.no_grad()
     def move_codebook(self, z, codes, decay=.95):
         """One step of the moving averages; z: features, codes: the nearest of each."""
-        z = z.flatten(0, -2)                            # (B * side * side, code_dim)
+        z = z.flatten(0, -2)                            # (B * side * side, CODE_DIM)
         counts = torch.bincount(codes, minlength=len(self.codebook)).float()
         sums = torch.zeros_like(self.sums).index_add_(0, codes, z)
         self.counts.lerp_(counts, 1 - decay)
@@ -183,7 +174,7 @@ class VQ(nn.Module):
         return (images * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1)
 
 
-# ---------------------------------------------------------------------------- one vocabulary
+# ---------------------------------------------------------------------- one vocabulary
 
 class Tokenizer:
     """Text and images in one vocabulary. `text` is a tiktoken.Encoding, `vq` a VQ."""
@@ -194,7 +185,7 @@ class Tokenizer:
         self.text = tiktoken.Encoding("text", pat_str=PATTERN, mergeable_ranks=ranks,
                                       special_tokens=special)
         self.bos, self.eos, self.und, self.gen, self.pad = special.values()
-        self.vocab = FIRST_CODE + vq.config.codes
+        self.vocab = FIRST_CODE + len(vq.codebook)
 
     def ids(self, text):
         """Text -> ids. What looks like a special token is text like any other."""
@@ -221,52 +212,37 @@ class Tokenizer:
 
     def state(self):
         """All of it as plain tensors, numbers and strings, for a checkpoint."""
-        return {"config": asdict(self.vq.config), "vq": self.vq.state_dict(),
+        return {"config": self.vq.config, "vq": self.vq.state_dict(),
                 "ranks": [token.hex() for token in self.ranks]}
 
     @staticmethod
     def from_state(state):
-        """From what `state` gave. ValueError, or another, where the parts do not fit together."""
-        tokens = [bytes.fromhex(token) for token in state["ranks"]]
-        config = VQConfig(**state["config"])
-        check_state(tokens, config)
-        ranks = {token: rank for rank, token in enumerate(tokens)}
-        return Tokenizer(ranks, build_network(VQ, config, state["vq"]))
+        """From what `state` gave. An error of some kind where the parts do not fit together."""
+        ranks = {bytes.fromhex(token): rank for rank, token in enumerate(state["ranks"])}
+        if list(ranks)[:256] != [bytes([b]) for b in range(256)] or len(ranks) > MAX_TEXT_IDS:
+            raise ValueError("its ranks are not those of byte pairs")
+        return Tokenizer(ranks, build_network(lambda: VQ(**state["config"]), state["vq"]))
 
 
-# -------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------- training
 
-LEARNING_RATE = 4e-3
-COMMITMENT = 1 / 40             # weight of the commitment loss beside the squared error
-
-
-def default_preset(device):
-    return "gpu" if device.type == "cuda" else "cpu"
-
-
-def default_tokenizer_path(data):
-    """Where the tokenizer of a data set lies: out/tokenizer.pt or out/tokenizer-FOLDER.pt."""
-    folder = "" if data == "shapes" else "-" + Path(data).resolve().name
-    return f"out/tokenizer{folder}.pt"
-
-
-def train_tokenizer(dataset, preset, device, seed=0, steps=None):
+def train_tokenizer(dataset, preset, device, steps=None):
     """Train the byte pairs on a data set's text and the VQ on its pictures; preset: a name.
     Returns a Tokenizer and its checkpoint."""
     p = PRESETS[preset]
     steps = steps or p.vq_steps
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     texts = []
     for task in ("und", "gen"):
-        split = dataset.split(task, "train", p.bpe_scenes, seed)
+        split = dataset.split(task, "train", p.vq_pictures // 2)
         texts += [caption.text for caption in split.captions]
         for questions in split.questions:
             for question in questions:
                 texts += [question.text, question.answer]
-    pixels = torch.tensor(dataset.split(None, "train", p.vq_pictures, seed, questions=0).pixels)
+    pixels = torch.tensor(dataset.split(None, "train", p.vq_pictures, questions=0).pixels)
     images = pixels.to(device).permute(0, 3, 1, 2)      # (N, 3, H, W) uint8
 
-    vq = VQ(VQConfig.from_preset(p)).to(device, memory_format=torch.channels_last)
+    vq = VQ(p.image_size, p.vq_width, p.codes).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vq.parameters(), lr=LEARNING_RATE, betas=(.9, .99),
                                   weight_decay=0)
     progress = tqdm(range(steps), desc="tokenizer", unit="step")
@@ -288,27 +264,38 @@ def train_tokenizer(dataset, preset, device, seed=0, steps=None):
     return tokenizer, checkpoint | tokenizer.state()
 
 
+def load_tokenizer(path, dataset, preset):
+    """The Tokenizer in a file; refused where it was trained on other data or for another size."""
+    checkpoint = read_checkpoint(path, "tokenizer")
+    trained_on = checkpoint.get("data"), checkpoint.get("preset")
+    if trained_on != (dataset.identity, preset):
+        fail(f"{path} was trained on {trained_on[0]} with preset {trained_on[1]}; expected "
+             f"{dataset.identity} with preset {preset}: give another --tokenizer PATH (it is "
+             "trained if there is no such file)")
+    with refuse_errors(f"{path}: its parts do not fit together"):
+        return Tokenizer.from_state(checkpoint)
+
+
 def score_tokenizer(tokenizer, dataset, n=1000):
     """What is left of n validation pictures after encoding and decoding: PSNR (dB, over all
-    pixels), the share of the codebook in use, and in the shapes world the share of objects and of
-    whole scenes that the checker still reads. Returns scores, pictures and reconstructions."""
-    split = dataset.split(None, "val", n, questions=0)
-    codes = tokenizer.encode(split.pixels)
-    pixels = tokenizer.decode(codes)
-    error = ((split.pixels.astype(float) - pixels) ** 2).mean()
+    pixels), and the share of the codebook in use. Returns scores, pictures, reconstructions."""
+    pixels = dataset.split(None, "val", n, questions=0).pixels
+    codes = tokenizer.encode(pixels)
+    decoded = tokenizer.decode(codes)
+    error = ((pixels.astype(float) - decoded) ** 2).mean()
     scores = {"n": len(pixels), "psnr": 10 * math.log10(255 ** 2 / error),
-              "codes_used": len(codes.unique()) / tokenizer.vq.config.codes}
-    if split.scenes:
-        objects = objects_read = scenes_read = 0
-        for scene, scene_read in zip(split.scenes, dataset.read(pixels)):
-            before = {thing[:4] for thing in scene}     # all but the offset in the cell
-            after = {thing[:4] for thing in scene_read}
-            objects += len(before)
-            objects_read += len(before & after)
-            scenes_read += before == after
-        scores["objects"] = objects_read / objects
-        scores["scenes"] = scenes_read / len(pixels)
-    return scores, split.pixels, pixels
+              "codes_used": len(codes.unique()) / len(tokenizer.vq.codebook)}
+    return scores, pixels, decoded
+
+
+def default_preset(device):
+    return "gpu" if device.type == "cuda" else "cpu"
+
+
+def default_tokenizer_path(data):
+    """Where the tokenizer of a data set lies: out/tokenizer.pt or out/tokenizer-FOLDER.pt."""
+    folder = "" if data == "shapes" else "-" + Path(data).resolve().name
+    return f"out/tokenizer{folder}.pt"
 
 
 def main():
@@ -317,40 +304,23 @@ def main():
     parser.add_argument("--data", default="shapes", help="shapes, or a folder of captioned images")
     parser.add_argument("--preset", choices=PRESETS, help="default: what fits the device")
     parser.add_argument("--steps", type=int, help="training steps (default: the preset's)")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--out", type=Path, help="default: out/tokenizer.pt or tokenizer-FOLDER.pt")
     args = parser.parse_args()
     if args.steps is not None and args.steps < 1:
         fail(f"--steps {args.steps}: expected at least 1")
-    check_seed(args.seed)
-    start, device = time.time(), pick_device(args.device)
+    device = pick_device(args.device)
     preset = args.preset or default_preset(device)
     out = args.out or Path(default_tokenizer_path(args.data))
     dataset = load(args.data, preset)
-    tokenizer, checkpoint = train_tokenizer(dataset, preset, device, args.seed, args.steps)
+    tokenizer, checkpoint = train_tokenizer(dataset, preset, device, args.steps)
     save_checkpoint(checkpoint, out)
-    scores, before, after = score_tokenizer(tokenizer, dataset)
-    words = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-    print(f"{time.time() - start:.0f} s, {words}")
-    pictures = []
-    for original, reconstruction in zip(before[:18], after[:18]):
-        pictures += [original, reconstruction]
+    scores, originals, reconstructions = score_tokenizer(tokenizer, dataset)
+    print(", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    pictures = [picture for pair in zip(originals[:18], reconstructions[:18]) for picture in pair]
     texts = ["original", "reconstruction"] * (len(pictures) // 2)
     contact_sheet(pictures, texts, out.with_suffix(".png"))
     print(f"{out}, and {out.with_suffix('.png')}: originals beside reconstructions")
-
-
-def check_state(tokens, config):
-    """ValueError where a checkpoint, which may be anyone's, could not be a tokenizer's."""
-    all_bytes = [bytes([b]) for b in range(256)]
-    if tokens[:256] != all_bytes or len(tokens) > MAX_TEXT_IDS or len(set(tokens)) < len(tokens):
-        raise ValueError("its ranks are not those of byte pairs")
-    check_whole_numbers(config, image_size=4096, patch=256, width=65536, blocks=100, codes=65536,
-                        code_dim=4096)
-    if config.image_size % config.patch or config.width % 8:
-        raise ValueError(f"image size {config.image_size} has to be a multiple of the patch, "
-                         f"{config.patch}, and width {config.width} of 8")
 
 
 if __name__ == "__main__":

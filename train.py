@@ -9,22 +9,24 @@
     torchrun --nproc_per_node=8 train.py    on several GPUs
 
 Finds the device and the size that fits it. `out/joint/` then holds checkpoint.pt, log.jsonl,
-loss.png, eval.json and samples.png. """
+loss.png, eval.json and samples.png.
+"""
 import argparse
 import json
 import math
 import os
 import random
+import signal
 import statistics
 import sys
 import time
+import zlib
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
-from common import (catch_stop_signals, check_seed, exclusive, fail, line_chart, peak_memory_mb,
-                    pick_device, read_checkpoint, refuse_errors, run_script, save_checkpoint,
-                    write_file)
+from common import (fail, line_chart, peak_memory_mb, pick_device, refuse_errors, run_script,
+                    save_checkpoint, write_file)
 
 import torch
 import torch.distributed as dist
@@ -35,21 +37,23 @@ from data import PRESETS
 from eval import default_sampling, evaluate, load_run, plans_of, save_scores, summary
 from model import PROJECTIONS, Config, Model, sequences
 from prune import PLANS, SOME_LAYERS
-from tokenizer import (Tokenizer, default_preset, default_tokenizer_path, score_tokenizer,
-                       train_tokenizer)
+from tokenizer import (Tokenizer, default_preset, default_tokenizer_path, load_tokenizer,
+                       score_tokenizer, train_tokenizer)
 
 # The switch between joint and isolated training. A step takes one batch of each task.
 OBJECTIVES = {"joint": ["und", "gen"], "und": ["und"], "gen": ["gen"]}
 
 LOSS_WEIGHT = {"und": 1., "gen": 2.}    # of the tasks in the gradient; logged losses are without it
 CAPTION_DROPOUT = .1    # of captions are empty in training, which classifier-free guidance needs
+LEARNING_RATE = .02     # Muon's highest, for the matrices in the layers
+EMBEDDING_RATE = .5     # AdamW's, relative to it, for embeddings, head, norms and positions
 WARM_UP = 50            # steps in which the learning rate rises
 DECAY = .6              # the last part of training, in which it falls to nearly nothing
 CLIP = 1.               # largest gradient norm of AdamW's part; Muon's steps have one size anyway
 MOMENTUM = .95          # Muon's
 BETAS = (.9, .99)       # AdamW's
 LOG_EVERY = 10          # steps
-# How many steps, how many pictures in a step, and the learning rates stand in data.PRESETS.
+# How many steps, and how many pictures in a step, stand in data.PRESETS.
 
 # Dense bf16 matmul peaks (FLOP/s) from the vendor's data sheets, by how a device's name begins.
 # Other devices print no MFU.
@@ -58,7 +62,7 @@ PEAKS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PC
          "NVIDIA GeForce RTX 3090": 71e12}
 
 
-# ---------------------------------------------------------------------------- optimizers
+# ---------------------------------------------------------------------- optimizers
 
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal (Jordan et al. 2024), for matrices: all singular values of a step
@@ -101,12 +105,12 @@ def orthogonal(x, steps=5):
     return x.mT if tall else x
 
 
-def optimizers_of(model, lr, embedding_lr):
+def optimizers_of(model, lr):
     """Muon for the matrices of the layers, AdamW for embeddings, head, norms and positions."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     ids = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in ids]
-    adamw = torch.optim.AdamW(rest, embedding_lr, BETAS, weight_decay=0, fused=True)
+    adamw = torch.optim.AdamW(rest, EMBEDDING_RATE * lr, BETAS, weight_decay=0, fused=True)
     return Muon(matrices, lr), adamw
 
 
@@ -119,7 +123,20 @@ def learning_rate(step, steps):
     return max(.02, (1 - step / steps) / DECAY)
 
 
-# ---------------------------------------------------------------------------- data
+def apply_gradients(optimizers):
+    """One step of both optimizers, after which the gradients are gone."""
+    muon, adamw = ([p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+                   for optimizer in optimizers)
+    if dist.is_initialized():               # every process has weighted its own part of the loss
+        for p in muon + adamw:
+            dist.all_reduce(p.grad)
+    torch.nn.utils.clip_grad_norm_(adamw, CLIP)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+# ---------------------------------------------------------------------- data
 
 def drop_captions(split, seed):
     """Makes a part of the captions empty."""
@@ -139,46 +156,37 @@ def get_tokenizer(options, dataset, device):
         print(f"{path}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
     if dist.is_initialized():
         dist.barrier()
-    checkpoint = read_checkpoint(path, "tokenizer")
-    trained_on = checkpoint.get("data"), checkpoint.get("preset")
-    expected = dataset.identity, options["preset"]
-    if trained_on != expected:
-        fail(f"{path} was trained on {trained_on[0]} with preset {trained_on[1]}; expected "
-             f"{expected[0]} with preset {expected[1]}: give another --tokenizer PATH (it is "
-             "trained if there is no such file)")
-    with refuse_errors(f"{path}: its parts do not fit together"):
-        return Tokenizer.from_state(checkpoint)
+    return load_tokenizer(path, dataset, options["preset"])
 
 
 def text_lengths(tokenizer, splits, limit):
     """How many text tokens the sequences of these splits need: (all questions on a picture with
-    their answers, a caption with the two tokens before it). One text longer than `limit` is
-    refused; of several questions on a picture those that do not fit are left out."""
-    def length(*texts):
-        return sum(len(tokenizer.ids(text)) for text in texts)
-
-    und_text = gen_text = longest = 0
+    their answers, a caption with the two tokens before it). At most `limit`: of several questions
+    on a picture, those that do not fit are left out; one text that does not fit is refused."""
+    und_text = gen_text = 0
     for split in splits:
         for questions in split.questions:
-            lengths = [length(q.text, q.answer) + 1 for q in questions]         # 1: the end token
-            und_text = max(und_text, sum(lengths))
-            longest = max([longest, *lengths])
+            ids = [tokenizer.ids(q.text) + tokenizer.ids(q.answer) + [tokenizer.eos]
+                   for q in questions]
+            und_text = max(und_text, sum(map(len, ids)))
         for caption in split.captions:
-            gen_text = max(gen_text, length(caption.text) + 2)
-    if max(longest, gen_text) > limit:
-        fail(f"--data: a caption, or a question with its answer, has {max(longest, gen_text)} "
-             f"tokens, expected at most {limit}")
-    return min(und_text, limit), gen_text
+            gen_text = max(gen_text, len(tokenizer.ids(caption.text)) + 2)
+    return min(und_text, limit), min(gen_text, limit)
 
 
-def get_batch(examples, task, step, options):
-    """The rows of `examples`, a Batch of all sequences of a task, that a step takes. The step
-    alone says which: a resumed run needs nothing else. Returns this process's rows, and their
-    share of the output tokens of the whole step."""
-    number = 2 * (options["seed"] * 10 ** 9 + step) + (task == "gen")
-    generator = torch.Generator().manual_seed(number)
-    index = torch.randint(len(examples.tokens), (options["batch_size"],), generator=generator)
-    index = index.to(examples.tokens.device)
+def draw_order(task, examples, options):
+    """(steps, batch_size): which sequences each step takes. Drawn beforehand, so that no step waits
+    for it, and a resumed run needs nothing else to go on as if nothing had happened."""
+    seed = zlib.crc32(f"{options['seed']} {task}".encode())
+    generator = torch.Generator().manual_seed(seed)
+    shape = options["steps"], options["batch_size"]
+    order = torch.randint(len(examples.tokens), shape, generator=generator)
+    return order.to(examples.tokens.device)
+
+
+def get_batch(examples, index):
+    """The sequences that a step takes: this process's part of them, and its share of the output
+    tokens of the whole step."""
     batch = examples.rows(index[rank()::world()])
     if world() == 1:
         return batch, 1.
@@ -193,7 +201,7 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-# ---------------------------------------------------------------------------- one run
+# ---------------------------------------------------------------------- one run
 
 def train(options, device, resumed=None):
     """Trains and scores one run, or goes on with the checkpoint `resumed`. Everything is written
@@ -222,14 +230,15 @@ def train(options, device, resumed=None):
     c = Config(tokenizer.vocab, preset.layers, preset.width, preset.heads, tokenizer.vq.side,
                tokenizer.first_code, und_text, gen_text, options["projections"],
                options["image_loss"])
-    examples = {task: sequences(task, tokenizer, drop_captions(training[task], seed), c).to(device)
-                for task in tasks}
+    with refuse_errors(f"--data {options['data']}"):        # a text that is too long
+        examples = {task: sequences(task, tokenizer, drop_captions(split, seed), c).to(device)
+                    for task, split in training.items()}
+    order = {task: draw_order(task, examples[task], options) for task in tasks}
 
     # ---- model and optimizers
     torch.manual_seed(seed)
     model = Model(c, tokenizer.vq.codebook.cpu()).to(device)
-    embedding_lr = preset.embedding_lr * options["lr"] / preset.lr
-    optimizers = optimizers_of(model, options["lr"], embedding_lr)
+    optimizers = optimizers_of(model, options["lr"])
     highest = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     start = 0
     if resumed:
@@ -252,68 +261,67 @@ def train(options, device, resumed=None):
 
     # ---- training
     model.train()
+    stopped = []                        # by Ctrl-C or SIGTERM: ends the loop when it has saved
+    if world() == 1:                    # torchrun ends its processes itself
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: stopped.append(number))
     training_began = time.time()
     bar = tqdm(total=steps, initial=start, desc=out.name, unit="step", disable=rank() > 0)
     clock, clock_step = time.perf_counter(), start
-    with catch_stop_signals(world() == 1) as stopped:       # torchrun ends its processes itself
-        for step in range(start, steps):
-            for optimizer, lr in zip(optimizers, highest):
-                optimizer.param_groups[0]["lr"] = lr * learning_rate(step, steps)
+    for step in range(start, steps):
+        for optimizer, lr in zip(optimizers, highest):
+            optimizer.param_groups[0]["lr"] = lr * learning_rate(step, steps)
+        losses = {}
+        for task in tasks:
+            batch, share = get_batch(examples[task], order[task][step])
+            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+                _, loss = forward(batch, plans[task])
+            losses[task] = share * loss
+            (LOSS_WEIGHT[task] * losses[task]).backward()
+        apply_gradients(optimizers)
+        bar.update()
 
-            losses = {}
-            for task in tasks:
-                batch, share = get_batch(examples[task], task, step, options)
-                with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-                    _, loss = forward(batch, plans[task])
-                loss = share * loss
-                (LOSS_WEIGHT[task] * loss).backward()
-                losses[task] = loss.detach()
-            update(optimizers)
-            bar.update()
-
-            last_step = step == steps - 1
-            if (step + 1) % LOG_EVERY == 0 or last_step:
-                values = dict(zip(tasks, summed_over_processes(losses)))    # waits for the device
-                if not math.isfinite(sum(values.values())):
-                    fail_not_finite(out, f"the loss {values}", step + 1)
-                seconds = (time.perf_counter() - clock) / (step + 1 - clock_step)
-                mfu = operations / seconds / peak / world() if peak else None
-                row = {"step": step + 1, "loss": sum(values.values()),
-                       "loss_und": values.get("und"), "loss_gen": values.get("gen"),
-                       "lr": optimizers[0].param_groups[0]["lr"],
-                       "tokens_per_s": tokens / seconds, "step_ms": 1e3 * seconds, "mfu": mfu,
-                       "peak_memory_mb": peak_memory_mb(device)}
-                rows.append(row)
-                if rank() == 0:
-                    with (out / "log.jsonl").open("a") as log:
-                        log.write(json.dumps(row) + "\n")
-                bar.set_postfix_str(f"loss {row['loss']:.3f}, {tokens / seconds / 1e3:.1f}k "
-                                    "tokens/s" + (f", MFU {100 * mfu:.0f} %" if mfu else ""))
-            if stopped or last_step or (step + 1) % options["save_every"] == 0:
-                if not all(p.isfinite().all() for p in model.parameters()):
-                    fail_not_finite(out, "a weight", step + 1)
-                if rank() == 0:
-                    save_checkpoint({
-                        "kind": "run", "options": options, "tasks": tasks, "step": step + 1,
-                        "identity": dataset.identity, "tokenizer": tokenizer.state(),
-                        "config": asdict(c), "model": model.state_dict(),
-                        "optimizers": [o.state_dict() for o in optimizers]}, out / "checkpoint.pt")
-            if (step + 1) % LOG_EVERY == 0:                 # saving is no part of a step's time
-                clock, clock_step = time.perf_counter(), step + 1
-            if stopped:
-                bar.close()
-                print(f"stopped after step {step + 1} and saved; python train.py --resume "
-                      f"--out {out} goes on", file=sys.stderr)
-                raise SystemExit(128 + stopped[0])
+        last_step = step == steps - 1
+        if (step + 1) % LOG_EVERY == 0 or last_step:
+            values = dict(zip(tasks, summed_over_processes(losses)))    # waits for the device
+            check_finite(values.values(), out, step)
+            seconds = (time.perf_counter() - clock) / (step + 1 - clock_step)
+            mfu = operations / seconds / peak / world() if peak else None
+            row = {"step": step + 1, "loss": sum(values.values()),
+                   "loss_und": values.get("und"), "loss_gen": values.get("gen"),
+                   "lr": optimizers[0].param_groups[0]["lr"], "tokens_per_s": tokens / seconds,
+                   "step_ms": 1e3 * seconds, "mfu": mfu, "peak_memory_mb": peak_memory_mb(device)}
+            rows.append(row)
+            if rank() == 0:
+                with (out / "log.jsonl").open("a") as log:
+                    log.write(json.dumps(row) + "\n")
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, {tokens / seconds / 1e3:.1f}k tokens/s"
+                                + (f", MFU {mfu:.0%}" if mfu else ""))
+        if stopped or last_step or (step + 1) % options["save_every"] == 0:
+            check_finite([p.sum().item() for p in model.parameters()], out, step)
+            if rank() == 0:
+                save_checkpoint({
+                    "kind": "run", "options": options, "tasks": tasks, "step": step + 1,
+                    "identity": dataset.identity, "tokenizer": tokenizer.state(),
+                    "config": asdict(c), "model": model.state_dict(),
+                    "optimizers": [o.state_dict() for o in optimizers]}, out / "checkpoint.pt")
+        if (step + 1) % LOG_EVERY == 0:                 # saving is no part of a step's time
+            clock, clock_step = time.perf_counter(), step + 1
+        if stopped:
+            bar.close()
+            print(f"stopped after step {step + 1} and saved; python train.py --resume --out {out} "
+                  "goes on", file=sys.stderr)
+            raise SystemExit(128 + stopped[0])
     bar.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     training_seconds = time.time() - training_began
     if rank() > 0:
         return
 
     # ---- scores and pictures
     draw_losses(rows, out / "loss.png")
-    checkpoint = {"options": options, "step": steps}
-    scores, shown = evaluate(model, tokenizer, checkpoint, dataset, plans,
+    scores, shown = evaluate(model, tokenizer, options, steps, dataset, plans,
                              default_sampling(options["data"]))
     save_scores(scores, shown, out)
     seconds = time.time() - began
@@ -321,19 +329,6 @@ def train(options, device, resumed=None):
           f"training steps; a step {statistics.median([r['step_ms'] for r in rows] or [0]):.0f} ms "
           f"(median), peak memory {peak_memory_mb(device) or math.nan:.0f} MB\nlook at "
           f"{out}/samples.png, {out}/eval.json, {out}/loss.png; then: python probe.py {out}")
-
-
-def update(optimizers):
-    """Applies the gradients and clears them."""
-    muon, adamw = ([p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
-                   for optimizer in optimizers)
-    if dist.is_initialized():               # every process has weighted its own part of the loss
-        for p in muon + adamw:
-            dist.all_reduce(p.grad)
-    torch.nn.utils.clip_grad_norm_(adamw, CLIP)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def summed_over_processes(losses):
@@ -345,11 +340,8 @@ def summed_over_processes(losses):
 
 def peak_flops(device):
     """FLOP/s that the device's data sheet promises, or None."""
-    if device.type == "cuda":
-        for name, peak in PEAKS.items():
-            if torch.cuda.get_device_name().startswith(name):
-                return peak
-    return None
+    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    return next((peak for begin, peak in PEAKS.items() if name.startswith(begin)), None)
 
 
 def begin_log(path, start):
@@ -371,28 +363,23 @@ def draw_losses(rows, path):
     line_chart(lines, title, "step").save(path)
 
 
-def fail_not_finite(out, what, step):
-    kept = out / "checkpoint.pt"
-    advice = f"is {kept}: --resume with it, or begin again with a lower --lr"
-    fail(f"{what} is not finite at step {step}; the last good checkpoint "
-         + (advice if kept.exists() else "was not written yet"))
+def check_finite(values, out, step):
+    if not all(map(math.isfinite, values)):
+        fail(f"a loss or a weight is not finite at step {step + 1}: --resume goes on from the last "
+             f"checkpoint in {out}, if there is one; or begin again with a lower --lr")
 
 
-# ---------------------------------------------------------------------------- options
-
-# Options that do not decide what is learned: a resumed run may have others.
-FREE = {"out", "compile", "save_every", "device"}
-
+# ---------------------------------------------------------------------- options
 
 def complete(given, device):
     """The options of a run: those given; for the others what the device and the objective
     suggest."""
     options = {"objective": "joint", "und_plan": "dense", "gen_plan": "dense",
                "projections": "shared", "image_loss": False, "data": "shapes", "seed": 0,
-               "save_every": 200, "preset": default_preset(device), **given}
+               "lr": LEARNING_RATE, "save_every": 200, "preset": default_preset(device), **given}
     preset = PRESETS[options["preset"]]
     tokenizer = default_tokenizer_path(options["data"])
-    usual = {"steps": preset.steps, "batch_size": preset.batch_size, "lr": preset.lr,
+    usual = {"steps": preset.steps, "batch_size": preset.batch_size,
              "shallow": max(1, preset.layers // 4),         # the paper's K = 5 costs .75 of dense
              "compile": device.type == "cuda" and find_spec("triton") is not None,
              "tokenizer": tokenizer,
@@ -400,32 +387,22 @@ def complete(given, device):
     return usual | options
 
 
-def check(options, given=()):
+def check(options):
     """Refuses options that make no sense, before any work begins."""
-    objective, tasks = options["objective"], OBJECTIVES[options["objective"]]
-    check_seed(options["seed"])
-    for key in ("steps", "batch_size"):
-        if options[key] < 1:
-            fail(f"--{key.replace('_', '-')} {options[key]}: expected at least 1")
-    if options["save_every"] < 1 or options["save_every"] % LOG_EVERY:
-        fail(f"--save-every {options['save_every']}: expected a multiple of {LOG_EVERY}")
+    tasks = OBJECTIVES[options["objective"]]
+    for key, least, most in (("steps", 1, 10 ** 9), ("batch_size", 1, 10 ** 6), ("lr", 1e-9, 10),
+                             ("save_every", 1, 10 ** 9), ("seed", 0, 2 ** 32 - 1)):
+        if not least <= options[key] <= most:
+            fail(f"--{key.replace('_', '-')} {options[key]}: expected {least} to {most}")
     if options["batch_size"] % world():
         fail(f"--batch-size {options['batch_size']}: expected a multiple of {world()} processes")
-    if not 0 < options["lr"] < 10:
-        fail(f"--lr {options['lr']}: expected a number between 0 and 10")
-    if options["projections"] == "task" and objective != "joint":
+    if options["projections"] == "task" and len(tasks) == 1:
         fail("--projections task: a run of one task has one kind of image tokens; expected image")
-    if options["image_loss"] and objective == "gen":
+    if options["image_loss"] and "und" not in tasks:
         fail("--image-loss: generation has no other loss anyway; expected beside understanding")
-    for task in ("und", "gen"):
-        if task not in tasks and options[f"{task}_plan"] != "dense":
-            fail(f"--{task}-plan {options[f'{task}_plan']}: there is no such task with "
-                 f"--objective {objective}")
-    if options["gen_plan"] == "himix":
-        fail("--gen-plan himix: image tokens that are never updated cannot predict the next one; "
-             f"expected one of {', '.join(name for name in PLANS if name != 'himix')}")
-    if "shallow" in given and not {options["und_plan"], options["gen_plan"]} & SOME_LAYERS.keys():
-        fail(f"--shallow {options['shallow']}: expected beside one of {', '.join(SOME_LAYERS)}")
+    for task in {"und", "gen"} - set(tasks):
+        if options[f"{task}_plan"] != "dense":
+            fail(f"--{task}-plan: there is no such task with --objective {options['objective']}")
     try:
         plans_of(tasks, options, PRESETS[options["preset"]].layers)
     except ValueError as error:
@@ -433,16 +410,19 @@ def check(options, given=()):
 
 
 def resume(given, options):
-    """The checkpoint in --out, and the options to go on with: whatever decides what is learned has
-    to be what it was."""
+    """The checkpoint in --out, and the options to go on with: what decides what is learned stays
+    what it was."""
     out = options["out"]
     checkpoint = load_run(out, "cpu")[2]
-    stored = checkpoint["options"]
-    for key in given.keys() - FREE:
-        if options[key] != stored[key]:
-            fail(f"--{key.replace('_', '-')} {options[key]}: the run in {out} has {stored[key]}")
-    free = {key: options[key] for key in given.keys() & FREE | {"out", "compile"}}
-    return checkpoint, stored | free
+    kept = checkpoint["options"]
+    for key, value in options.items():
+        if type(kept.get(key)) is not type(value):
+            fail(f"{out}/checkpoint.pt: its option {key} is {kept.get(key)!r}")
+        if key in ("out", "compile", "save_every"):
+            kept[key] = value
+        elif key in given and value != kept[key]:
+            fail(f"--{key.replace('_', '-')} {value}: the run in {out} has {kept[key]}")
+    return checkpoint, kept
 
 
 def main():
@@ -482,14 +462,11 @@ def main():
     options, checkpoint = complete(given, device), None
     if resuming:
         checkpoint, options = resume(given, options)
-    check(options, given)
-    if not resuming and (Path(options["out"]) / "checkpoint.pt").exists():
+    elif (Path(options["out"]) / "checkpoint.pt").exists():
         fail(f"{options['out']} holds a run already: --resume goes on with it, --out PATH begins "
              "another")
-    with exclusive(options["out"]) as alone:
-        if not alone:
-            fail(f"--out {options['out']}: another process is at work there")
-        train(options, device, checkpoint)
+    check(options)
+    train(options, device, checkpoint)
     if dist.is_initialized():
         dist.destroy_process_group()
 

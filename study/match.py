@@ -1,0 +1,83 @@
+"""Pictures and texts matched among ten, for folders of images, where no checker exists.
+
+    python study/match.py out/RUN           prints how often the right one is picked
+"""
+import argparse
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import pick_device, run_script
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+from eval import load_run, mean, plans_of
+from model import generation, understanding
+from prune import predicting
+
+@torch.no_grad()
+def log_likelihoods(model, batch, plan):
+    """(B,): log p(output tokens | all before them) of each sequence."""
+    batch = batch.to(model.row.device)
+    logits, _ = model(batch, plan)
+    span = predicting(batch.layout, batch.image_loss)
+    targets, is_output = batch.targets[:, span], batch.is_output[:, span]
+    loss = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=-1,
+                           reduction="none")                        # (B, positions)
+    return -(loss * is_output).sum(1).cpu()
+
+
+def matching(model, tokenizer, split, task, plan, group=10):
+    """Pictures and texts matched among ten, where no checker exists. How often the right text is
+    picked for a picture ("caption"), the right picture for a text ("image"), by a blind guess
+    ("chance"). A pick whose text is the right text counts as right.
+
+    und: log p(answer | picture, first question). gen: log p(picture | caption) - log p(picture | no
+    caption).
+    """
+    hits = defaultdict(list)
+    codes, c = tokenizer.encode(split.pixels), model.config
+    for i in tqdm(range(0, len(codes) - group + 1, group), desc="matching", leave=False):
+        pictures = codes[i:i + group]
+        each = pictures.repeat_interleave(group, 0)         # row a * group + b: picture a, text b
+        if task == "und":
+            asked = [questions[0] for questions in split.questions[i:i + group]]
+            texts = [question.answer for question in asked]
+            pairs = [[(question.text, answer)] for question in asked for answer in texts]
+            batch = understanding(tokenizer, each, pairs, c.und_text)
+            table = log_likelihoods(model, batch, plan).view(group, group)
+        else:
+            texts = [caption.text for caption in split.captions[i:i + group]]
+            batch = generation(tokenizer, each, texts * group, c.gen_text)
+            without = generation(tokenizer, pictures, [""] * group, c.gen_text)
+            table = log_likelihoods(model, batch, plan).view(group, group)
+            table -= log_likelihoods(model, without, plan)[:, None]
+        for k, text in enumerate(texts):
+            hits["caption"].append(texts[table[k].argmax()] == text)
+            hits["image"].append(texts[table[:, k].argmax()] == text)
+            hits["chance"].append(texts.count(text) / group)
+    return {what: mean(flags) for what, flags in hits.items()}
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a trained run")
+    parser.add_argument("--n", type=int, default=1000, help="validation pictures")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    args = parser.parse_args()
+    model, tokenizer, checkpoint = load_run(args.run, pick_device(args.device))
+    options = checkpoint["options"]
+    dataset = data.load(options["data"], options["preset"])
+    split = dataset.split("und", "val", args.n, options["seed"])
+    for task, plan in plans_of(checkpoint["tasks"], options, model.config.layers).items():
+        rates = matching(model, tokenizer, split, task, plan)
+        print(f"{task}: of ten, the text of an image {rates['caption']:.1%}, the image of a text "
+              f"{rates['image']:.1%} (chance {rates['chance']:.1%})")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,307 @@
+"""Many runs: the paper's rows and their controls. Trains what is missing, then makes the table.
+
+    python study/table.py out/table --seeds 3               every row, seeds 1 to 3
+    python study/table.py out/table --seeds 8 --rows u joint        some rows
+    python study/table.py out/table --seeds 0               no training: the table of what is there
+
+It goes on where it stopped, and may be started several times, best one process a core
+(OMP_NUM_THREADS=1): each takes rows that no other has. Settings are chosen on seed 0, so seeds
+count from 1. Writes study/results/NAME-PRESET.md, .json and -samples.png; NAME is the folder's.
+"""
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from common import contact_sheet, fail, pick_device, run_script, write_file
+
+import numpy as np
+import torch
+
+import data
+import probe
+import train
+from eval import default_sampling, draw_pictures, evaluate, load_run, plans_of, save_scores
+from model import sequences
+
+RESULTS = ROOT / "study" / "results"
+
+# Each row: its title, and how its options differ from those of joint dense training.
+BOTH = dict(und_plan="himix", gen_plan="hmgen")
+SKIP = dict(und_plan="skip", gen_plan="skip")
+ROWS = {
+    # the paper's
+    "u": ("U only, dense", dict(objective="und")),
+    "g": ("G only, dense", dict(objective="gen")),
+    "joint": ("joint, dense", {}),
+    "u-himix": ("U only, HiMix", dict(objective="und", und_plan="himix", projections="image")),
+    "g-hmgen": ("G only, HMGen", dict(objective="gen", gen_plan="hmgen", projections="image")),
+    "share-all": ("joint, HiMix + HMGen, share all", BOTH),
+    "share-partial": ("joint, HiMix + HMGen, share partial", dict(BOTH, projections="task")),
+    "g-naive": ("G only, naive control in the middle", dict(objective="gen", gen_plan="naive")),
+    "g-naive-all": ("G only, naive control in all layers",
+                    dict(objective="gen", gen_plan="naive-all")),
+    # controls
+    "u-image": ("U only, dense, own projections", dict(objective="und", projections="image")),
+    "g-image": ("G only, dense, own projections", dict(objective="gen", projections="image")),
+    "u-himix-shared": ("U only, HiMix, shared projections",
+                       dict(objective="und", und_plan="himix")),
+    "joint-image": ("joint, dense, own projections", dict(projections="image")),
+    "u-eq1": ("U only, dense, loss on image tokens", dict(objective="und", image_loss=True)),
+    "joint-eq1": ("joint, dense, loss on image tokens", dict(image_loss=True)),
+    # beyond the paper
+    "hmgen-both": ("joint, HMGen in both tasks", dict(und_plan="hmgen", gen_plan="hmgen")),
+    "skip-both": ("joint, both tasks skip the middle layers", SKIP),
+    "skip-image": ("joint, both skip, own projections", dict(SKIP, projections="image")),
+}
+# Trained rows that are scored once more under a plan they were not trained with (cf. fig. 5).
+AT_INFERENCE = {"u": ("HiMix at inference only", dict(und_plan="himix")),
+                "g": ("HMGen at inference only", dict(gen_plan="hmgen"))}
+# The paper's tables 2 and 3: GQA, MJHQ FID (less is better) and FLOPs.
+PAPER = {"u": ("52.86", "–", "1"), "g": ("–", "17.45", "1"), "joint": ("56.00", "15.78", "1"),
+         "u-himix": ("49.92", "–", "0.24"), "g-hmgen": ("–", "12.55", "0.75"),
+         "share-all": ("33.00", "12.53", "0.56"), "share-partial": ("47.05", "14.54", "0.55")}
+
+# The table's columns: title, where the number stands in eval.json, factor, digits.
+COLUMNS = [("questions right, %", ("und", "accuracy"), 100, 1),
+           ("held-out pairs, %", ("und", "transfer_accuracy"), 100, 1),
+           ("images right, %", ("gen", "image_accuracy"), 100, 1),
+           ("held-out objects, %", ("gen", "transfer_object_accuracy"), 100, 1),
+           ("FLOPs", ("cost", "flops_ratio"), 1, 2), ("time", ("cost", "step_ratio"), 1, 2)]
+
+# The paper's claims, each as a difference that it says is above a margin (in points): a row and a
+# score, another row and score, the margin.
+QUESTIONS, HELD_OUT = ("und", "accuracy"), ("und", "transfer_accuracy")
+IMAGES = ("gen", "image_accuracy")
+CLAIMS = [
+    ("joint training helps with questions", "joint", QUESTIONS, "u", QUESTIONS, 0),
+    ("joint training helps with held-out pairs", "joint", HELD_OUT, "u", HELD_OUT, 0),
+    ("joint training helps with images", "joint", IMAGES, "g", IMAGES, 0),
+    ("HiMix alone keeps questions", "u-himix", QUESTIONS, "u", QUESTIONS, -3),
+    ("HMGen alone keeps images", "g-hmgen", IMAGES, "g", IMAGES, -3),
+    ("share all loses questions", "joint", QUESTIONS, "share-all", QUESTIONS, 0),
+    ("share all loses held-out pairs", "joint", HELD_OUT, "share-all", HELD_OUT, 0),
+    ("share partial wins held-out pairs back", "share-partial", HELD_OUT, "share-all", HELD_OUT, 0),
+]
+# Student's t, 97.5 %, for 1 to 9 degrees of freedom.
+T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+
+
+# ---------------------------------------------------------------------- training
+
+@contextmanager
+def exclusive(folder):
+    """Lock a folder for this process, and yield whether that worked. The lock ends with the
+    process, however that ends. An empty folder is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.name == "nt":                                     # which has no such locks
+        yield True
+        return
+    import fcntl
+    handle, locked = os.open(folder, os.O_RDONLY), True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:                                         # another process has it
+        locked = False
+    try:
+        yield locked
+    finally:
+        if locked and not any(folder.iterdir()):
+            folder.rmdir()
+        os.close(handle)
+
+
+def train_row(out, options, at_inference, device):
+    """What one run lacks: its training, its scores, its attention, its scores under another plan.
+    Finished parts are left alone, and so is a run that another process is at."""
+    with exclusive(out) as alone:
+        if not alone:
+            return
+        if not (out / "eval.json").exists():
+            print(f"\n{out}", flush=True)
+            checkpoint = None
+            if (out / "checkpoint.pt").exists():
+                checkpoint = load_run(out, "cpu")[2]
+            train.check(options)
+            train.train(options, device, checkpoint)
+        if not (out / "attention.json").exists():
+            write_file(out / "attention.json", json.dumps(attention(out, device)))
+        if at_inference and not (out / "eval-inference.json").exists():
+            model, tokenizer, checkpoint = load_run(out, device)
+            changed = {**options, **at_inference}
+            plans = plans_of(checkpoint["tasks"], changed, model.config.layers)
+            dataset = data.load(options["data"], options["preset"])
+            scores, shown = evaluate(model, tokenizer, changed, checkpoint["step"], dataset, plans,
+                                     default_sampling(options["data"]))
+            save_scores(scores, shown, out, "-inference")
+
+
+def attention(out, device, n=256):
+    """{task: attention shares of a run}: see probe.allocation."""
+    model, tokenizer, checkpoint = load_run(out, device)
+    options, shares = checkpoint["options"], {}
+    dataset = data.load(options["data"], options["preset"])
+    for task, plan in plans_of(checkpoint["tasks"], options, model.config.layers).items():
+        split = dataset.split(task, "val", n, options["seed"], questions=1)
+        batch = sequences(task, tokenizer, split, model.config).to(device)
+        shares[task], _ = probe.allocation(model, batch, plan)
+    return shares
+
+
+# ---------------------------------------------------------------------- the table
+
+def value(scores, path):
+    """One number of eval.json, or None: a run has the scores of its own tasks only."""
+    for key in path:
+        scores = scores.get(key) if isinstance(scores, dict) else None
+    return scores
+
+
+def cell(runs, path, factor, digits):
+    """Mean ± standard deviation over seeds of one number; "–" where there is none."""
+    numbers = [factor * x for x in (value(run, path) for run in runs.values()) if x is not None]
+    if not numbers:
+        return "–"
+    spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(set(numbers)) > 1 else ""
+    return f"{statistics.mean(numbers):.{digits}f}{spread}"
+
+
+def markdown(titles, rows, left=1):
+    """A table in Markdown, its first `left` columns to the left, the others to the right."""
+    rule = "|" + "---|" * left + "---:|" * (len(titles) - left)
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (titles, *rows)]
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def answer_claims(found):
+    """[(claim, difference in points, half of its 95 % interval, seeds, answer)]. Runs of one seed
+    share data and order, so differences are taken seed by seed."""
+    answers = []
+    for claim, row, path, other_row, other_path, margin in CLAIMS:
+        one, other = found.get(row, {}), found.get(other_row, {})
+        differences = [100 * (value(one[seed], path) - value(other[seed], other_path))
+                       for seed in sorted(one.keys() & other.keys())]
+        if len(differences) > 1:
+            n, mean = len(differences), statistics.mean(differences)
+            half = T975[min(n - 1, len(T975)) - 1] * statistics.stdev(differences) / n ** .5
+            answer = "undecided"
+            if mean - half > margin:
+                answer = "holds"
+            if mean + half < margin:
+                answer = "does not hold"
+            answers.append((claim, mean, half, n, answer))
+    return answers
+
+
+def read_runs(folder):
+    """{row: {seed: scores}} of the finished runs in a folder; scores under another plan as a row
+    of their own, "ROW-inference"."""
+    found = defaultdict(dict)
+    for file in sorted(folder.glob("*-seed*/eval*.json")):
+        name, seed = file.parent.name.rsplit("-seed", 1)
+        name += file.stem.removeprefix("eval")
+        found[name][int(seed)] = scores = json.loads(file.read_text())
+        shares = file.with_name("attention.json")
+        if file.name == "eval.json" and shares.exists():
+            scores["attention"] = json.loads(shares.read_text())
+    return found
+
+
+def make_table(folder):
+    """Prints the table of all finished runs in a folder, and writes it beside all their scores."""
+    found = read_runs(folder)
+    if not found:
+        fail(f"{folder}: no finished run in it (expected folders ROW-seedN with an eval.json)")
+    titles = {name: title for name, (title, _) in ROWS.items()}
+    for name, (title, _) in AT_INFERENCE.items():
+        titles[f"{name}-inference"] = f"{titles[name]}, {title}"
+    rows = []
+    for name in [name for name in titles if name in found]:
+        seeds = ", ".join(map(str, sorted(found[name])))
+        cells = [cell(found[name], *column[1:]) for column in COLUMNS]
+        rows.append([titles[name], seeds, *cells, *PAPER.get(name, ("–",) * 3)])
+    parts = [markdown(["run", "seeds", *(column[0] for column in COLUMNS), "paper: GQA",
+                       "paper: FID ↓", "paper: FLOPs"], rows)]
+    for task, kinds, accuracy in (("und", data.QUESTION_KINDS, "accuracy"),
+                                  ("gen", data.CAPTION_FIELDS, "image_accuracy")):
+        rows = []
+        for name in [name for name in titles if name in found]:
+            cells = [cell(found[name], (task, "by_type", kind, accuracy), 100, 1) for kind in kinds]
+            if set(cells) != {"–"}:
+                rows.append([titles[name], *cells])
+        parts.append(markdown([f"right by kind, {task}, %", *kinds], rows))
+    answers = [[claim, f"{mean:+.1f} ± {half:.1f}", n, answer]
+               for claim, mean, half, n, answer in answer_claims(found)]
+    if answers:
+        parts.append(markdown(["claim", "points, 95 % interval", "seeds", ""], answers))
+    every = [scores for runs in found.values() for scores in runs.values()]
+    machines = " / ".join(sorted({scores["hardware"] for scores in every}))
+    config = every[0]["config"]
+    parts.append(f"Mean ± standard deviation over seeds; preset {config['preset']}, "
+                 f"{config['steps']} steps of {config['batch_size']} pictures of each task; "
+                 f"{machines}.")
+    path = RESULTS / f"{folder.resolve().name}-{config['preset']}"
+    write_file(f"{path}.md", "\n\n".join(parts) + "\n")
+    write_file(f"{path}.json", json.dumps({"titles": titles, "runs": found}))
+    print("\n\n".join(parts) + f"\n\n{path}.md, .json")
+
+
+def draw_samples(folder, device):
+    """Pictures that each row draws under the same six captions, a line for each row."""
+    pictures, texts = [], []
+    for out in sorted(folder.glob("*-seed1")):
+        name = out.name.removesuffix("-seed1")
+        if (out / "eval.json").exists() and ROWS.get(name, ("", {"objective": "und"}))[1].get(
+                "objective") != "und":
+            model, tokenizer, checkpoint = load_run(out, device)
+            options = checkpoint["options"]
+            dataset = data.load(options["data"], options["preset"])
+            captions = dataset.split("gen", "val", 6, questions=0).captions
+            plan = plans_of(["gen"], options, model.config.layers)["gen"]
+            sampling = default_sampling(options["data"])
+            pictures.append(draw_pictures(model, tokenizer, captions, plan, sampling))
+            texts += [f"{ROWS[name][0]}:\n{caption.text}" for caption in captions]
+    if pictures:
+        path = RESULTS / f"{folder.resolve().name}-{options['preset']}-samples.png"
+        contact_sheet(np.concatenate(pictures), texts, path)
+        print(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, default=1, help="train seeds 1 to SEEDS (default: 1)")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
+                        help=f"some of: {', '.join(ROWS)}")
+    parser.add_argument("--preset", choices=data.PRESETS, help="default: what fits the device")
+    parser.add_argument("--steps", type=int, help="default: the preset's")
+    parser.add_argument("--tokenizer", help="default: out/tokenizer.pt")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    shared = {key: getattr(args, key) for key in ("preset", "steps", "tokenizer")
+              if getattr(args, key) is not None}
+    usual = train.complete(shared, device)
+    dataset = data.load("shapes", usual["preset"])
+    with exclusive(args.folder):                            # of two processes, one trains it
+        train.get_tokenizer(usual, dataset, device)
+    for seed in range(1, args.seeds + 1):
+        for name in args.rows:
+            out = args.folder / f"{name}-seed{seed}"
+            given = {**shared, **ROWS[name][1], "seed": seed, "out": str(out)}
+            torch.compiler.reset()                          # else the code of every row stays
+            train_row(out, train.complete(given, device), AT_INFERENCE.get(name, ("", {}))[1],
+                      device)
+    make_table(args.folder)
+    draw_samples(args.folder, device)
+
+
+if __name__ == "__main__":
+    run_script(main)
