@@ -389,6 +389,10 @@ def complete(given, device):
 
 def check(options):
     """Refuses options that make no sense, before any work begins."""
+    for key, choices in (("objective", OBJECTIVES), ("projections", PROJECTIONS),
+                         ("preset", PRESETS)):
+        if options[key] not in choices:
+            fail(f"--{key} {options[key]}: expected one of {', '.join(choices)}")
     tasks = OBJECTIVES[options["objective"]]
     for key, least, most in (("steps", 1, 10 ** 9), ("batch_size", 1, 10 ** 6), ("lr", 1e-9, 10),
                              ("save_every", 1, 10 ** 9), ("seed", 0, 2 ** 32 - 1)):

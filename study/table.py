@@ -184,9 +184,11 @@ def answer_claims(found):
     share data and order, so differences are taken seed by seed."""
     answers = []
     for claim, row, path, other_row, other_path, margin in CLAIMS:
-        one, other = found.get(row, {}), found.get(other_row, {})
-        differences = [100 * (value(one[seed], path) - value(other[seed], other_path))
-                       for seed in sorted(one.keys() & other.keys())]
+        one, other, differences = found.get(row, {}), found.get(other_row, {}), []
+        for seed in sorted(one.keys() & other.keys()):
+            a, b = value(one[seed], path), value(other[seed], other_path)
+            if a is not None and b is not None:
+                differences.append(100 * (a - b))
         if len(differences) > 1:
             n, mean = len(differences), statistics.mean(differences)
             half = T975[min(n - 1, len(T975)) - 1] * statistics.stdev(differences) / n ** .5
@@ -288,10 +290,9 @@ def main():
     device = pick_device(args.device)
     shared = {key: getattr(args, key) for key in ("preset", "steps", "tokenizer")
               if getattr(args, key) is not None}
-    usual = train.complete(shared, device)
-    dataset = data.load("shapes", usual["preset"])
-    with exclusive(args.folder):                            # of two processes, one trains it
-        train.get_tokenizer(usual, dataset, device)
+    if args.seeds > 0:
+        usual = train.complete(shared, device)
+        train.get_tokenizer(usual, data.load("shapes", usual["preset"]), device)
     for seed in range(1, args.seeds + 1):
         for name in args.rows:
             out = args.folder / f"{name}-seed{seed}"

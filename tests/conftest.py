@@ -1,0 +1,85 @@
+"""Scripts run in forked processes: as a user would run them, but without seconds of imports."""
+import os
+import sys
+import tempfile
+import time
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "study"))
+torch.set_num_threads(1)                # more threads do not survive a fork; nothing here needs them
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+class Script:
+    """A script at work in a process of its own. `wait` gives its exit status, then `output` has
+    what it printed; the status is minus the signal that killed it."""
+
+    def __init__(self, name, *args, folder):
+        self.printed = tempfile.TemporaryFile("w+")
+        self.pid = os.fork()
+        if self.pid == 0:
+            status = 1
+            try:
+                os.dup2(self.printed.fileno(), 1)
+                os.dup2(self.printed.fileno(), 2)
+                os.chdir(folder)
+                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", 1)
+                sys.argv = [name, *map(str, args)]
+                from common import run_script
+                run_script(import_module(Path(name).stem).main)
+                status = 0
+            except SystemExit as stop:
+                status = stop.code or 0
+            except BaseException:
+                import traceback
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+
+    def wait(self):
+        self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.printed.seek(0)
+        self.output = self.printed.read()
+        return self.status
+
+    def runs(self):
+        return os.waitpid(self.pid, os.WNOHANG) == (0, 0)
+
+    def send(self, number):
+        os.kill(self.pid, number)
+
+
+def run(name, *args, folder=ROOT, code=0):
+    """Runs a script to its end and returns what it printed; it has to exit with `code`."""
+    script = Script(name, *args, folder=folder)
+    assert script.wait() == code, script.output
+    return script.output
+
+
+def train_args(folder, name, *args):
+    return ("--preset", "tiny", "--device", "cpu", "--tokenizer", folder / "tokenizer.pt", "--out",
+            folder / name, *args)
+
+
+def wait_for_log(script, run, lines):
+    """Until a training process has logged so many lines."""
+    log = run / "log.jsonl"
+    while not log.exists() or log.read_text().count("\n") < lines:
+        assert script.runs(), "the script ended too early"
+        time.sleep(.01)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with a tokenizer and a joint run of 40 steps."""
+    folder = tmp_path_factory.mktemp("out")
+    run("tokenizer.py", "--preset", "tiny", "--out", folder / "tokenizer.pt", "--device", "cpu")
+    run("train.py", *train_args(folder, "joint", "--steps", 40, "--save-every", 10))
+    return folder
