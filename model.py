@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from prune import FFN, Layout, flops, positions, predicting
+from prune import FFN, FULL, Layout, flops, positions, predicting
 
 # The weight of an instruction's token in the loss, where an output token has 1. The paper's eq. 1
 # counts both alike (set it to 1.); here three targets of four would then be those of questions.
@@ -74,18 +74,16 @@ class Batch(NamedTuple):
     def to(self, device):
         return Batch(*self[:3], *[tensor.to(device) for tensor in self[3:]])
 
-    def attention_mask(self, start=0, stop=None):
-        """(B, 1, stop - start, N) bool, [query, key]: what the queries from start to stop may see.
+    def attention_mask(self, queries, keys):
+        """(B, 1, q, k) bool: what the tokens at the positions `queries` see of those at `keys`.
 
         Causal. Questions on one picture do not see each other, so that they share its cost and are
         answered as if each were asked alone. No token sees padding, but padding itself does: a
         query without any key has no softmax.
         """
-        query = self.segment_ids[:, start:stop, None]
-        key = self.segment_ids[:, None, :]
-        order = torch.arange(key.size(2), device=key.device)
-        causal = order <= order[start:stop, None]
-        return (causal & ((key == 0) | (key == query)))[:, None]
+        asker, seen = self.segment_ids[:, queries, None], self.segment_ids[:, None, keys]
+        causal = keys <= queries[:, None]
+        return (causal & ((seen == 0) | (seen == asker)))[:, None]
 
 
 def make_batch(task, layout, image_loss, tokens, position_ids, segment_ids, targets, is_output):
@@ -199,9 +197,9 @@ def sequences(task, tokenizer, split, c):
 # ---------------------------------------------------------------------- the block
 
 class Tokens(NamedTuple):
-    """The tokens that are queries, or keys, in a layer."""
-    index: torch.Tensor     # (n,) their positions in the sequence
-    layout: Layout          # how many of them stand before, in and after the image
+    """The tokens that are queries, or keys, in a layer: see prune.Part."""
+    index: torch.Tensor     # (n,)
+    layout: Layout
     cos: torch.Tensor       # (B, 1, n, Dh) their rotary angles
     sin: torch.Tensor
 
@@ -314,18 +312,13 @@ class Model(nn.Module):
         grid = F.pad(grid, (0, 0, before, after))                               # (N, d), 0 for text
         return self.token_embedding(batch.tokens[:, start:stop]) + grid[start:stop]
 
-    def select(self, chosen, batch, start=0, stop=None):
-        """Those of the positions `chosen` that lie from start to stop, as Tokens."""
-        stop = stop or sum(batch.layout)
-        before, m, _ = batch.layout
-        chosen = [p for p in chosen if start <= p < stop]
-        image = [p for p in chosen if before <= p < before + m]
-        after = [p for p in chosen if p >= before + m]
-        layout = Layout(len(chosen) - len(image) - len(after), len(image), len(after))
-        index = torch.tensor(chosen, device=batch.tokens.device, dtype=torch.long)
-        position_ids = batch.position_ids[:, index]                             # (B, n)
-        cos, sin = self.cos[position_ids], self.sin[position_ids]
-        return Tokens(index, layout, cos[:, None], sin[:, None])
+    def part(self, rule, batch, start=0, stop=None):
+        """What takes part in a layer: its queries and keys, as Tokens. See prune.positions."""
+        tokens = []
+        for index, layout in positions(rule, batch.layout, start, stop, batch.tokens.device):
+            ids = batch.position_ids[:, index]                                  # (B, n)
+            tokens.append(Tokens(index, layout, self.cos[ids][:, None], self.sin[ids][:, None]))
+        return tokens
 
     def loss(self, x, batch):
         """The logits of the positions that `predicting` names, and the loss of eq. 1: cross-entropy
@@ -343,20 +336,19 @@ class Model(nn.Module):
         every layer, (B, H, N, N). Dropped queries have weights, too, which change nothing.
         """
         x = original = self.embed(batch)                                        # (B, N, d)
-        order = torch.arange(sum(batch.layout), device=x.device)
-        everything = self.select(order.tolist(), batch)
-        causal = batch.attention_mask()
+        everything, _ = self.part(FULL, batch)
+        order = everything.index                                                # (N,)
         before, m, _ = batch.layout
         is_image = ((order >= before) & (order < before + m))[:, None]          # (N, 1)
+        causal = batch.attention_mask(order, order)
         all_weights = []
         for block, rule in zip(self.blocks, plan):
-            queries, keys = positions(rule, batch.layout)
-            is_query = torch.isin(order, torch.tensor(queries, device=x.device))[:, None]
-            is_key = torch.isin(order, torch.tensor(keys, device=x.device))
+            queries, keys = self.part(rule, batch)
+            is_query, is_key = torch.isin(order, queries.index), torch.isin(order, keys.index)
             source = torch.where(is_image, original, x) if rule.keys == "embedding" else x
             updated, weights = block(x, source, everything, everything, causal & is_key, batch.task,
                                      fused=False)
-            x = torch.where(is_query, updated, x)
+            x = torch.where(is_query[:, None], updated, x)
             all_weights.append(weights)
         return *self.loss(x, batch), all_weights
 
@@ -364,12 +356,11 @@ class Model(nn.Module):
         """Final hidden states (B, N, d): as in `forward_masked`, but only queries and keys are
         taken into a layer, so that dropped tokens enter no matmul."""
         x = original = self.embed(batch)
-        causal = batch.attention_mask()
         before, m, _ = batch.layout
         parts = {}                                          # of each kind of layer
         for rule in set(plan):
-            queries, keys = (self.select(chosen, batch) for chosen in positions(rule, batch.layout))
-            parts[rule] = queries, keys, causal[:, :, queries.index][..., keys.index]
+            queries, keys = self.part(rule, batch)
+            parts[rule] = queries, keys, batch.attention_mask(queries.index, keys.index)
         for block, rule in zip(self.blocks, plan):
             queries, keys, mask = parts[rule]
             source = x
@@ -391,27 +382,24 @@ class Model(nn.Module):
         choose: a function, logits (B, vocab) -> ids (B,). Returns batch.tokens."""
         rows, n = batch.tokens.shape
         before, m, _ = batch.layout
+        order = torch.arange(n, device=self.row.device)
+        is_image = ((order >= before) & (order < before + m))[:, None]
         shape = rows, self.config.heads, n, self.config.width // self.config.heads
         # Room for the keys and values of all tokens. What is not there yet lies in the future,
         # where the causal mask hides it; what is no key of a layer is hidden, too.
         caches = [(self.row.new_zeros(shape), self.row.new_zeros(shape)) for _ in plan]
-        order = torch.arange(n, device=self.row.device)
-        is_image = ((order >= before) & (order < before + m))[:, None]
+        is_key = {rule: torch.isin(order, self.part(rule, batch)[1].index) for rule in set(plan)}
         read = 0                                            # so many tokens have been read
         for write in range(start, n):
             x = original = self.embed(batch, read, write)   # all of the prompt, then token by token
-            causal = batch.attention_mask(read, write)
             for block, rule, cache in zip(self.blocks, plan, caches):
-                every_query, every_key = positions(rule, batch.layout)
-                queries = self.select(every_query, batch, read, write)
-                keys = self.select(every_key, batch, read, write)
-                is_key = torch.isin(order, torch.tensor(every_key, device=order.device))
+                queries, keys = self.part(rule, batch, read, write)
                 source = x
                 if rule.keys == "embedding":
                     source = torch.where(is_image[read:write], original, x)
+                mask = batch.attention_mask(queries.index, order) & is_key[rule]
                 updated, _ = block(x[:, queries.index - read], source[:, keys.index - read],
-                                   queries, keys, (causal & is_key)[:, :, queries.index - read],
-                                   batch.task, cache=cache)
+                                   queries, keys, mask, batch.task, cache=cache)
                 x = x.index_copy(1, queries.index - read, updated)
             batch.tokens[:, write] = choose(self.head(self.norm(x[:, -1])))
             read = write

@@ -54,7 +54,7 @@ def allocation(model, batch, plan, chunk=16):
     n, layers = sum(batch.layout), len(plan)
     is_query = torch.zeros(layers, n, dtype=torch.bool, device=batch.tokens.device)
     for layer, rule in enumerate(plan):
-        is_query[layer, positions(rule, batch.layout)[0]] = True
+        is_query[layer, positions(rule, batch.layout)[0].index] = True
     sums = torch.zeros(2, layers, len(SEGMENTS))            # of all queries, of output queries
     counts = torch.zeros(2, layers, 1)
     first = None

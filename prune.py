@@ -64,15 +64,27 @@ class Layout(NamedTuple):
     after: int      # 0 in generation, where the image is the output
 
 
-def positions(rule, layout):
-    """The positions that are queries, and those that are keys, in a layer with this rule: two
-    sorted lists. Masks, FLOP counts and both forwards of the model come from here."""
-    before, image, after = layout
-    image_positions = list(range(before, before + image))
-    text_before, text_after = list(range(before)), list(range(before + image, sum(layout)))
-    queries = text_before + (image_positions if rule.query else []) + text_after
-    keys = text_before + (image_positions if rule.keys != "none" else []) + text_after
-    return queries, keys
+class Part(NamedTuple):
+    """The tokens of a sequence that are queries, or keys, in a layer."""
+    index: torch.Tensor     # (n,) their positions, in order
+    layout: Layout          # how many of them stand before, in and after the image
+
+
+def positions(rule, layout, start=0, stop=None, device=None):
+    """What takes part in a layer with this rule: its queries and its keys, as Parts; with start
+    and stop, those of them that lie there. Masks, FLOP counts and both forwards of the model come
+    from here."""
+    stop = sum(layout) if stop is None else stop
+    edges = 0, layout.before, layout.before + layout.image, sum(layout)
+    text_before, image, text_after = (range(max(start, a), max(start, a, min(stop, b)))
+                                      for a, b in zip(edges, edges[1:]))
+
+    def part(with_image):
+        spans = text_before, image if with_image else range(0), text_after
+        index = torch.cat([torch.arange(s.start, s.stop, device=device) for s in spans])
+        return Part(index, Layout(*map(len, spans)))
+
+    return part(rule.query), part(rule.keys != "none")
 
 
 def predicting(layout, image_loss=False):
@@ -90,8 +102,7 @@ def predicting(layout, image_loss=False):
 def mask(rule, layout):
     """(N, N) bool, [query, key]: what each query sees. A token that is no query has an empty
     row."""
-    queries, keys = positions(rule, layout)
-    queries, keys = torch.tensor(queries), torch.tensor(keys)
+    queries, keys = (part.index for part in positions(rule, layout))
     seen = torch.zeros(sum(layout), sum(layout), dtype=torch.bool)
     seen[queries[:, None], keys] = keys <= queries[:, None]
     return seen
@@ -118,8 +129,7 @@ def flops(plan, layout, width, vocab, image_loss=False):
     span = predicting(layout, image_loss)
     multiply_adds = (span.stop - span.start) * d * vocab
     for rule in plan:
-        queries, keys = positions(rule, layout)
-        q, k = len(queries), len(keys)
+        q, k = (len(part.index) for part in positions(rule, layout))
         multiply_adds += 2 * q * d * d + 2 * k * d * d + 2 * q * k * d + 2 * FFN * q * d * d
     return 6 * multiply_adds
 
@@ -128,8 +138,8 @@ def paper_cost(plan, layout, width):
     """The paper's formula (sec. 5): q k d + 8 q d^2. It leaves out the four projections."""
     total = 0
     for rule in plan:
-        queries, keys = positions(rule, layout)
-        total += len(queries) * len(keys) * width + 8 * len(queries) * width ** 2
+        q, k = (len(part.index) for part in positions(rule, layout))
+        total += q * k * width + 8 * q * width ** 2
     return total
 
 
