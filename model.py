@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import (BlockMask, create_block_mask,
+                                               flex_attention)
 
 from prune import FFN, FULL, Layout, flops, positions, predicting
 
@@ -84,6 +86,16 @@ class Batch(NamedTuple):
         asker, seen = self.segment_ids[:, queries, None], self.segment_ids[:, None, keys]
         causal = keys <= queries[:, None]
         return (causal & ((seen == 0) | (seen == asker)))[:, None]
+
+    def block_mask(self, queries, keys):
+        """The same for FlexAttention, which leaves out blocks of 128 x 128 that nobody sees."""
+        def is_seen(row, head, i, j):
+            query, key = queries[i], keys[j]
+            asker, seen = self.segment_ids[row, query], self.segment_ids[row, key]
+            return (key <= query) & ((seen == 0) | (seen == asker))
+
+        return create_block_mask(is_seen, len(self.tokens), None, len(queries), len(keys),
+                                 self.tokens.device)
 
 
 def make_batch(task, layout, image_loss, tokens, position_ids, segment_ids, targets, is_output):
@@ -238,11 +250,11 @@ class Block(nn.Module):
         q = self.split_heads(self.project(self.query, h, queries.layout, task))
         kv = self.project(self.key_value, h_source, keys.layout, task)
         k, v = map(self.split_heads, kv.chunk(2, dim=-1))               # (B, H, k, Dh)
-        # Autocast gives bfloat16; norms stay exact.
-        q = rotate(self.query_norm(q.type_as(self.query_norm.weight)), queries.cos, queries.sin)
-        k = rotate(self.key_norm(k.type_as(self.key_norm.weight)), keys.cos, keys.sin)
+        q = self.query_norm(q.float() if q.dtype == torch.bfloat16 else q)      # norms stay exact
+        k = self.key_norm(k.float() if k.dtype == torch.bfloat16 else k)
+        q, k = rotate(q, queries.cos, queries.sin), rotate(k, keys.cos, keys.sin)
         if cache:
-            cache[0][:, :, keys.index], cache[1][:, :, keys.index] = k, v
+            cache[0][:, :, keys.index], cache[1][:, :, keys.index] = k, v.type_as(k)
             k, v = cache
         attended, weights = attention(q, k, v, mask, fused)             # (B, H, q, Dh)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
@@ -264,8 +276,15 @@ class Block(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)        # (B, n, d) -> (B, H, n, Dh)
 
 
+def uses_flex_attention(x):
+    """FlexAttention is fast on a GPU when compiled. Elsewhere it is slow, or has no backward."""
+    return x.is_cuda and torch.compiler.is_compiling()
+
+
 def attention(q, k, v, mask, fused):
     """softmax(q k^T / sqrt(Dh)) v, (B, H, q, Dh), and its weights, which no fused kernel gives."""
+    if isinstance(mask, BlockMask):
+        return flex_attention(q.type_as(v), k.type_as(v), v, block_mask=mask), None
     if fused:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask), None
     scores = q @ k.mT / math.sqrt(q.size(-1))                           # (B, H, q, k)
@@ -360,7 +379,8 @@ class Model(nn.Module):
         parts = {}                                          # of each kind of layer
         for rule in set(plan):
             queries, keys = self.part(rule, batch)
-            parts[rule] = queries, keys, batch.attention_mask(queries.index, keys.index)
+            make_mask = batch.block_mask if uses_flex_attention(x) else batch.attention_mask
+            parts[rule] = queries, keys, make_mask(queries.index, keys.index)
         for block, rule in zip(self.blocks, plan):
             queries, keys, mask = parts[rule]
             source = x

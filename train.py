@@ -89,6 +89,7 @@ class Muon(torch.optim.Optimizer):
                     state["average"] = torch.zeros_like(gradient)
                 average = state["average"].lerp_(gradient, 1 - MOMENTUM)
                 update = orthogonal(gradient.lerp(average, MOMENTUM))               # Nesterov
+                update = update.type_as(gradient)
                 scale = group["lr"] * max(1, rows / columns) ** .5
                 torch._foreach_add_(matrices, list(update.unbind()), alpha=-scale)
 
@@ -99,6 +100,7 @@ def orthogonal(x, steps=5):
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = x.bfloat16() if x.is_cuda else x                    # exact enough, and twice as fast there
     for _ in range(steps):
         a = x @ x.mT
         x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
@@ -247,7 +249,10 @@ def train(options, device, resumed=None):
             for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
         start = resumed["step"]
-    forward = torch.compile(model, dynamic=False) if options["compile"] else model
+    forward = model
+    if options["compile"]:
+        forward = compiled(model, {task: get_batch(examples[task], order[task][0])[0]
+                                   for task in tasks}, plans)
     rows = begin_log(out / "log.jsonl", start)
 
     # ---- what a step costs
@@ -329,6 +334,22 @@ def train(options, device, resumed=None):
           f"training steps; a step {statistics.median([r['step_ms'] for r in rows] or [0]):.0f} ms "
           f"(median), peak memory {peak_memory_mb(device) or math.nan:.0f} MB\nlook at "
           f"{out}/samples.png, {out}/eval.json, {out}/loss.png; then: python probe.py {out}")
+
+
+def compiled(model, batches, plans):
+    """The model with torch.compile, tried on a batch of each task. What this machine cannot compile
+    runs as it is."""
+    forward = torch.compile(model, dynamic=False)
+    try:
+        for task, batch in batches.items():
+            with torch.autocast("cuda", torch.bfloat16, enabled=batch.tokens.is_cuda):
+                _, loss = forward(batch, plans[task])
+            loss.backward()
+    except Exception as error:                              # compilers raise nearly anything
+        print(f"torch.compile failed here ({type(error).__name__}), going on without it")
+        forward = model
+    model.zero_grad()
+    return forward
 
 
 def summed_over_processes(losses):
