@@ -47,17 +47,18 @@ PRESETS = dict(
     layers=         (3,       4,       12),
     width=          (32,      128,     384),    # numbers in a hidden state
     heads=          (2,       4,       6),      # attention heads
-    max_text=       (40,      80,      192),    # most text tokens that a sequence may have
+    max_text=       (40,      90,      192),    # most text tokens that a sequence may have
     # training
     steps=          (100,     1600,    6000),
     batch_size=     (8,       16,      64),     # pictures of each task in a step
     lr=             (.02,     .02,     .02),    # Muon's, for the matrices in the layers
     embedding_lr=   (.01,     .01,     .01),    # AdamW's, for embeddings, head, norms, positions
     und_scenes=     (300,     8000,    40_000), # training pictures with questions (understanding)
+    questions=      (6,       12,      24),     # on each of them, at most
     gen_scenes=     (300,     20_000,  60_000), # training pictures with captions (generation)
     # evaluation
     und_val=        (40,      1000,    2000),   # pictures with questions; of held-out pairs, too
-    gen_val=        (20,      400,     1000),   # captions to draw; of held-out pairs, too
+    gen_val=        (21,      700,     1400),   # captions to draw; of held-out pairs, too
 )
 PRESETS = {name: SimpleNamespace(**{key: values[column] for key, values in PRESETS.items()})
            for column, name in enumerate(("tiny", "cpu", "gpu"))}
@@ -190,15 +191,15 @@ class Shapes:
         self.drawn = np.array(drawn).astype(np.uint8)       # (contents, size, size, 3)
         self.number = {thing: i for i, thing in enumerate(self.contents)}
 
-    def scene(self, rng, avoid=()):
-        """A random scene of 1 to max_objects Things, without the (colour, shape) pairs of `avoid`.
+    def scene(self, rng, n, avoid=()):
+        """A random scene of n Things, without the (colour, shape) pairs of `avoid`.
 
         A later object often shares its colour or its shape with an earlier one, so that counts go
         up and attributes have to be bound. Or it is the earlier one's companion, so that certain
         objects often occur together, which POPE's adversarial questions need.
         """
         p, things = self.preset, []
-        for cell in rng.sample(range(p.grid ** 2), rng.randint(1, p.max_objects)):
+        for cell in rng.sample(range(p.grid ** 2), n):
             while True:
                 colour, shape = rng.randrange(p.colours), rng.randrange(p.shapes)
                 if things:
@@ -284,21 +285,23 @@ class Shapes:
         holds = (column_a < column_b, column_a > column_b, row_a < row_b, row_a > row_b)
         return [i for i in range(4) if holds[i]]
 
-    def caption(self, rng, scene, required=None):
-        """A Caption that tells of every object, in reading order: all about it, or less."""
+    def caption_kinds(self, scene):
+        """The kinds of captions that a scene can have."""
         n, shapes = len(scene), {thing.shape for thing in scene}
-        kinds = ["scene"]                                   # named twice: drawn twice as often
+        kinds = ["scene"]
         if n == 1:
             kinds += ["single object", "colours"]
         elif len(shapes) == 1:
-            kinds += ["counting", "counting"]
+            kinds += ["counting"]
         if n == 2:
             kinds += ["two objects", "attribute binding"]
             if len(shapes) == 2:
-                kinds += ["position", "position"]
-        if required:
-            kinds = [k for k in kinds if {"colour", "shape"} <= set(CAPTION_FIELDS[k])]
-        kind, relation = rng.choice(kinds), ()
+                kinds += ["position"]
+        return kinds
+
+    def caption(self, rng, scene, kind):
+        """A Caption that tells of every object, in reading order: all about it, or less."""
+        relation = ()
         if kind == "scene":
             fields = ("size", "colour", "shape")
             parts = [f"{self.cell_names[t.cell]} a {self.phrase(t, fields)}" for t in scene]
@@ -308,7 +311,7 @@ class Shapes:
             parts = [f"a {SHAPES[a.shape]} {RELATIONS[r]} a {SHAPES[b.shape]}"]
             relation = (a.shape, r, b.shape)
         elif kind == "counting":
-            parts = [f"{NUMBERS[n]} {self.phrase(scene[0], ('shape',), plural=True)}"]
+            parts = [f"{NUMBERS[len(scene)]} {self.phrase(scene[0], ('shape',), plural=True)}"]
         else:
             parts = ["a " + self.phrase(thing, CAPTION_FIELDS[kind]) for thing in scene]
         text = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
@@ -426,24 +429,38 @@ class Shapes:
             "train"     without the pairs that are held out from this task
             "val"       without those held out from either task
             "transfer"  each with at least one pair held out from this task
+        Captions of all kinds are equally frequent in generation, but that training has three
+        times as many of kind "scene". Understanding is trained on more full scenes than empty ones:
+        with one object there is nothing to choose.
         """
         rng = random.Random(f"{seed} {task} {part}")
         held_out = self.held_out.get(task, set())
         every_pair = self.held_out["und"] | self.held_out["gen"]
         avoid = {"train": held_out, "val": every_pair, "transfer": set()}[part]
         required = held_out if part == "transfer" else None
-        scenes, captions, asked = [], [], []
+        kinds = {"train": ["scene", "scene", *CAPTION_FIELDS], "val": [*CAPTION_FIELDS],
+                 "transfer": ["scene", "colours", "attribute binding"]}[part]
+        scenes, captions, asked, tries = [], [], [], 0
         counts = dict.fromkeys(QUESTION_KINDS, 0)           # of questions of each kind
         while len(scenes) < n:
-            scene = self.scene(rng, avoid)
+            objects = rng.randint(1, self.preset.max_objects)
+            if (task, part) == ("und", "train"):
+                objects = max(objects, rng.randint(1, self.preset.max_objects))
+            scene = self.scene(rng, objects, avoid)
             look = [thing[:4] for thing in scene]           # all but dx, dy
             in_training = zlib.crc32(repr(look).encode()) % 10 != 0
             if in_training != (part == "train"):
                 continue
             if required and not any(thing.pair in required for thing in scene):
                 continue
+            kind = kinds[len(scenes) % len(kinds)] if task == "gen" else "scene"
+            if kind not in self.caption_kinds(scene):
+                tries += 1
+                if tries % 1000 != 0:           # a small world may have no scene for this kind
+                    continue
+                kind = "scene"
             scenes.append(scene)
-            captions.append(self.caption(rng, scene, required))
+            captions.append(self.caption(rng, scene, kind))
             asked.append(self.questions(rng, scene, questions, counts, avoid, required))
         return Split(self.render(scenes), captions, asked, scenes)
 

@@ -19,9 +19,10 @@ from torch.nn.attention.flex_attention import (BlockMask, create_block_mask,
 
 from prune import FFN, FULL, Layout, flops, positions, predicting
 
-# The weight of an instruction's token in the loss, where an output token has 1. The paper's eq. 1
-# counts both alike (set it to 1.); here three targets of four would then be those of questions.
-INSTRUCTION_WEIGHT = .2
+# The weight in the loss of what is no answer: tokens of questions, of pictures that are looked at,
+# and the ends of answers. The paper's eq. 1 counts every token alike (set it to 1.); here answers
+# are one target in fifteen, and their gradient would drown in that of the others.
+GIVEN_WEIGHT = .05
 
 # Which sets of Q, K, V weights a block has. Text tokens always use "text".
 PROJECTIONS = {"shared": ["text"],                  # image tokens use those of text, too
@@ -41,7 +42,7 @@ class Config:
     und_text: int                   # tokens after the image in understanding: questions, answers
     gen_text: int                   # tokens before the image in generation: bos, gen, a caption
     projections: str = "shared"
-    image_loss: bool = False        # understanding predicts its image tokens, too (eq. 1)
+    image_loss: bool = True         # understanding predicts its image tokens, too (eq. 1)
 
     def layout(self, task):
         """Tokens before, in and after the image."""
@@ -98,10 +99,11 @@ class Batch(NamedTuple):
                                  self.tokens.device)
 
 
-def make_batch(task, layout, image_loss, tokens, position_ids, segment_ids, targets, is_output):
-    """A Batch from its tensors. Output tokens weigh 1 in the loss, other targets
-    INSTRUCTION_WEIGHT."""
-    weights = is_output.float() + INSTRUCTION_WEIGHT * (~is_output & (targets >= 0))
+def make_batch(task, layout, image_loss, end, tokens, position_ids, segment_ids, targets,
+               is_output):
+    """A Batch from its tensors. end: the token that ends an answer."""
+    counts_fully = is_output & (targets != end)
+    weights = counts_fully + GIVEN_WEIGHT * (~counts_fully & (targets >= 0))
     return Batch(task, layout, image_loss, tokens, position_ids, segment_ids, targets, weights,
                  is_output)
 
@@ -113,23 +115,24 @@ def padding(rows, length, pad):
             torch.full(shape, -1), torch.zeros(shape, dtype=torch.bool))
 
 
-def understanding(tokenizer, codes, questions, length, image_loss=False):
+def understanding(tokenizer, codes, questions, length, image_loss=True):
     """[bos] [und] image, then as many questions with answers as fit into `length` tokens.
 
     codes: (B, M). questions: for each picture a list of (question, answer) strings. image_loss:
     also predict the image tokens. ValueError where not even one question fits.
 
-    A picture of 4 tokens i0 to i3, two questions, and a length of 10; `-` is a target of -1:
+    A picture of 4 tokens i0 to i3, two questions, and a length of 8; `-` is a target of -1, w is
+    GIVEN_WEIGHT:
 
-        tokens         bos und i0 i1 i2 i3  what shape ? ring eos  size ? big eos  pad
-        position_ids     0   1  2  3  4  5     6     7 8    9  10     6 7   8   9    0
-        segment_ids      0   0  0  0  0  0     1     1 1    1   1     2 2   2   2   -1
-        targets          -   -  -  -  -  - shape     ? ring eos -     ? big eos -    -
-        loss_weights     0   0  0  0  0  0    .2    .2 1    1   0    .2 1   1   0    0
-        is_output        .   .  .  .  .  .     .     . x    x   .     . x   x   .    .
+        tokens         bos und i0 i1 i2 i3  what shape   ? ring  size   ? big  pad
+        position_ids     0   1  2  3  4  5     6     7   8    9     6   7   8    0
+        segment_ids      0   0  0  0  0  0     1     1   1    1     2   2   2   -1
+        targets          -  i0 i1 i2 i3  - shape     ? ring eos     ? big eos    -
+        loss_weights     0   w  w  w  w  0     w     w   1    w     w   1   w    0
+        is_output        .   .  .  .  .  .     .     .   x    x     .   x   x    .
 
-    With image_loss, i0 to i3 are the targets of positions 1 to 4 and weigh as much as a question's
-    tokens.
+    The end of an answer, eos, is a target, but no token: nothing follows it. Without image_loss, i0
+    to i3 are no targets.
     """
     first = 2 + codes.size(1)                       # the position after the image
     batch = padding(len(codes), first + length, tokenizer.pad)
@@ -146,7 +149,7 @@ def understanding(tokenizer, codes, questions, length, image_loss=False):
     for row, pairs in enumerate(questions):
         start = first
         for number, (question, answer) in enumerate(pairs, 1):
-            question, answer = tokenizer.ids(question), tokenizer.ids(answer) + [tokenizer.eos]
+            question, answer = tokenizer.ids(question), tokenizer.ids(answer)
             ids = question + answer
             stop = start + len(ids)
             if stop > first + length:
@@ -158,10 +161,10 @@ def understanding(tokenizer, codes, questions, length, image_loss=False):
             # Every question stands where it would if it came right after the image.
             position_ids[row, start:stop] = range(first, first + len(ids))
             segment_ids[row, start:stop] = number
-            targets[row, start:stop - 1] = ids[1:]
-            is_output[row, stop - 1 - len(answer):stop - 1] = True
+            targets[row, start:stop] = ids[1:] + [tokenizer.eos]
+            is_output[row, stop - len(answer) - 1:stop] = True
             start = stop
-    return make_batch("und", Layout(2, codes.size(1), length), image_loss, *batch)
+    return make_batch("und", Layout(2, codes.size(1), length), image_loss, tokenizer.eos, *batch)
 
 
 def generation(tokenizer, codes, captions, length):
@@ -193,7 +196,7 @@ def generation(tokenizer, codes, captions, length):
         tokens[row, start:length] = torch.tensor(text)
         position_ids[row, start:] = torch.arange(len(text) + m)
         segment_ids[row, start:] = 0
-    return make_batch("gen", Layout(length, m, 0), False, *batch)
+    return make_batch("gen", Layout(length, m, 0), False, tokenizer.eos, *batch)
 
 
 def sequences(task, tokenizer, split, c):
@@ -301,8 +304,8 @@ class Model(nn.Module):
         super().__init__()
         self.config = c
         self.token_embedding = nn.Embedding(c.vocab, c.width)
-        self.row = nn.Parameter(.02 * torch.randn(c.side, c.width))
-        self.column = nn.Parameter(.02 * torch.randn(c.side, c.width))
+        self.row = nn.Parameter(.5 * torch.randn(c.side, c.width))
+        self.column = nn.Parameter(.5 * torch.randn(c.side, c.width))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = nn.RMSNorm(c.width)
         self.head = nn.Linear(c.width, c.vocab, bias=False)

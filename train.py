@@ -168,8 +168,7 @@ def text_lengths(tokenizer, splits, limit):
     und_text = gen_text = 0
     for split in splits:
         for questions in split.questions:
-            ids = [tokenizer.ids(q.text) + tokenizer.ids(q.answer) + [tokenizer.eos]
-                   for q in questions]
+            ids = [tokenizer.ids(q.text) + tokenizer.ids(q.answer) for q in questions]
             und_text = max(und_text, sum(map(len, ids)))
         for caption in split.captions:
             gen_text = max(gen_text, len(tokenizer.ids(caption.text)) + 2)
@@ -225,7 +224,8 @@ def train(options, device, resumed=None):
     training, others = {}, []
     for task in tasks:
         n, n_val = sizes[task]
-        training[task] = dataset.split(task, "train", n, seed, questions=10 if task == "und" else 0)
+        questions = preset.questions if task == "und" else 0
+        training[task] = dataset.split(task, "train", n, seed, questions)
         for part in ("val", "transfer") if training[task].scenes else ("val",):
             others.append(dataset.split(task, part, n_val, seed))
     und_text, gen_text = text_lengths(tokenizer, [*training.values(), *others], preset.max_text)
@@ -396,7 +396,7 @@ def complete(given, device):
     """The options of a run: those given; for the others what the device and the objective
     suggest."""
     options = {"objective": "joint", "und_plan": "dense", "gen_plan": "dense",
-               "projections": "shared", "image_loss": False, "data": "shapes", "seed": 0,
+               "projections": "shared", "image_loss": True, "data": "shapes", "seed": 0,
                "lr": LEARNING_RATE, "save_every": 200, "preset": default_preset(device), **given}
     preset = PRESETS[options["preset"]]
     tokenizer = default_tokenizer_path(options["data"])
@@ -423,8 +423,6 @@ def check(options):
         fail(f"--batch-size {options['batch_size']}: expected a multiple of {world()} processes")
     if options["projections"] == "task" and len(tasks) == 1:
         fail("--projections task: a run of one task has one kind of image tokens; expected image")
-    if options["image_loss"] and "und" not in tasks:
-        fail("--image-loss: generation has no other loss anyway; expected beside understanding")
     for task in {"und", "gen"} - set(tasks):
         if options[f"{task}_plan"] != "dense":
             fail(f"--{task}-plan: there is no such task with --objective {options['objective']}")
@@ -460,7 +458,8 @@ def main():
     add("--gen-plan", help="the same when generating; himix is impossible there (default: dense)")
     add("--projections", choices=PROJECTIONS, help="Q, K, V of image tokens: those of text, their "
         "own, or their own for each task (default: shared)")
-    add("--image-loss", action="store_true", help="understanding predicts its image tokens, too")
+    add("--image-loss", action=argparse.BooleanOptionalAction,
+        help="understanding predicts its image tokens, too, as eq. 1 has it (default: yes)")
     add("--shallow", type=int, metavar="K", help=f"layers that {', '.join(SOME_LAYERS)} change "
         "(default: a quarter of all)")
     add("--preset", choices=PRESETS, help="size of everything (default: what fits the device)")

@@ -52,7 +52,8 @@ def learn(steps=150, und="dense", gen="dense"):
     torch.manual_seed(0)
     codes = torch.randint(CODES, (20, 9))
     names = [f"{i // 5} {i % 5}" for i in range(20)]
-    batches = {"und": understanding(words, codes, [[("99", str(100 + i))] for i in range(20)], 4),
+    questions = [[("99", str(100 + i))] for i in range(20)]
+    batches = {"und": understanding(words, codes, questions, 4, image_loss=False),
                "gen": generation(words, codes, names, 4)}
     model = Model(Config(FIRST_CODE + CODES, 3, 64, 2, 3, FIRST_CODE, 4, 4), torch.randn(CODES, 4))
     plans = {"und": make_plan(und, 3), "gen": make_plan(gen, 3, 1)}
