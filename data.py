@@ -34,25 +34,19 @@ PRESETS = dict(
     max_objects=    (2,       4,       6),      # in a scene
     jitter=         (0,       1,       2),      # pixels an object may lie off its cell's centre
     # the tokenizer
-    bpe_scenes=     (300,     3000,    3000),   # whose texts the byte pairs are learned from
-    patch=          (4,       4,       4),      # pixels that an image token covers, height = width
     codes=          (32,      256,     512),    # size of the codebook
-    code_dim=       (4,       8,       8),      # numbers in a code
     vq_width=       (32,      96,      128),    # channels of the image tokenizer
-    vq_blocks=      (1,       2,       2),      # residual blocks of its decoder
     vq_pictures=    (500,     6000,    20_000), # that it is trained on
     vq_steps=       (150,     1200,    3000),
     vq_batch_size=  (16,      16,      128),
     # the transformer
-    layers=         (3,       4,       12),
-    width=          (32,      128,     384),    # numbers in a hidden state
-    heads=          (2,       4,       6),      # attention heads
+    layers=         (3,       6,       20),
+    width=          (32,      128,     512),    # numbers in a hidden state
+    heads=          (2,       4,       8),      # attention heads
     max_text=       (40,      90,      192),    # most text tokens that a sequence may have
     # training
-    steps=          (100,     1600,    6000),
-    batch_size=     (8,       16,      64),     # pictures of each task in a step
-    lr=             (.02,     .02,     .02),    # Muon's, for the matrices in the layers
-    embedding_lr=   (.01,     .01,     .01),    # AdamW's, for embeddings, head, norms, positions
+    steps=          (100,     1500,    5000),
+    batch_size=     (8,       16,      128),    # pictures of each task in a step
     und_scenes=     (300,     8000,    40_000), # training pictures with questions (understanding)
     questions=      (6,       12,      24),     # on each of them, at most
     gen_scenes=     (300,     20_000,  60_000), # training pictures with captions (generation)
@@ -166,8 +160,9 @@ class Shapes:
         self.cell_size = p.image_size // p.grid             # pixels
         rows = ["top", "bottom"] if p.grid == 2 else ["top", "middle", "bottom"]
         columns = ["left", "right"] if p.grid == 2 else ["left", "middle", "right"]
-        cells = [f"{row} {column}" for row in rows for column in columns]
-        self.cell_names = [cell.replace("middle middle", "middle") for cell in cells]
+        # One word, and so one token: the second of two would have to look for the object once more.
+        cells = [f"{row}-{column}" for row in rows for column in columns]
+        self.cell_names = [cell.replace("middle-middle", "middle") for cell in cells]
         self.held_out = {}                                  # task -> {(colour, shape)}
         for task, names in HELD_OUT[preset].items():
             words = [name.split() for name in names]
@@ -265,7 +260,7 @@ class Shapes:
     # ------------------------------------------------------------------ language
 
     def phrase(self, thing, fields, plural=False):
-        """These fields of a thing in words: "top left small red circle"."""
+        """These fields of a thing in words: "top-left small red circle"."""
         words = []
         if "cell" in fields:
             words.append(self.cell_names[thing.cell])
@@ -429,17 +424,19 @@ class Shapes:
             "train"     without the pairs that are held out from this task
             "val"       without those held out from either task
             "transfer"  each with at least one pair held out from this task
-        Captions of all kinds are equally frequent in generation, but that training has three
-        times as many of kind "scene". Understanding is trained on more full scenes than empty ones:
-        with one object there is nothing to choose.
+        Captions of all kinds are equally frequent in "val". Training has more of those that take
+        longer to learn, and for understanding more full scenes than empty ones: with one object
+        there is nothing to choose.
         """
         rng = random.Random(f"{seed} {task} {part}")
         held_out = self.held_out.get(task, set())
         every_pair = self.held_out["und"] | self.held_out["gen"]
         avoid = {"train": held_out, "val": every_pair, "transfer": set()}[part]
         required = held_out if part == "transfer" else None
-        kinds = {"train": ["scene", "scene", *CAPTION_FIELDS], "val": [*CAPTION_FIELDS],
-                 "transfer": ["scene", "colours", "attribute binding"]}[part]
+        binding = ["scene", "colours", "attribute binding"]             # name colour and shape
+        harder = ["scene", "scene", "two objects", "attribute binding", "counting"]
+        kinds = {"train": [*CAPTION_FIELDS, *harder], "val": [*CAPTION_FIELDS],
+                 "transfer": binding}[part]
         scenes, captions, asked, tries = [], [], [], 0
         counts = dict.fromkeys(QUESTION_KINDS, 0)           # of questions of each kind
         while len(scenes) < n:

@@ -3,7 +3,7 @@
     python eval.py out/joint                    scores a run: eval.json, samples.png in its folder
     python eval.py out/joint --gen-plan hmgen   ... with a plan it was not trained with (fig. 5)
     python eval.py out/joint --ask picture.png "what colour is the circle?"
-    python eval.py out/joint --draw "top left a big red circle" --n 8
+    python eval.py out/joint --draw "top-left a big red circle" --n 8
 """
 import argparse
 import json
@@ -56,10 +56,9 @@ def answer(model, tokenizer, codes, question, plan, longest=24):
     return tokenizer.string(ids).strip()
 
 
-def default_sampling(source):
-    """(guidance, temperature) of drawing: see study/README.md, what was tried. A folder's few
-    pictures are known by heart, with an empty caption, too: guidance leads astray there."""
-    return (1.5, .7) if source == "shapes" else (1., .1)
+# (guidance, temperature) of drawing: see study/README.md, what was tried. A folder's few pictures
+# are known by heart, with an empty caption, too: guidance leads astray there.
+SAMPLING = {"shapes": (1.5, .7), "folder": (1., .1)}
 
 
 @torch.no_grad()
@@ -90,9 +89,9 @@ def draw(model, tokenizer, captions, plan, guidance=1., temperature=1., seed=0):
     return tokens[:n, c.gen_text:] - c.first_code
 
 
-def draw_pictures(model, tokenizer, captions, plan, sampling, batch=200):
-    """Captions (data.Caption) -> pictures (N, H, W, 3) uint8. sampling: (guidance, temperature)."""
-    texts, pictures = [caption.text for caption in captions], []
+def draw_pictures(model, tokenizer, texts, plan, source, batch=200):
+    """Captions (strings) -> pictures (N, H, W, 3) uint8. source: --data, which decides SAMPLING."""
+    sampling, pictures = SAMPLING["shapes" if source == "shapes" else "folder"], []
     for i in tqdm(range(0, len(texts), batch), desc="drawing", leave=False):
         codes = draw(model, tokenizer, texts[i:i + batch], plan, *sampling, seed=i)
         pictures.append(tokenizer.decode(codes))
@@ -275,68 +274,63 @@ def score_understanding(model, tokenizer, dataset, plan, n, seed):
     for picture, of_picture in zip(split.pixels[:SHOWN], answers):
         lines = []
         for a in of_picture[:4]:
-            lines.append(f"{a.question.text} {a.said}"
-                         + ("" if a.right else f" (no: {a.question.answer})"))
+            comment = "" if a.right else f" (no: {a.question.answer})"
+            lines.append(f"{a.question.text} {a.said}{comment}")
         shown.append((picture, "\n".join(lines), False))
     if split.scenes:
         _, _, held_out, _ = score("transfer")
         scores |= {f"transfer_{name}": held_out[name] for name in ("accuracy", "chance", "n")}
-    else:
-        scores["bits_per_token"] = scores["loss"] / math.log(2)
     return scores, shown, batch
 
 
-def score_generation(model, tokenizer, dataset, plan, n, seed, sampling):
+def score_generation(model, tokenizer, dataset, plan, n, seed):
     """Scores on n validation captions, what to show of them, and their sequences."""
+    def draw_split(split):
+        texts = [caption.text for caption in split.captions]
+        return draw_pictures(model, tokenizer, texts, plan, dataset.identity)
+
     split = dataset.split("gen", "val", n, seed)
     batch = sequences("gen", tokenizer, split, model.config).to(model.row.device)
-    drawn = draw_pictures(model, tokenizer, split.captions, plan, sampling)
-    reconstructed = tokenizer.decode(tokenizer.encode(split.pixels))
+    drawn, decoded = draw_split(split), tokenizer.decode(tokenizer.encode(split.pixels))
     scores = {"n": len(drawn), "loss": generation_loss(model, batch, plan),
               "frechet": frechet(drawn, split.pixels),
-              "ceiling": {"frechet": frechet(reconstructed, split.pixels)}}
-    shown = [(picture, caption.text, False)
-             for picture, caption in zip(drawn[:SHOWN], split.captions)]
+              "ceiling": {"frechet": frechet(decoded, split.pixels)}}
+    wrong = []
     if split.scenes:
         rates, wrong = check_pictures(dataset, split, drawn)
         scores |= rates
-        scores["ceiling"] |= check_pictures(dataset, split, reconstructed)[0]
-        shown = [(picture, text, i in wrong) for i, (picture, text, _) in enumerate(shown)]
-        held_out = dataset.split("gen", "transfer", n, seed)
+        scores["ceiling"] |= check_pictures(dataset, split, decoded)[0]
+        held_out = dataset.split("gen", "transfer", n // 2, seed)
         scenes = [[thing for thing in scene if thing.pair in dataset.held_out["gen"]]
                   for scene in held_out.scenes]             # only objects of held-out pairs count
-        drawn = draw_pictures(model, tokenizer, held_out.captions, plan, sampling)
-        rates, _ = check_pictures(dataset, held_out._replace(scenes=scenes), drawn)
-        scores["transfer_object_accuracy"] = rates["object_accuracy"]
-    else:       # also what it was trained on: a new name does not tell how the thing looks
-        known = dataset.split("gen", "train", SHOWN, seed).captions
-        drawn = draw_pictures(model, tokenizer, known, plan, sampling)
+        held_out = held_out._replace(scenes=scenes)
+        rates, _ = check_pictures(dataset, held_out, draw_split(held_out))
+        scores |= {"transfer_object_accuracy": rates["object_accuracy"], "transfer_n": rates["n"]}
+    shown = [(drawn[i], split.captions[i].text, i in wrong) for i in range(min(SHOWN, len(drawn)))]
+    if not split.scenes:        # also what it was trained on: a new name does not tell how it looks
+        known = dataset.split("gen", "train", SHOWN, seed)
         shown += [(picture, f"{caption.text} (trained on)", False)
-                  for picture, caption in zip(drawn, known)]
-        scores["bits_per_token"] = scores["loss"] / math.log(2)
+                  for picture, caption in zip(draw_split(known), known.captions)]
     return scores, shown, batch
 
 
-def evaluate(model, tokenizer, options, step, dataset, plans, sampling):
+def evaluate(model, tokenizer, options, step, dataset, plans):
     """All scores of a run under the plans {task: plan}, on validation pictures that its seed draws.
 
-    options: of train.py. step: how far it was trained. sampling: (guidance, temperature). Returns
-    what eval.json holds, and what to show: [(picture, text, is it wrong?)].
+    options: of train.py. step: how far it was trained. Returns what eval.json holds, and what to
+    show: [(picture, text, is it wrong?)].
     """
     start, device = time.time(), model.row.device
     preset, seed = PRESETS[options["preset"]], options["seed"]
     model.eval()
-    config = {**options, "guidance": sampling[0], "temperature": sampling[1], "step": step,
-              "parameters": sum(p.numel() for p in model.parameters()),
-              "examples": step * options["batch_size"]}
+    config = {**options, "step": step, "examples": step * options["batch_size"],
+              "parameters": sum(p.numel() for p in model.parameters())}
     scores, shown, batches = {"config": config}, [], {}
-    if "und" in plans:
-        scores["und"], new, batches["und"] = score_understanding(
-            model, tokenizer, dataset, plans["und"], preset.und_val, seed)
-        shown += new
-    if "gen" in plans:
-        scores["gen"], new, batches["gen"] = score_generation(
-            model, tokenizer, dataset, plans["gen"], preset.gen_val, seed, sampling)
+    for task, plan in plans.items():
+        score, n = ((score_understanding, preset.und_val) if task == "und"
+                    else (score_generation, preset.gen_val))
+        scores[task], new, batches[task] = score(model, tokenizer, dataset, plan, n, seed)
+        scores[task]["bits_per_token"] = scores[task]["loss"] / math.log(2)
         shown += new
     scores["n"] = {task: scores[task]["n"] for task in plans}
     n = min(BATCH, options["batch_size"])               # of a step, which may not fit as a whole
@@ -415,14 +409,10 @@ def main():
     parser.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"))
     parser.add_argument("--draw", metavar="CAPTION")
     parser.add_argument("--n", type=int, default=8, help="how many pictures --draw draws")
-    parser.add_argument("--guidance", type=float, help="classifier-free guidance; 1: none")
-    parser.add_argument("--temperature", type=float)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args()
-    for name, least in (("n", 1), ("temperature", 1e-6), ("guidance", 0)):
-        number = getattr(args, name)
-        if number is not None and not least <= number < math.inf:
-            fail(f"--{name} {number}: expected at least {least:g}")
+    if args.n < 1:
+        fail(f"--n {args.n}: expected at least 1")
     device = pick_device(args.device)
     model, tokenizer, checkpoint = load_run(args.run, device)
     options, tasks, suffix = checkpoint["options"], checkpoint["tasks"], ""
@@ -434,12 +424,6 @@ def main():
     if changed:
         options |= changed
         suffix = "-{und_plan}-{gen_plan}{shallow}".format(**options)
-    sampling = default_sampling(options["data"])
-    if args.guidance is not None or args.temperature is not None:
-        guidance = sampling[0] if args.guidance is None else args.guidance
-        temperature = sampling[1] if args.temperature is None else args.temperature
-        sampling = guidance, temperature
-        suffix += f"-g{guidance:g}-t{temperature:g}"
     try:
         plans = plans_of(tasks, options, model.config.layers)
         if args.ask:
@@ -447,15 +431,14 @@ def main():
             codes = tokenizer.encode(pixels[None])[0]
             print(answer(model, tokenizer, codes, args.ask[1], plans["und"]))
         elif args.draw is not None:
-            captions = [data.Caption(args.draw, "text")] * args.n
-            pixels = draw_pictures(model, tokenizer, captions, plans["gen"], sampling)
+            texts = [args.draw] * args.n
+            pixels = draw_pictures(model, tokenizer, texts, plans["gen"], options["data"])
             contact_sheet(pixels, [""] * args.n, args.run / "draw.png", columns=min(args.n, 6))
             Image.fromarray(pixels[0]).save(args.run / "draw-0.png")
             print(f"{args.run}/draw.png: {args.n} pictures of {args.draw!r}; draw-0.png: the first")
         else:
             dataset = data.load(options["data"], options["preset"])
-            scores, shown = evaluate(model, tokenizer, options, checkpoint["step"], dataset, plans,
-                                     sampling)
+            scores, shown = evaluate(model, tokenizer, options, checkpoint["step"], dataset, plans)
             save_scores(scores, shown, args.run, suffix)
             print(f"{summary(scores)}\n{args.run}/eval{suffix}.json, samples{suffix}.png")
     except ValueError as error:

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 
 # ---------------------------------------------------------------------- text
 
-PATTERN = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"    # a word takes the space before it along
+# A word takes the space before it along, and may have hyphens.
+PATTERN = r" ?\p{L}+(?:-\p{L}+)*| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 SPECIAL = ("<|bos|>", "<|eos|>", "<|und|>", "<|gen|>", "<|pad|>")
 FIRST_CODE = 512                                        # ids below it are text and special tokens
 MAX_TEXT_IDS = FIRST_CODE - len(SPECIAL)

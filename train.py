@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import data
 from data import PRESETS
-from eval import default_sampling, evaluate, load_run, plans_of, save_scores, summary
+from eval import evaluate, load_run, plans_of, save_scores, summary
 from model import PROJECTIONS, Config, Model, sequences
 from prune import PLANS, SOME_LAYERS
 from tokenizer import (Tokenizer, default_preset, default_tokenizer_path, load_tokenizer,
@@ -326,8 +326,7 @@ def train(options, device, resumed=None):
 
     # ---- scores and pictures
     draw_losses(rows, out / "loss.png")
-    scores, shown = evaluate(model, tokenizer, options, steps, dataset, plans,
-                             default_sampling(options["data"]))
+    scores, shown = evaluate(model, tokenizer, options, steps, dataset, plans)
     save_scores(scores, shown, out)
     seconds = time.time() - began
     print(f"{summary(scores)}\n{seconds:.0f} s in all, {training_seconds / seconds:.0%} of them in "

@@ -27,7 +27,7 @@ import torch
 import data
 import probe
 import train
-from eval import default_sampling, draw_pictures, evaluate, load_run, plans_of, save_scores
+from eval import draw_pictures, evaluate, load_run, plans_of, save_scores
 from model import sequences
 
 RESULTS = ROOT / "study" / "results"
@@ -137,8 +137,7 @@ def train_row(out, options, at_inference, device):
             changed = {**options, **at_inference}
             plans = plans_of(checkpoint["tasks"], changed, model.config.layers)
             dataset = data.load(options["data"], options["preset"])
-            scores, shown = evaluate(model, tokenizer, changed, checkpoint["step"], dataset, plans,
-                                     default_sampling(options["data"]))
+            scores, shown = evaluate(model, tokenizer, changed, checkpoint["step"], dataset, plans)
             save_scores(scores, shown, out, "-inference")
 
 
@@ -255,7 +254,8 @@ def make_table(folder):
 
 
 def draw_samples(folder, device):
-    """Pictures that each row draws under the same six captions, a line for each row."""
+    """Pictures that each row draws under the same seven captions, one of each kind: a line for each
+    row."""
     pictures, texts = [], []
     for out in sorted(folder.glob("*-seed1")):
         name = out.name.removesuffix("-seed1")
@@ -264,14 +264,13 @@ def draw_samples(folder, device):
             model, tokenizer, checkpoint = load_run(out, device)
             options = checkpoint["options"]
             dataset = data.load(options["data"], options["preset"])
-            captions = dataset.split("gen", "val", 6, questions=0).captions
+            captions = [c.text for c in dataset.split("gen", "val", 7, questions=0).captions]
             plan = plans_of(["gen"], options, model.config.layers)["gen"]
-            sampling = default_sampling(options["data"])
-            pictures.append(draw_pictures(model, tokenizer, captions, plan, sampling))
-            texts += [f"{ROWS[name][0]}:\n{caption.text}" for caption in captions]
+            pictures.append(draw_pictures(model, tokenizer, captions, plan, options["data"]))
+            texts += [f"{ROWS[name][0]}:\n{caption}" for caption in captions]
     if pictures:
         path = RESULTS / f"{folder.resolve().name}-{options['preset']}-samples.png"
-        contact_sheet(np.concatenate(pictures), texts, path)
+        contact_sheet(np.concatenate(pictures), texts, path, columns=7)
         print(path)
 
 

@@ -46,7 +46,7 @@ def test_the_checker_is_not_to_be_fooled(world):
 
 def test_answers_are_true(world):
     """Questions answered once more, from the scene and the question's words alone."""
-    cells = ("top left", "top right", "bottom left", "bottom right")
+    cells = ("top-left", "top-right", "bottom-left", "bottom-right")
 
     def fits(thing, words):
         """Is this what the words name, by shape, colour, size and place?"""
