@@ -63,6 +63,7 @@ class Batch(NamedTuple):
     task: str                       # "und" or "gen"
     layout: Layout
     image_loss: bool                # image tokens of understanding have targets
+    image_order: torch.Tensor       # (M,) of a training step, see prune.positions; or None
     tokens: torch.Tensor            # (B, N)
     position_ids: torch.Tensor      # (B, N) for the rotary embedding
     segment_ids: torch.Tensor       # (B, N) 0: seen by all that follow; k: question k; -1: padding
@@ -72,10 +73,10 @@ class Batch(NamedTuple):
 
     def rows(self, index):
         """Those sequences, as a Batch."""
-        return Batch(*self[:3], *[tensor[index] for tensor in self[3:]])
+        return Batch(*self[:4], *[tensor[index] for tensor in self[4:]])
 
     def to(self, device):
-        return Batch(*self[:3], *[tensor.to(device) for tensor in self[3:]])
+        return Batch(*self[:4], *[tensor.to(device) for tensor in self[4:]])
 
     def attention_mask(self, queries, keys):
         """(B, 1, q, k) bool: what the tokens at the positions `queries` see of those at `keys`.
@@ -104,8 +105,8 @@ def make_batch(task, layout, image_loss, end, tokens, position_ids, segment_ids,
     """A Batch from its tensors. end: the token that ends an answer."""
     counts_fully = is_output & (targets != end)
     weights = counts_fully + GIVEN_WEIGHT * (~counts_fully & (targets >= 0))
-    return Batch(task, layout, image_loss, tokens, position_ids, segment_ids, targets, weights,
-                 is_output)
+    return Batch(task, layout, image_loss, None, tokens, position_ids, segment_ids, targets,
+                 weights, is_output)
 
 
 def padding(rows, length, pad):
@@ -337,7 +338,8 @@ class Model(nn.Module):
     def part(self, rule, batch, start=0, stop=None):
         """What takes part in a layer: its queries and keys, as Tokens. See prune.positions."""
         tokens = []
-        for index, layout in positions(rule, batch.layout, start, stop, batch.tokens.device):
+        for index, layout in positions(rule, batch.layout, start, stop, batch.tokens.device,
+                                       batch.image_order):
             ids = batch.position_ids[:, index]                                  # (B, n)
             tokens.append(Tokens(index, layout, self.cos[ids][:, None], self.sin[ids][:, None]))
         return tokens

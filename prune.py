@@ -24,15 +24,18 @@ class Rule(NamedTuple):
     query: bool = True      # updated by attention and FFN; if not, passed on unchanged
     keys: str = "hidden"    # what others see of them: their "hidden" state, their original
                             # "embedding", or "none"
+    share: float = 1.       # of them that this holds for, drawn anew in each training step; the
+                            # others pass the layer by. Without training it holds for all
 
 
 FULL = Rule()
 HIMIX = Rule(query=False, keys="embedding")     # sec. 5.1: never updated, seen in every layer
 SHALLOW = Rule(query=False, keys="none")        # sec. 5.2: HMGen's shallow layers
 NAIVE = Rule(query=True, keys="none")           # sec. 5.2: the control that saves little and fails
+ROUTE = Rule(share=.5)                          # not in the paper: TREAD (Krause et al. 2025)
 
 EVERY_LAYER = {"dense": FULL, "himix": HIMIX, "naive-all": NAIVE}
-SOME_LAYERS = {"hmgen": SHALLOW, "skip": SHALLOW, "naive": NAIVE}       # the other layers are FULL
+SOME_LAYERS = {"hmgen": SHALLOW, "naive": NAIVE, "skip": SHALLOW, "route": ROUTE}   # others: FULL
 PLANS = (*EVERY_LAYER, *SOME_LAYERS)
 
 
@@ -41,8 +44,8 @@ def make_plan(name, layers, shallow=1):
 
     `shallow` is HMGen's K. K layers in the middle alternate with full ones, the first and the last
     layer are always full (sec. 5.2): K = 2 of 6 layers is F S F S F F. "naive" changes the same
-    layers; "skip", which is not in the paper, the 2 K middle layers without a full one between
-    them. ValueError for an unknown name, and where so many layers do not fit.
+    layers; "skip" and "route", which are not in the paper, the 2 K middle layers without a full one
+    between them. ValueError for an unknown name, and where so many layers do not fit.
     """
     if name in EVERY_LAYER:
         return (EVERY_LAYER[name],) * layers
@@ -53,7 +56,7 @@ def make_plan(name, layers, shallow=1):
         raise ValueError(f"{shallow} shallow layers do not fit into {layers}: expected 0 to "
                          f"{most}, because the first and last layer and those between are full")
     first = (layers - 2 * shallow + 1) // 2
-    chosen = range(first, first + 2 * shallow, 1 if name == "skip" else 2)
+    chosen = range(first, first + 2 * shallow, 1 if name in ("skip", "route") else 2)
     return tuple(SOME_LAYERS[name] if layer in chosen else FULL for layer in range(layers))
 
 
@@ -70,19 +73,22 @@ class Part(NamedTuple):
     layout: Layout          # how many of them stand before, in and after the image
 
 
-def positions(rule, layout, start=0, stop=None, device=None):
+def positions(rule, layout, start=0, stop=None, device=None, image_order=None):
     """What takes part in a layer with this rule: its queries and its keys, as Parts; with start
-    and stop, those of them that lie there. Masks, FLOP counts and both forwards of the model come
-    from here."""
+    and stop, those of them that lie there. image_order: (M,) a permutation, in training, whose
+    first ones are the rule's share of image tokens. Masks, FLOP counts and both forwards of the
+    model come from here."""
     stop = sum(layout) if stop is None else stop
     edges = 0, layout.before, layout.before + layout.image, sum(layout)
-    text_before, image, text_after = (range(max(start, a), max(start, a, min(stop, b)))
-                                      for a, b in zip(edges, edges[1:]))
+    spans = [torch.arange(max(start, a), max(start, a, min(stop, b)), device=device)
+             for a, b in zip(edges, edges[1:])]
+    if rule.share < 1 and image_order is not None:
+        chosen = image_order[:round(rule.share * layout.image)]
+        spans[1] = layout.before + chosen.sort().values
 
     def part(with_image):
-        spans = text_before, image if with_image else range(0), text_after
-        index = torch.cat([torch.arange(s.start, s.stop, device=device) for s in spans])
-        return Part(index, Layout(*map(len, spans)))
+        chosen = spans[0], spans[1] if with_image else spans[1][:0], spans[2]
+        return Part(torch.cat(chosen), Layout(*map(len, chosen)))
 
     return part(rule.query), part(rule.keys != "none")
 
@@ -127,11 +133,11 @@ def flops(plan, layout, width, vocab, image_loss=False):
     operations. The backward pass costs twice the forward pass: one product for the gradient of the
     input, one for that of the weights. Hence the factor 6.
     """
-    d = width
+    d, any_order = width, torch.arange(layout.image)
     span = predicting(layout, image_loss)
     multiply_adds = (span.stop - span.start) * d * vocab
     for rule in plan:
-        q, k = (len(part.index) for part in positions(rule, layout))
+        q, k = (len(part.index) for part in positions(rule, layout, image_order=any_order))
         multiply_adds += 2 * q * d * d + 2 * k * d * d + 2 * q * k * d + 2 * FFN * q * d * d
     return 6 * multiply_adds
 
@@ -139,9 +145,9 @@ def flops(plan, layout, width, vocab, image_loss=False):
 def paper_cost(plan, layout, width):
     """The paper's formula (sec. 5): q k d + 8 q d^2, where 8 is 2 FFN. It leaves out the four
     projections."""
-    total = 0
+    total, any_order = 0, torch.arange(layout.image)
     for rule in plan:
-        q, k = (len(part.index) for part in positions(rule, layout))
+        q, k = (len(part.index) for part in positions(rule, layout, image_order=any_order))
         total += q * k * width + 2 * FFN * q * width ** 2
     return total
 

@@ -24,6 +24,7 @@ import zlib
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from common import (fail, line_chart, peak_memory_mb, pick_device, refuse_errors, run_script,
                     save_checkpoint, write_file)
@@ -175,20 +176,27 @@ def text_lengths(tokenizer, splits, limit):
     return min(und_text, limit), min(gen_text, limit)
 
 
+class Order(NamedTuple):
+    """What is random in each step, drawn beforehand: no step waits for it, and a resumed run needs
+    nothing else to go on as if nothing had happened."""
+    rows: torch.Tensor      # (steps, batch_size) which sequences a step takes
+    images: torch.Tensor    # (steps, M) which image tokens a plan's share takes: see prune.Rule
+
+
 def draw_order(task, examples, options):
-    """(steps, batch_size): which sequences each step takes. Drawn beforehand, so that no step waits
-    for it, and a resumed run needs nothing else to go on as if nothing had happened."""
-    seed = zlib.crc32(f"{options['seed']} {task}".encode())
-    generator = torch.Generator().manual_seed(seed)
-    shape = options["steps"], options["batch_size"]
-    order = torch.randint(len(examples.tokens), shape, generator=generator)
-    return order.to(examples.tokens.device)
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{options['seed']} {task}".encode()))
+    steps, device = options["steps"], examples.tokens.device
+    shape = steps, options["batch_size"]
+    rows = torch.randint(len(examples.tokens), shape, generator=generator)
+    images = torch.rand(steps, examples.layout.image, generator=generator).argsort()
+    return Order(rows.to(device), images.to(device))
 
 
-def get_batch(examples, index):
+def get_batch(examples, order, step):
     """The sequences that a step takes: this process's part of them, and its share of the output
     tokens of the whole step."""
-    batch = examples.rows(index[rank()::world()])
+    index = order.rows[step]
+    batch = examples.rows(index[rank()::world()])._replace(image_order=order.images[step])
     if world() == 1:
         return batch, 1.
     return batch, batch.is_output.sum() / examples.is_output[index].sum()
@@ -251,8 +259,8 @@ def train(options, device, resumed=None):
         start = resumed["step"]
     forward = model
     if options["compile"]:
-        forward = compiled(model, {task: get_batch(examples[task], order[task][0])[0]
-                                   for task in tasks}, plans)
+        first = {task: get_batch(examples[task], order[task], 0)[0] for task in tasks}
+        forward = compiled(model, first, plans)
     rows = begin_log(out / "log.jsonl", start)
 
     # ---- what a step costs
@@ -278,7 +286,7 @@ def train(options, device, resumed=None):
             optimizer.param_groups[0]["lr"] = lr * learning_rate(step, steps)
         losses = {}
         for task in tasks:
-            batch, share = get_batch(examples[task], order[task][step])
+            batch, share = get_batch(examples[task], order[task], step)
             with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
                 _, loss = forward(batch, plans[task])
             losses[task] = share * loss

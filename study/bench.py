@@ -40,7 +40,7 @@ def random_batch(task, c, rows):
     tokens = torch.randint(FIRST_CODE, (rows, sum(layout)))
     tokens[:, before:before + m] = torch.randint(FIRST_CODE, c.vocab, (rows, m))
     everywhere = torch.ones(tokens.shape)
-    return Batch(task, layout, False, tokens, torch.arange(sum(layout)).expand(rows, -1),
+    return Batch(task, layout, False, torch.randperm(m), tokens, torch.arange(sum(layout)).expand(rows, -1),
                  torch.zeros_like(tokens), tokens.roll(-1, 1), everywhere, everywhere.bool())
 
 
@@ -129,7 +129,7 @@ def time_drawing(name, c, shallow, device, rows=8):
         """The readable twin of `generate`: for each token, all before it once more."""
         for stop in range(start, batch.tokens.size(1)):
             so_far = batch.layout._replace(image=stop - start)
-            part = Batch("gen", so_far, False, *(x[:, :stop] for x in batch[3:]))
+            part = Batch("gen", so_far, False, None, *(x[:, :stop] for x in batch[4:]))
             logits = model.head(model.norm(model.hidden(part, plan)[:, -1]))
             batch.tokens[:, stop] = logits.argmax(-1)
         codes["uncached"] = batch.tokens.clone()

@@ -102,6 +102,8 @@ def test_no_operation_mixes_devices(projections):
     rng = random.Random(projections)
     model = random_model(rng, projections, layers=5).float()
     every = {task: random_batch(rng, task, model.config).to("meta") for task in ("und", "gen")}
+    every = {task: batch._replace(image_order=batch.image_order.to("meta"))
+             for task, batch in every.items()}
     model.to("meta")
     muon, adamw = optimizers_of(model, .01)     # fused AdamW does not know the meta device
     optimizers = muon, torch.optim.SGD(adamw.param_groups[0]["params"], .1)
@@ -114,4 +116,5 @@ def test_no_operation_mixes_devices(projections):
             loss.backward()
             apply_gradients(optimizers)
             start = batch.layout.before if task == "gen" else sum(batch.layout) - 3
+            batch = batch._replace(image_order=None)
             model.generate(batch, plan, start, lambda logits: logits.argmax(-1))
