@@ -1,6 +1,6 @@
 """What every plan saves: the time of a training step beside its FLOPs, on random tokens.
 
-    python study/bench.py [--preset gpu] [--compile]        study/results/bench-DEVICE.json and .png
+    python study/bench.py [--preset gpu] [--compile]        study/results/bench-PRESET.json and .png
 
 Nothing is learned, so a step costs what it costs in training. Steps take turns, so that what else
 the machine does hits all alike; times are medians.
@@ -143,7 +143,7 @@ def time_drawing(name, c, shallow, device, rows=8):
 
 
 def bench(preset, batch_size, shallow, device, compiled):
-    """All that is measured, as bench-DEVICE.json has it."""
+    """All that is measured, as bench-PRESET.json has it."""
     edge, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a, b = torch.randn(2, edge, edge, device=device, dtype=dtype)
     seconds = time_each({"matmul": lambda: a @ b}, device, 10)["matmul"]
@@ -175,7 +175,7 @@ def main():
     n = args.batch_size or PRESETS[preset].batch_size
     torch._dynamo.config.recompile_limit = 1000             # the code of every row stays
     result = bench(preset, n, max(1, PRESETS[preset].layers // 4), device, args.compile)
-    path = RESULTS / f"bench-{device.type}.json"
+    path = RESULTS / f"bench-{preset}.json"
     write_file(path, json.dumps(result, indent=1))
     lines = {}
     for x in result["image_tokens"]:

@@ -6,7 +6,7 @@ Ours; ours with AdamW alone; a GPT written the usual way (nanoGPT's structure: L
 product, GELU, learned positions, tied head, logits and loss at every position, AdamW); and
 transformers' Llama (SwiGLU as wide as needed for as many weights, AdamW). Ours has its mask of
 packed questions, QK norm and rotary positions, and computes logits only where a target may be.
-Medians of steps that take turns. Writes study/results/compare-DEVICE.json.
+Medians of steps that take turns. Writes study/results/compare-PRESET.json.
 """
 import argparse
 import json
@@ -121,7 +121,7 @@ def main():
                          "tokens_per_s": batch * length / statistics.median(seconds)})
     result = {"hardware": hardware(device), "preset": preset, "compile": args.compile,
               "repeats": args.repeats, "rows": rows}
-    path = RESULTS / f"compare-{device.type}.json"
+    path = RESULTS / f"compare-{preset}.json"
     write_file(path, json.dumps(result, indent=1))
     print(f"{result['hardware']}, preset {preset}\n\n" + markdown(
         ["task", "step", "tokens", "batch", "ms (least, most)", "tokens/s"],

@@ -49,10 +49,10 @@ def commands(preset, device, out):
         "train": (["train.py", *shared, *tokenizer, "--out", run],
                   [run / name for name in ("eval.json", "log.jsonl", "samples.png", "loss.png")]),
         "tests": (["-m", "pytest", "-q", "-x", "tests/test_model.py"], []),
-        "bench": (["study/bench.py", *shared, *compiling], [RESULTS / f"bench-{device}.json",
-                                                           RESULTS / f"bench-{device}.png"]),
+        "bench": (["study/bench.py", *shared, *compiling], [RESULTS / f"bench-{preset}.json",
+                                                           RESULTS / f"bench-{preset}.png"]),
         "compare": (["study/compare.py", *shared, *compiling],
-                    [RESULTS / f"compare-{device}.json"]),
+                    [RESULTS / f"compare-{preset}.json"]),
         "table": (["study/table.py", out / "table", *shared, *tokenizer, "--rows", *table_rows],
                   [RESULTS / f"table-{preset}.md", RESULTS / f"table-{preset}.json"]),
     }

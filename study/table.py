@@ -10,7 +10,9 @@ count from 1. Writes study/results/NAME-PRESET.md, .json and -samples.png; NAME 
 """
 import argparse
 import json
+import math
 import os
+import random
 import statistics
 import sys
 from collections import defaultdict
@@ -35,6 +37,7 @@ RESULTS = ROOT / "study" / "results"
 # Each row: its title, and how its options differ from those of joint dense training.
 BOTH = dict(und_plan="himix", gen_plan="hmgen")
 SKIP = dict(und_plan="skip", gen_plan="skip")
+ROUTE = dict(und_plan="route", gen_plan="route")
 ROWS = {
     # the paper's
     "u": ("U only, dense", dict(objective="und")),
@@ -48,17 +51,20 @@ ROWS = {
     "g-naive-all": ("G only, naive control in all layers",
                     dict(objective="gen", gen_plan="naive-all")),
     # controls
+    "u-describe": ("U only, dense, describes its pictures", dict(objective="und")),
+    "u-long": ("U only, dense, as many FLOPs as joint", dict(objective="und")),
+    "joint-shuffled": ("joint, dense, captions shuffled over pictures to draw", {}),
+    "u-no-image-loss": ("U only, dense, no loss on image tokens",
+                        dict(objective="und", image_loss=False)),
+    "joint-no-image-loss": ("joint, dense, no loss on image tokens", dict(image_loss=False)),
     "u-image": ("U only, dense, own projections", dict(objective="und", projections="image")),
     "g-image": ("G only, dense, own projections", dict(objective="gen", projections="image")),
-    "u-himix-shared": ("U only, HiMix, shared projections",
-                       dict(objective="und", und_plan="himix")),
     "joint-image": ("joint, dense, own projections", dict(projections="image")),
-    "u-eq1": ("U only, dense, loss on image tokens", dict(objective="und", image_loss=True)),
-    "joint-eq1": ("joint, dense, loss on image tokens", dict(image_loss=True)),
     # beyond the paper
-    "hmgen-both": ("joint, HMGen in both tasks", dict(und_plan="hmgen", gen_plan="hmgen")),
     "skip-both": ("joint, both tasks skip the middle layers", SKIP),
     "skip-image": ("joint, both skip, own projections", dict(SKIP, projections="image")),
+    "route-both": ("joint, half of the image tokens skip the middle layers", ROUTE),
+    "route-image": ("joint, half skip, own projections", dict(ROUTE, projections="image")),
 }
 # Trained rows that are scored once more under a plan they were not trained with (cf. fig. 5).
 AT_INFERENCE = {"u": ("HiMix at inference only", dict(und_plan="himix")),
@@ -75,22 +81,55 @@ COLUMNS = [("questions right, %", ("und", "accuracy"), 100, 1),
            ("held-out objects, %", ("gen", "transfer_object_accuracy"), 100, 1),
            ("FLOPs", ("cost", "flops_ratio"), 1, 2), ("time", ("cost", "step_ratio"), 1, 2)]
 
-# The paper's claims, each as a difference that it says is above a margin (in points): a row and a
-# score, another row and score, the margin.
+# The claims that the study decides, written down before the runs: (claim, kind, score, row, other
+# row). "more": the row has more of the score than the other one. "keeps": the difference is within
+# MARGIN points.
+MARGIN = 2.
 QUESTIONS, HELD_OUT = ("und", "accuracy"), ("und", "transfer_accuracy")
 IMAGES = ("gen", "image_accuracy")
 CLAIMS = [
-    ("joint training helps with questions", "joint", QUESTIONS, "u", QUESTIONS, 0),
-    ("joint training helps with held-out pairs", "joint", HELD_OUT, "u", HELD_OUT, 0),
-    ("joint training helps with images", "joint", IMAGES, "g", IMAGES, 0),
-    ("HiMix alone keeps questions", "u-himix", QUESTIONS, "u", QUESTIONS, -3),
-    ("HMGen alone keeps images", "g-hmgen", IMAGES, "g", IMAGES, -3),
-    ("share all loses questions", "joint", QUESTIONS, "share-all", QUESTIONS, 0),
-    ("share all loses held-out pairs", "joint", HELD_OUT, "share-all", HELD_OUT, 0),
-    ("share partial wins held-out pairs back", "share-partial", HELD_OUT, "share-all", HELD_OUT, 0),
+    ("joint training helps with questions", "more", QUESTIONS, "joint", "u"),
+    ("joint training helps with held-out pairs", "more", HELD_OUT, "joint", "u"),
+    ("joint training helps with images", "more", IMAGES, "joint", "g"),
+    ("HiMix alone keeps questions", "keeps", QUESTIONS, "u-himix", "u"),
+    ("HMGen alone keeps images", "keeps", IMAGES, "g-hmgen", "g"),
+    ("share all loses held-out pairs", "more", HELD_OUT, "joint", "share-all"),
+    ("share partial wins held-out pairs back", "more", HELD_OUT, "share-partial", "share-all"),
+    ("to describe pictures helps like joint training", "keeps", HELD_OUT, "u-describe", "joint"),
+    ("captions have to fit their pictures", "more", HELD_OUT, "joint", "joint-shuffled"),
+    ("random routing keeps held-out pairs", "keeps", HELD_OUT, "route-both", "joint"),
 ]
-# Student's t, 97.5 %, for 1 to 9 degrees of freedom.
-T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+
+
+class Described(data.Shapes):
+    """Understanding's first question on each training picture asks for all that is in it."""
+
+    def split(self, task, part, n, seed=0, questions=10):
+        split = super().split(task, part, n, seed, questions)
+        if (task, part) == ("und", "train"):
+            for scene, asked in zip(split.scenes, split.questions):
+                caption = self.caption(FirstChoice(), scene, "scene").text
+                asked.insert(0, data.Question("describe it", caption, "question"))
+        return split
+
+
+class Shuffled(data.Shapes):
+    """Generation's training captions stand beside the wrong pictures."""
+
+    def split(self, task, part, n, seed=0, questions=10):
+        split = super().split(task, part, n, seed, questions)
+        if (task, part) == ("gen", "train"):
+            random.Random(f"{seed} shuffled").shuffle(split.captions)
+        return split
+
+
+class FirstChoice(random.Random):
+    def choice(self, options):
+        return options[0]
+
+
+WORLDS = {"u-describe": Described, "joint-shuffled": Shuffled}
+LONGER = {"u-long": 1.6}            # steps, as a multiple of the others': see study/README.md
 
 
 # ---------------------------------------------------------------------- training
@@ -178,25 +217,47 @@ def markdown(titles, rows, left=1):
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
+def t_tail(t, freedom):
+    """P(T > t) of Student's t, by integrating its density."""
+    x = np.tan(np.linspace(math.atan(t / freedom ** .5), math.pi / 2 - 1e-9, 20_001))
+    # With x = T / sqrt(freedom), the density of T becomes a power of 1 / (1 + x^2).
+    log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - .5 * math.log(math.pi)
+    density = np.exp(log_scale - (freedom + 1) / 2 * np.log1p(x ** 2))
+    return float(np.sum((density[1:] + density[:-1]) / 2 * np.diff(x)))
+
+
+def p_values(differences, kind):
+    """How likely such differences (in points) were if the claim did not hold, and if it did."""
+    n, mean = len(differences), statistics.mean(differences)
+    error = max(statistics.stdev(differences), 1e-9) / n ** .5
+    above = {m: t_tail((mean - m) / error, n - 1) for m in (-MARGIN, 0., MARGIN)}
+    if kind == "more":
+        return above[0.], 1 - above[0.]
+    # Two one-sided tests: it is above -MARGIN, and it is below MARGIN.
+    return max(above[-MARGIN], 1 - above[MARGIN]), min(1 - above[-MARGIN], above[MARGIN])
+
+
 def answer_claims(found):
-    """[(claim, difference in points, half of its 95 % interval, seeds, answer)]. Runs of one seed
-    share data and order, so differences are taken seed by seed."""
+    """[(claim, mean difference in points, its standard deviation, seeds, p, answer)]. Runs of one
+    seed share data and order, so differences are taken seed by seed. p is two-sided and corrected
+    by Holm over all CLAIMS, also those that have no runs yet."""
     answers = []
-    for claim, row, path, other_row, other_path, margin in CLAIMS:
+    for claim, kind, path, row, other_row in CLAIMS:
         one, other, differences = found.get(row, {}), found.get(other_row, {}), []
         for seed in sorted(one.keys() & other.keys()):
-            a, b = value(one[seed], path), value(other[seed], other_path)
+            a, b = value(one[seed], path), value(other[seed], path)
             if a is not None and b is not None:
                 differences.append(100 * (a - b))
         if len(differences) > 1:
-            n, mean = len(differences), statistics.mean(differences)
-            half = T975[min(n - 1, len(T975)) - 1] * statistics.stdev(differences) / n ** .5
-            answer = "undecided"
-            if mean - half > margin:
-                answer = "holds"
-            if mean + half < margin:
-                answer = "does not hold"
-            answers.append((claim, mean, half, n, answer))
+            holds, fails = p_values(differences, kind)
+            answers.append([claim, statistics.mean(differences), statistics.stdev(differences),
+                            len(differences), min(1., 2 * min(holds, fails)),
+                            "holds" if holds < fails else "does not hold"])
+    least = 0.
+    for i, answer in enumerate(sorted(answers, key=lambda answer: answer[4])):
+        least = answer[4] = max(least, min(1., (len(CLAIMS) - i) * answer[4]))
+        if answer[4] > .05:
+            answer[5] = "undecided"
     return answers
 
 
@@ -237,10 +298,10 @@ def make_table(folder):
             if set(cells) != {"–"}:
                 rows.append([titles[name], *cells])
         parts.append(markdown([f"right by kind, {task}, %", *kinds], rows))
-    answers = [[claim, f"{mean:+.1f} ± {half:.1f}", n, answer]
-               for claim, mean, half, n, answer in answer_claims(found)]
+    answers = [[claim, f"{mean:+.1f} ± {deviation:.1f}", n, f"{p:.2g}", answer]
+               for claim, mean, deviation, n, p, answer in answer_claims(found)]
     if answers:
-        parts.append(markdown(["claim", "points, 95 % interval", "seeds", ""], answers))
+        parts.append(markdown(["claim", "points", "seeds", "p, corrected", ""], answers))
     every = [scores for runs in found.values() for scores in runs.values()]
     machines = " / ".join(sorted({scores["hardware"] for scores in every}))
     config = every[0]["config"]
@@ -296,9 +357,12 @@ def main():
         for name in args.rows:
             out = args.folder / f"{name}-seed{seed}"
             given = {**shared, **ROWS[name][1], "seed": seed, "out": str(out)}
+            options = train.complete(given, device)
+            options["steps"] = round(LONGER.get(name, 1) * options["steps"])
+            world = WORLDS.get(name, data.Shapes)
+            data.load = lambda source, preset: world(preset)
             torch.compiler.reset()                          # else the code of every row stays
-            train_row(out, train.complete(given, device), AT_INFERENCE.get(name, ("", {}))[1],
-                      device)
+            train_row(out, options, AT_INFERENCE.get(name, ("", {}))[1], device)
     make_table(args.folder)
     draw_samples(args.folder, device)
 

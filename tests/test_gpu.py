@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 import model as model_module
 from eval import answer, draw
-from model import PROJECTIONS, Model, generation, understanding
+from model import Model, generation, understanding
 from probe import allocation
 from prune import PLANS, make_plan
 from test_model import CODES, FIRST_CODE, Config, random_batch, random_model, words
@@ -32,7 +32,8 @@ def test_a_step_compiles_once_and_without_a_graph_break(task, name):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("task, name", TASK_PLANS)
+@pytest.mark.parametrize("task, name", [("und", "dense"), ("und", "himix"), ("gen", "hmgen"),
+                                        ("gen", "route")])
 def test_flex_attention_equals_the_mask(task, name, monkeypatch):
     """Forward only: on a CPU it has no backward."""
     rng = random.Random(f"{task} {name}")
@@ -96,11 +97,10 @@ class OneDevice(TorchDispatchMode):
         return operation(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("projections", PROJECTIONS)
-def test_no_operation_mixes_devices(projections):
+def test_no_operation_mixes_devices():
     """A step, decoding and both forwards on the meta device, which computes nothing."""
-    rng = random.Random(projections)
-    model = random_model(rng, projections, layers=5).float()
+    rng = random.Random(0)
+    model = random_model(rng, "task", layers=5).float()
     every = {task: random_batch(rng, task, model.config).to("meta") for task in ("und", "gen")}
     every = {task: batch._replace(image_order=batch.image_order.to("meta"))
              for task, batch in every.items()}
@@ -115,6 +115,5 @@ def test_no_operation_mixes_devices(projections):
             assert loss.device.type == "meta"
             loss.backward()
             apply_gradients(optimizers)
-            start = batch.layout.before if task == "gen" else sum(batch.layout) - 3
             batch = batch._replace(image_order=None)
-            model.generate(batch, plan, start, lambda logits: logits.argmax(-1))
+            model.generate(batch, plan, sum(batch.layout) - 3, lambda logits: logits.argmax(-1))
