@@ -11,7 +11,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "study"))
-torch.set_num_threads(1)                # more threads do not survive a fork; nothing here needs them
+torch.set_num_threads(1)                # more do not survive a fork, and nothing here needs them
 os.environ["OMP_NUM_THREADS"] = "1"
 
 

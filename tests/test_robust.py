@@ -1,4 +1,4 @@
-"""Hard to break: killed anywhere, out of space, files of strangers, and three hundred bad inputs."""
+"""Hard to break: killed anywhere, no space left, files of strangers, three hundred bad inputs."""
 import copy
 import io
 import json
@@ -216,7 +216,8 @@ def pictures(rng):
     yield "16-bit", encoded(Image.fromarray(levels), "png"), True
     for size in ((1, 1), (20000, 1), (1, 20000)):
         yield str(size), encoded(Image.new("RGB", size), "png"), True
-    yield "animated", encoded(noise, "gif", save_all=True, append_images=[noise.rotate(90)] * 3), True
+    frames = [noise.rotate(90)] * 3
+    yield "animated", encoded(noise, "gif", save_all=True, append_images=frames), True
     exif = Image.Exif()
     exif[0x0112] = 6
     yield "rotated", encoded(noise, "jpeg", exif=exif), True
