@@ -40,7 +40,7 @@ PRESETS = dict(
     vq_steps=       (150,     1200,    3000),
     vq_batch_size=  (16,      16,      128),
     # the transformer
-    layers=         (3,       6,       20),
+    layers=         (3,       4,       12),
     width=          (32,      128,     512),    # numbers in a hidden state
     heads=          (2,       4,       8),      # attention heads
     max_text=       (40,      90,      192),    # most text tokens that a sequence may have

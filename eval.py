@@ -47,7 +47,7 @@ def answer(model, tokenizer, codes, question, plan, longest=24):
     length, start = min(n + longest, c.und_text), first + n
     batch = understanding(tokenizer, codes[None], [[(question, "")]], length)
     batch.segment_ids[:, first:] = 1                # what is to come belongs to the question
-    batch.position_ids[:, first:] = first + torch.arange(length)
+    batch.position_ids[:, first:] = first + torch.arange(length)[:, None]
     tokens = model.generate(batch.to(device), plan, start,
                             lambda logits: logits[:, :c.first_code].argmax(-1))
     ids = tokens[0, start:].tolist()

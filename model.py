@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -65,7 +66,7 @@ class Batch(NamedTuple):
     image_loss: bool                # image tokens of understanding have targets
     image_order: torch.Tensor       # (M,) of a training step, see prune.positions; or None
     tokens: torch.Tensor            # (B, N)
-    position_ids: torch.Tensor      # (B, N) for the rotary embedding
+    position_ids: torch.Tensor      # (B, N, 2) for the rotary embedding: row and column
     segment_ids: torch.Tensor       # (B, N) 0: seen by all that follow; k: question k; -1: padding
     targets: torch.Tensor           # (B, N) the token that should follow; -1: none is asked for
     loss_weights: torch.Tensor      # (B, N) float, of the targets
@@ -112,8 +113,14 @@ def make_batch(task, layout, image_loss, end, tokens, position_ids, segment_ids,
 def padding(rows, length, pad):
     """Tokens, position_ids, segment_ids, targets and is_output in which nothing stands yet."""
     shape = (rows, length)
-    return (torch.full(shape, pad), torch.zeros(shape, dtype=torch.long), torch.full(shape, -1),
-            torch.full(shape, -1), torch.zeros(shape, dtype=torch.bool))
+    return (torch.full(shape, pad), torch.zeros(*shape, 2, dtype=torch.long),
+            torch.full(shape, -1), torch.full(shape, -1), torch.zeros(shape, dtype=torch.bool))
+
+
+def grid_positions(m):
+    """Row and column of m image tokens that fill a square: (m, 2)."""
+    side = math.isqrt(m)
+    return torch.stack([torch.arange(m) // side, torch.arange(m) % side], 1)
 
 
 def understanding(tokenizer, codes, questions, length, image_loss=True):
@@ -126,7 +133,8 @@ def understanding(tokenizer, codes, questions, length, image_loss=True):
     GIVEN_WEIGHT:
 
         tokens         bos und i0 i1 i2 i3  what shape   ? ring  size   ? big  pad
-        position_ids     0   1  2  3  4  5     6     7   8    9     6   7   8    0
+        position_ids     0   1  2  2  3  3     6     7   8    9     6   7   8    0   (rows)
+                         0   1  2  3  2  3     6     7   8    9     6   7   8    0   (columns)
         segment_ids      0   0  0  0  0  0     1     1   1    1     2   2   2   -1
         targets          -  i0 i1 i2 i3  - shape     ? ring eos     ? big eos    -
         loss_weights     0   w  w  w  w  0     w     w   1    w     w   1   w    0
@@ -140,7 +148,8 @@ def understanding(tokenizer, codes, questions, length, image_loss=True):
     tokens, position_ids, segment_ids, targets, is_output = batch
     image = codes + tokenizer.first_code
     tokens[:, 0], tokens[:, 1], tokens[:, 2:first] = tokenizer.bos, tokenizer.und, image
-    position_ids[:, :first] = torch.arange(first)
+    position_ids[:, 1] = 1
+    position_ids[:, 2:first] = 2 + grid_positions(codes.size(1))
     segment_ids[:, :first] = 0
     if image_loss:
         targets[:, 1:first - 1] = image
@@ -160,7 +169,7 @@ def understanding(tokenizer, codes, questions, length, image_loss=True):
                 break
             tokens[row, start:stop] = ids
             # Every question stands where it would if it came right after the image.
-            position_ids[row, start:stop] = range(first, first + len(ids))
+            position_ids[row, start:stop] = np.arange(first, first + len(ids))[:, None]
             segment_ids[row, start:stop] = number
             targets[row, start:stop] = ids[1:] + [tokenizer.eos]
             is_output[row, stop - len(answer) - 1:stop] = True
@@ -176,7 +185,8 @@ def generation(tokenizer, codes, captions, length):
     does not fit. "a ring", a picture of 4 tokens i0 to i3, and a length of 5:
 
         tokens         pad bos gen  a ring i0 i1 i2 i3
-        position_ids     0   0   1  2    3  4  5  6  7
+        position_ids     0   0   1  2    3  4  4  5  5   (rows)
+                         0   0   1  2    3  4  5  4  5   (columns)
         segment_ids     -1   0   0  0    0  0  0  0  0
         targets          -   -   -  -   i0 i1 i2 i3  -
         loss_weights     0   0   0  0    1  1  1  1  0
@@ -195,7 +205,8 @@ def generation(tokenizer, codes, captions, length):
             raise ValueError(f"a caption has {len(text) - 2} tokens, the model takes {length - 2}: "
                              f"{caption[:60]!r}")
         tokens[row, start:length] = torch.tensor(text)
-        position_ids[row, start:] = torch.arange(len(text) + m)
+        position_ids[row, start:length] = torch.arange(len(text))[:, None]
+        position_ids[row, length:] = len(text) + grid_positions(m)
         segment_ids[row, start:] = 0
     return make_batch("gen", Layout(length, m, 0), False, tokenizer.eos, *batch)
 
@@ -222,7 +233,11 @@ class Tokens(NamedTuple):
 
 def rotate(x, cos, sin):
     """Rotary position embedding (Su et al. 2021): turns each pair (x[i], x[i + Dh / 2]) by an
-    angle. x: (B, H, n, Dh); cos, sin: (B, 1, n, Dh), the first half of sin negative."""
+    angle. x: (B, H, n, Dh); cos, sin: (B, 1, n, Dh), the first half of sin negative.
+
+    Pairs are turned by a token's row and by its column in turn, as in Qwen2-VL (Wang et al. 2024):
+    what an image token needs is as often above it as to its left.
+    """
     return x * cos + x.roll(x.size(-1) // 2, -1) * sin
 
 
@@ -305,8 +320,8 @@ class Model(nn.Module):
         super().__init__()
         self.config = c
         self.token_embedding = nn.Embedding(c.vocab, c.width)
-        self.row = nn.Parameter(.5 * torch.randn(c.side, c.width))
-        self.column = nn.Parameter(.5 * torch.randn(c.side, c.width))
+        self.row = nn.Parameter(torch.randn(c.side, c.width))
+        self.column = nn.Parameter(torch.randn(c.side, c.width))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = nn.RMSNorm(c.width)
         self.head = nn.Linear(c.width, c.vocab, bias=False)
@@ -319,13 +334,9 @@ class Model(nn.Module):
             embedding = codebook @ torch.randn(codebook.size(1), c.width)
             codes = slice(c.first_code, c.first_code + len(codebook))
             self.token_embedding.weight.data[codes] = embedding / embedding.std()
-        length = max(sum(c.layout("und")), sum(c.layout("gen")))
         head_width = c.width // c.heads
-        frequencies = 1e4 ** -(torch.arange(0, head_width, 2) / head_width)
-        angles = torch.arange(length)[:, None] * frequencies                    # (N, Dh / 2)
-        cos, sin = angles.cos(), angles.sin()
-        self.register_buffer("cos", torch.cat([cos, cos], 1), persistent=False)
-        self.register_buffer("sin", torch.cat([-sin, sin], 1), persistent=False)
+        frequencies = 1e4 ** -(torch.arange(0, head_width, 2) / head_width)     # (Dh / 2)
+        self.register_buffer("frequencies", frequencies, persistent=False)
 
     def embed(self, batch, start=0, stop=None):
         """(B, stop - start, d): of each token its embedding, of image tokens row and column,
@@ -340,8 +351,12 @@ class Model(nn.Module):
         tokens = []
         for index, layout in positions(rule, batch.layout, start, stop, batch.tokens.device,
                                        batch.image_order):
-            ids = batch.position_ids[:, index]                                  # (B, n)
-            tokens.append(Tokens(index, layout, self.cos[ids][:, None], self.sin[ids][:, None]))
+            rows, columns = batch.position_ids[:, None, index].split(1, -1)     # (B, 1, n, 1)
+            is_row = torch.arange(len(self.frequencies), device=index.device) % 2 == 0
+            angles = torch.where(is_row, rows, columns) * self.frequencies
+            cos, sin = angles.cos(), angles.sin()
+            tokens.append(Tokens(index, layout, torch.cat([cos, cos], -1),
+                                 torch.cat([-sin, sin], -1)))
         return tokens
 
     def loss(self, x, batch):

@@ -33,7 +33,8 @@ def segments(batch):
     order = torch.arange(sum(batch.layout), device=batch.tokens.device)
     real = batch.segment_ids >= 0
     image = (order >= before) & (order < before + m)
-    system = real & (batch.position_ids < 2) & (order < before)         # bos and the task's token
+    first_two = batch.position_ids[..., 0] < 2              # bos and the task's token
+    system = real & first_two & (order < before)
     output = torch.zeros_like(real)
     output[:, 1:] = batch.is_output[:, :-1]     # output is what the token before it had to predict
     instruction = real & ~system & ~image & ~output

@@ -116,9 +116,8 @@ def mask(rule, layout):
 
 # ---------------------------------------------------------------------- cost
 
-# Width of the feed-forward network, as a multiple of the model's. Usual is 4. For the same cost, 2
-# in half as many layers more learns faster here, where an answer takes several look-ups.
-FFN = 2
+# Width of the feed-forward network, as a multiple of the model's.
+FFN = 4
 
 
 def flops(plan, layout, width, vocab, image_loss=False):

@@ -49,7 +49,7 @@ CAPTION_DROPOUT = .1    # of captions are empty in training, which classifier-fr
 LEARNING_RATE = .02     # Muon's highest, for the matrices in the layers
 EMBEDDING_RATE = .5     # AdamW's, relative to it, for embeddings, head, norms and positions
 WARM_UP = 50            # steps in which the learning rate rises
-DECAY = .6              # the last part of training, in which it falls to nearly nothing
+DECAY = .7              # the last part of training, in which it falls to nearly nothing
 CLIP = 1.               # largest gradient norm of AdamW's part; Muon's steps have one size anyway
 MOMENTUM = .95          # Muon's
 BETAS = (.9, .99)       # AdamW's
@@ -408,7 +408,7 @@ def complete(given, device):
     preset = PRESETS[options["preset"]]
     tokenizer = default_tokenizer_path(options["data"])
     usual = {"steps": preset.steps, "batch_size": preset.batch_size,
-             "shallow": max(1, preset.layers // 4),         # the paper's K = 5 costs .75 of dense
+             "shallow": max(1, preset.layers // 4),         # the paper's higher K / L
              "compile": device.type == "cuda" and find_spec("triton") is not None,
              "tokenizer": tokenizer,
              "out": tokenizer.replace("tokenizer", options["objective"], 1).removesuffix(".pt")}

@@ -39,7 +39,7 @@ def random_batch(task, c, rows):
     before, m, after = layout = c.layout(task)
     tokens = torch.randint(FIRST_CODE, (rows, sum(layout)))
     tokens[:, before:before + m] = torch.randint(FIRST_CODE, c.vocab, (rows, m))
-    position_ids = torch.arange(sum(layout)).expand(rows, -1)
+    position_ids = torch.arange(sum(layout))[:, None].expand(rows, -1, 2)
     everywhere = torch.ones(tokens.shape)
     return Batch(task, layout, False, torch.randperm(m), tokens, position_ids,
                  torch.zeros_like(tokens), tokens.roll(-1, 1), everywhere, everywhere.bool())
