@@ -3,7 +3,7 @@
     python eval.py out/joint                    scores a run: eval.json, samples.png in its folder
     python eval.py out/joint --gen-plan hmgen   ... with a plan it was not trained with (fig. 5)
     python eval.py out/joint --ask picture.png "what colour is the circle?"
-    python eval.py out/joint --draw "top-left a big red circle" --n 8
+    python eval.py out/joint --draw "top-left a big yellow circle" --n 8
 """
 import argparse
 import json
