@@ -52,7 +52,7 @@ PRESETS = dict(
     gen_scenes=     (300,     20_000,  60_000), # training pictures with captions (generation)
     # evaluation
     und_val=        (40,      1000,    2000),   # pictures with questions; of held-out pairs, too
-    gen_val=        (21,      700,     1400),   # captions to draw; of held-out pairs, too
+    gen_val=        (21,      700,     1400),   # captions to draw; of held-out pairs half
 )
 PRESETS = {name: SimpleNamespace(**{key: values[column] for key, values in PRESETS.items()})
            for column, name in enumerate(("tiny", "cpu", "gpu"))}

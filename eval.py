@@ -334,8 +334,11 @@ def evaluate(model, tokenizer, options, step, dataset, plans):
         shown += new
     scores["n"] = {task: scores[task]["n"] for task in plans}
     n = min(BATCH, options["batch_size"])               # of a step, which may not fit as a whole
-    rows = {task: batch.rows(torch.arange(n, device=device) % len(batch.tokens))
-            for task, batch in batches.items()}
+    rows = {}
+    for task, batch in batches.items():
+        order = torch.randperm(batch.layout.image, device=device)       # as in a training step
+        rows[task] = batch.rows(torch.arange(n, device=device) % len(batch.tokens))
+        rows[task] = rows[task]._replace(image_order=order)
     scores["cost"] = cost(model, rows, plans)
     for key in ("flops_per_step", "step_ms"):
         scores["cost"][key] *= options["batch_size"] / n

@@ -77,7 +77,8 @@ class Batch(NamedTuple):
         return Batch(*self[:4], *[tensor[index] for tensor in self[4:]])
 
     def to(self, device):
-        return Batch(*self[:4], *[tensor.to(device) for tensor in self[4:]])
+        order = None if self.image_order is None else self.image_order.to(device)
+        return Batch(*self[:3], order, *[tensor.to(device) for tensor in self[4:]])
 
     def attention_mask(self, queries, keys):
         """(B, 1, q, k) bool: what the tokens at the positions `queries` see of those at `keys`.

@@ -44,8 +44,9 @@ def make_plan(name, layers, shallow=1):
 
     `shallow` is HMGen's K. K layers in the middle alternate with full ones, the first and the last
     layer are always full (sec. 5.2): K = 2 of 6 layers is F S F S F F. "naive" changes the same
-    layers; "skip" and "route", which are not in the paper, the 2 K middle layers without a full one
-    between them. ValueError for an unknown name, and where so many layers do not fit.
+    layers; "skip" and "route", which are not in the paper, 2 K layers in the middle without a full
+    one between them (with an odd number of layers they may end with the last one). ValueError for
+    an unknown name, and where so many layers do not fit.
     """
     if name in EVERY_LAYER:
         return (EVERY_LAYER[name],) * layers

@@ -41,12 +41,13 @@ def commands(preset, device, out):
     tokenizer = ["--tokenizer", out / "tokenizer.pt"]
     compiling = ["--compile"] if device == "cuda" else []
     run = out / "joint"
+    resume = ["--resume"] if (run / "checkpoint.pt").exists() else []
     table_rows = ["u", "g", "share-all", "share-partial", "u-himix", "g-hmgen", "joint"]
     if preset == "tiny":
         table_rows = ["u"]
     return {
         "kernels": ([__file__, "--kernels", *shared, "--out", out], []),
-        "train": (["train.py", *shared, *tokenizer, "--out", run],
+        "train": (["train.py", *shared, *tokenizer, "--out", run, *resume],
                   [run / name for name in ("eval.json", "log.jsonl", "samples.png", "loss.png")]),
         "tests": (["-m", "pytest", "-q", "-x", "tests/test_model.py"], []),
         "bench": (["study/bench.py", *shared, *compiling], [RESULTS / f"bench-{preset}.json",
@@ -123,7 +124,7 @@ def visit(minutes, only, preset, device, out):
                 process.wait()
                 ended = "time ran out"
         for file in results:
-            if file.exists():
+            if file.exists() and file.stat().st_mtime > began - 2:      # not an earlier result
                 shutil.copy(file, out / file.name)
         report[name] = {"ended": ended, "seconds": time.time() - began}
         write_file(out / "report.json", json.dumps(report, indent=1))

@@ -32,8 +32,7 @@ def test_a_step_compiles_once_and_without_a_graph_break(task, name):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("task, name", [("und", "dense"), ("und", "himix"), ("gen", "hmgen"),
-                                        ("gen", "route")])
+@pytest.mark.parametrize("task, name", [("und", "himix"), ("gen", "route")])
 def test_flex_attention_equals_the_mask(task, name, monkeypatch):
     """Forward only: on a CPU it has no backward."""
     rng = random.Random(f"{task} {name}")
@@ -102,8 +101,6 @@ def test_no_operation_mixes_devices():
     rng = random.Random(0)
     model = random_model(rng, "task", layers=5).float()
     every = {task: random_batch(rng, task, model.config).to("meta") for task in ("und", "gen")}
-    every = {task: batch._replace(image_order=batch.image_order.to("meta"))
-             for task, batch in every.items()}
     model.to("meta")
     muon, adamw = optimizers_of(model, .01)     # fused AdamW does not know the meta device
     optimizers = muon, torch.optim.SGD(adamw.param_groups[0]["params"], .1)

@@ -13,7 +13,7 @@ from bench import bench
 from conftest import ROOT, run, train_args
 from gpu import commands
 from prune import PLANS
-from table import answer_claims, exclusive
+from table import answer_claims, exclusive, t_tail
 
 
 def test_a_run_leaves_what_the_contract_promises(trained):
@@ -112,6 +112,7 @@ def test_claims_are_tested_seed_by_seed_and_corrected():
     found = {"joint": {i: {"und": {"accuracy": .9}} for i in range(1, 9)},
              "u": {i: {"und": {"accuracy": .87 - .01 * i}} for i in (1, 2, 3)}}
     ((_, mean, deviation, n, p, answer),) = answer_claims(found)
+    assert abs(t_tail(1, 1) - .25) < 1e-6 and abs(t_tail(-2.365, 7) - .975) < 1e-4
     assert n == 3 and abs(mean - 5) < 1e-9 and abs(deviation - 1) < 1e-9
     assert abs(p - .1307) < 1e-3 and answer == "undecided"
     found["u"] = {i: {"und": {"accuracy": .87 - .002 * i}} for i in range(1, 9)}
