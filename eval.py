@@ -336,9 +336,9 @@ def evaluate(model, tokenizer, options, step, dataset, plans):
     n = min(BATCH, options["batch_size"])               # of a step, which may not fit as a whole
     rows = {}
     for task, batch in batches.items():
+        chosen = batch.rows(torch.arange(n, device=device) % len(batch.tokens))
         order = torch.randperm(batch.layout.image, device=device)       # as in a training step
-        rows[task] = batch.rows(torch.arange(n, device=device) % len(batch.tokens))
-        rows[task] = rows[task]._replace(image_order=order)
+        rows[task] = chosen._replace(image_order=order)
     scores["cost"] = cost(model, rows, plans)
     for key in ("flops_per_step", "step_ms"):
         scores["cost"][key] *= options["batch_size"] / n

@@ -236,8 +236,8 @@ def rotate(x, cos, sin):
     """Rotary position embedding (Su et al. 2021): turns each pair (x[i], x[i + Dh / 2]) by an
     angle. x: (B, H, n, Dh); cos, sin: (B, 1, n, Dh), the first half of sin negative.
 
-    Pairs are turned by a token's row and by its column in turn, as in Qwen2-VL (Wang et al. 2024):
-    what an image token needs is as often above it as to its left.
+    Pairs are turned by a token's row and by its column in turn: what an image token needs is as
+    often above it as to its left. (Qwen2-VL, Wang et al. 2024, does the same in blocks of pairs.)
     """
     return x * cos + x.roll(x.size(-1) // 2, -1) * sin
 
@@ -338,6 +338,8 @@ class Model(nn.Module):
         head_width = c.width // c.heads
         frequencies = 1e4 ** -(torch.arange(0, head_width, 2) / head_width)     # (Dh / 2)
         self.register_buffer("frequencies", frequencies, persistent=False)
+        row_or_column = torch.arange(len(frequencies)) % 2                      # 0, 1, 0, 1, ...
+        self.register_buffer("row_or_column", row_or_column, persistent=False)
 
     def embed(self, batch, start=0, stop=None):
         """(B, stop - start, d): of each token its embedding, of image tokens row and column,
@@ -352,9 +354,8 @@ class Model(nn.Module):
         tokens = []
         for index, layout in positions(rule, batch.layout, start, stop, batch.tokens.device,
                                        batch.image_order):
-            rows, columns = batch.position_ids[:, None, index].split(1, -1)     # (B, 1, n, 1)
-            is_row = torch.arange(len(self.frequencies), device=index.device) % 2 == 0
-            angles = torch.where(is_row, rows, columns) * self.frequencies
+            ids = batch.position_ids[:, None, index]                            # (B, 1, n, 2)
+            angles = ids[..., self.row_or_column] * self.frequencies            # (B, 1, n, Dh / 2)
             cos, sin = angles.cos(), angles.sin()
             tokens.append(Tokens(index, layout, torch.cat([cos, cos], -1),
                                  torch.cat([-sin, sin], -1)))
@@ -433,12 +434,16 @@ class Model(nn.Module):
         read = 0                                            # so many tokens have been read
         for write in range(start, n):
             x = original = self.embed(batch, read, write)   # all of the prompt, then token by token
-            for block, rule, cache in zip(self.blocks, plan, caches):
+            parts = {}                                      # of each kind of layer
+            for rule in set(plan):
                 queries, keys = self.part(rule, batch, read, write)
+                mask = batch.attention_mask(queries.index, order) & is_key[rule]
+                parts[rule] = queries, keys, mask
+            for block, rule, cache in zip(self.blocks, plan, caches):
+                queries, keys, mask = parts[rule]
                 source = x
                 if rule.keys == "embedding":
                     source = torch.where(is_image[read:write], original, x)
-                mask = batch.attention_mask(queries.index, order) & is_key[rule]
                 updated, _ = block(x[:, queries.index - read], source[:, keys.index - read],
                                    queries, keys, mask, batch.task, cache=cache)
                 x = x.index_copy(1, queries.index - read, updated)
