@@ -1,4 +1,5 @@
 """What every script needs and no reader has to know: errors in one line, files, devices, charts."""
+import argparse
 import io
 import json
 import math
@@ -27,6 +28,7 @@ if sys.version_info < (3, 10):
 # Operators that Apple GPUs lack run on the CPU. PyTorch reads this when it is imported.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 import torch                                                # noqa: E402
+import torch.distributed as dist                            # noqa: E402
 
 
 def run_script(main):
@@ -39,6 +41,16 @@ def run_script(main):
     except OSError as error:
         file = error.filename or "a file"
         fail(f"{file} cannot be read or written: {error.strerror or error}")
+
+
+def script_parser(doc, device=True, **settings):
+    """For a script's options. Its help begins with the docstring of the script."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+    if device:
+        choices = ("auto", "cpu", "cuda", "mps")
+        parser.add_argument("--device", default="auto", choices=choices)
+    return parser
 
 
 @contextmanager
@@ -142,6 +154,54 @@ def peak_memory_mb(device):
         return None
     units_per_mb = 2 ** 20 if sys.platform == "darwin" else 2 ** 10     # bytes there, else KB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_per_mb
+
+
+# Dense bf16 matmul peaks (FLOP/s) from the vendor's data sheets, by how a device's name begins.
+PEAKS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12,
+         "NVIDIA A100": 312e12, "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 4090": 165e12,
+         "NVIDIA GeForce RTX 3090": 71e12}
+
+
+def peak_flops(device):
+    """FLOP/s that the device's data sheet promises. None for others: they print no MFU."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    return next((peak for begin, peak in PEAKS.items() if name.startswith(begin)), None)
+
+
+# ---------------------------------------------------------------------- several processes
+
+def join_processes(device):
+    """Meet the other processes, where torchrun started several. device: as --device has it."""
+    if "RANK" in os.environ:
+        on_gpu = torch.cuda.is_available() and device in ("auto", "cuda")
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def leave_processes():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait_for_processes():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_processes(tensors):
+    """In place."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
 
 # ---------------------- people's own image files; `where` is how an error message begins

@@ -6,7 +6,6 @@
 
 Both give the project the same: a `Split` of pixels, with a caption and questions for each picture.
 """
-import argparse
 import random
 import zlib
 from collections import Counter
@@ -19,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from common import contact_sheet, fail, open_picture, read_folder, run_script
+from common import contact_sheet, fail, open_picture, read_folder, run_script, script_parser
 
 # All that has to fit together, and the machine. Options of the scripts override some of it.
 PATCH = 4           # pixels that an image token covers, height = width
@@ -453,9 +452,10 @@ class Shapes:
             kind = kinds[len(scenes) % len(kinds)] if task == "gen" else "scene"
             if kind not in self.caption_kinds(scene):
                 tries += 1
-                if tries % 1000 != 0:           # a small world may have no scene for this kind
+                if tries < 100:                 # a small world may have no scene for this kind
                     continue
                 kind = "scene"
+            tries = 0
             scenes.append(scene)
             captions.append(self.caption(rng, scene, kind))
             asked.append(self.questions(rng, scene, questions, counts, avoid, required))
@@ -507,8 +507,7 @@ def load(source, preset):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__, device=False)
     parser.add_argument("--data", default="shapes", help="shapes, or a folder of captioned images")
     parser.add_argument("--preset", default="cpu", choices=PRESETS)
     parser.add_argument("--out", default="out/data.png")

@@ -5,7 +5,6 @@
     python eval.py out/joint --ask picture.png "what colour is the circle?"
     python eval.py out/joint --draw "top-left a big yellow circle" --n 8
 """
-import argparse
 import json
 import math
 import statistics
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import (build_network, contact_sheet, fail, hardware, open_picture, pick_device,
-                    read_checkpoint, refuse_errors, run_script, synchronize, write_file)
+                    read_checkpoint, refuse_errors, run_script, script_parser, synchronize,
+                    write_file)
 
 import numpy as np
 import torch
@@ -403,8 +403,7 @@ def load_run(folder, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of a trained run")
     parser.add_argument("--und-plan", help="default: the one it was trained with")
     parser.add_argument("--gen-plan")
@@ -412,7 +411,6 @@ def main():
     parser.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"))
     parser.add_argument("--draw", metavar="CAPTION")
     parser.add_argument("--n", type=int, default=8, help="how many pictures --draw draws")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args()
     if args.n < 1:
         fail(f"--n {args.n}: expected at least 1")

@@ -7,11 +7,10 @@ model.
 Fused attention returns no weights. So this goes through `Model.forward_masked`, which the tests
 hold equal to the path of training. One question stands on each picture, as in the paper's
 sequences. """
-import argparse
 import json
 from pathlib import Path
 
-from common import fail, line_chart, pick_device, run_script, write_file
+from common import fail, line_chart, pick_device, run_script, script_parser, write_file
 
 import numpy as np
 import torch
@@ -128,12 +127,10 @@ def draw_shares(shares, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of a trained run")
     parser.add_argument("--untrained", action="store_true", help="the network before training")
     parser.add_argument("--n", type=int, default=256, help="validation pictures")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args()
     if args.n < 1:
         fail(f"--n {args.n}: expected at least 1")

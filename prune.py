@@ -7,7 +7,6 @@ A plan is data: one `Rule` for each layer. It knows nothing of weights. `model.p
 out in two ways: by computing everything and hiding what the plan drops (the reference, easy to
 read), and by taking dropped tokens out of every matmul (fast, the default).
 """
-import argparse
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from common import run_script
+from common import run_script, script_parser
 from data import PATCH, PRESETS
 
 
@@ -162,7 +161,7 @@ def print_costs(preset):
         print(f"\n{task}: {layout.before} + {image} image + {layout.after} tokens, {p.layers} "
               f"layers, width {p.width}; forward and backward of one sequence\n"
               f"{'plan':12}{'layers':>{p.layers + 2}}{'GFLOP':>10}{'of dense':>10}{'by paper':>10}")
-        dense = make_plan("dense", p.layers)
+        dense, image_loss = make_plan("dense", p.layers), task == "und"
         for name in PLANS:
             if (task, name) == ("gen", "himix"):            # impossible: see train.py
                 continue
@@ -170,8 +169,8 @@ def print_costs(preset):
             for shallow in numbers:
                 plan = make_plan(name, p.layers, shallow)
                 letters = "".join("F" if rule == FULL else name[0] for rule in plan)
-                exact = flops(plan, layout, p.width, vocab)
-                of_dense = exact / flops(dense, layout, p.width, vocab)
+                exact = flops(plan, layout, p.width, vocab, image_loss)
+                of_dense = exact / flops(dense, layout, p.width, vocab, image_loss)
                 by_paper = paper_cost(plan, layout, p.width) / paper_cost(dense, layout, p.width)
                 title = f"{name} K={shallow}" if shallow else name
                 print(f"{title:12}{letters:>{p.layers + 2}}{exact / 1e9:10.3f}"
@@ -226,8 +225,7 @@ def draw_plans(path, cell=10):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__, device=False)
     parser.add_argument("--preset", default="cpu", choices=PRESETS)
     parser.add_argument("--out", default="out/masks.png")
     args = parser.parse_args()

@@ -7,7 +7,6 @@
 Ids of the one vocabulary: 0 to 255 bytes, from 256 merged text, 507 to 511 special tokens, from
 512 image codes.
 """
-import argparse
 import math
 from collections import Counter
 from pathlib import Path
@@ -16,8 +15,8 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
-from common import (build_network, contact_sheet, fail, pick_device, refuse_errors, run_script,
-                    read_checkpoint, save_checkpoint)
+from common import (build_network, contact_sheet, fail, pick_device, read_checkpoint,
+                    refuse_errors, run_script, save_checkpoint, script_parser)
 from data import PATCH, PRESETS, load
 
 import torch                            # after common.py, which sets an environment variable
@@ -300,12 +299,10 @@ def default_tokenizer_path(data):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--data", default="shapes", help="shapes, or a folder of captioned images")
     parser.add_argument("--preset", choices=PRESETS, help="default: what fits the device")
     parser.add_argument("--steps", type=int, help="training steps (default: the preset's)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--out", type=Path, help="default: out/tokenizer.pt or tokenizer-FOLDER.pt")
     args = parser.parse_args()
     if args.steps is not None and args.steps < 1:

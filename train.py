@@ -11,26 +11,25 @@
 Finds the device and the size that fits it. `out/joint/` then holds checkpoint.pt, log.jsonl,
 loss.png, eval.json and samples.png.
 """
-import argparse
 import json
 import math
-import os
 import random
 import signal
 import statistics
 import sys
 import time
 import zlib
+from argparse import SUPPRESS, BooleanOptionalAction
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from common import (fail, line_chart, peak_memory_mb, pick_device, refuse_errors, run_script,
-                    save_checkpoint, write_file)
+from common import (fail, join_processes, leave_processes, line_chart, peak_flops, peak_memory_mb,
+                    pick_device, rank, refuse_errors, run_script, save_checkpoint, script_parser,
+                    sum_over_processes, wait_for_processes, world, write_file)
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import data
@@ -55,12 +54,6 @@ MOMENTUM = .95          # Muon's
 BETAS = (.9, .99)       # AdamW's
 LOG_EVERY = 10          # steps
 # How many steps, and how many pictures in a step, stand in data.PRESETS.
-
-# Dense bf16 matmul peaks (FLOP/s) from the vendor's data sheets, by how a device's name begins.
-# Other devices print no MFU.
-PEAKS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12,
-         "NVIDIA A100": 312e12, "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 4090": 165e12,
-         "NVIDIA GeForce RTX 3090": 71e12}
 
 
 # ---------------------------------------------------------------------- optimizers
@@ -130,9 +123,8 @@ def apply_gradients(optimizers):
     """One step of both optimizers, after which the gradients are gone."""
     muon, adamw = ([p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
                    for optimizer in optimizers)
-    if dist.is_initialized():               # every process has weighted its own part of the loss
-        for p in muon + adamw:
-            dist.all_reduce(p.grad)
+    # Every process has weighted its own part of the loss.
+    sum_over_processes([p.grad for p in muon + adamw])
     torch.nn.utils.clip_grad_norm_(adamw, CLIP)
     for optimizer in optimizers:
         optimizer.step()
@@ -157,8 +149,7 @@ def get_tokenizer(options, dataset, device):
         save_checkpoint(checkpoint, path)
         scores, _, _ = score_tokenizer(tokenizer, dataset)
         print(f"{path}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-    if dist.is_initialized():
-        dist.barrier()
+    wait_for_processes()
     return load_tokenizer(path, dataset, options["preset"])
 
 
@@ -202,14 +193,6 @@ def get_batch(examples, order, step):
     return batch, batch.is_output.sum() / examples.is_output[index].sum()
 
 
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 # ---------------------------------------------------------------------- one run
 
 def train(options, device, resumed=None):
@@ -219,6 +202,7 @@ def train(options, device, resumed=None):
     preset, steps, seed = PRESETS[options["preset"]], options["steps"], options["seed"]
     tasks = OBJECTIVES[options["objective"]]
     plans = plans_of(tasks, options, preset.layers)
+    out.mkdir(parents=True, exist_ok=True)      # fails now where it cannot be, not after training
 
     # ---- data: all sequences of a task are one Batch that stays on the device
     dataset = data.load(options["data"], options["preset"])
@@ -296,7 +280,9 @@ def train(options, device, resumed=None):
 
         last_step = step == steps - 1
         if (step + 1) % LOG_EVERY == 0 or last_step:
-            values = dict(zip(tasks, summed_over_processes(losses)))    # waits for the device
+            values = torch.stack(list(losses.values()))
+            sum_over_processes([values])
+            values = dict(zip(tasks, values.tolist()))                  # waits for the device
             check_finite(values.values(), out, step)
             seconds = (time.perf_counter() - clock) / (step + 1 - clock_step)
             mfu = operations / seconds / peak / world() if peak else None
@@ -357,19 +343,6 @@ def compiled(model, batches, plans):
         forward = model
     model.zero_grad()
     return forward
-
-
-def summed_over_processes(losses):
-    values = torch.stack(list(losses.values()))
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values.tolist()
-
-
-def peak_flops(device):
-    """FLOP/s that the device's data sheet promises, or None."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    return next((peak for begin, peak in PEAKS.items() if name.startswith(begin)), None)
 
 
 def begin_log(path, start):
@@ -456,16 +429,14 @@ def resume(given, options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS)
+    parser = script_parser(__doc__, argument_default=SUPPRESS)
     add = parser.add_argument
     add("--objective", choices=OBJECTIVES, help="which tasks are trained (default: joint)")
     add("--und-plan", help=f"what image tokens do when understanding: {', '.join(PLANS)}")
     add("--gen-plan", help="the same when generating; himix is impossible there (default: dense)")
     add("--projections", choices=PROJECTIONS, help="Q, K, V of image tokens: those of text, their "
         "own, or their own for each task (default: shared)")
-    add("--image-loss", action=argparse.BooleanOptionalAction,
+    add("--image-loss", action=BooleanOptionalAction,
         help="understanding predicts its image tokens, too, as eq. 1 has it (default: yes)")
     add("--shallow", type=int, metavar="K", help=f"layers that {', '.join(SOME_LAYERS)} change "
         "(default: a quarter of all)")
@@ -476,19 +447,14 @@ def main():
     add("--lr", type=float, help="Muon's highest learning rate; AdamW's goes along")
     add("--save-every", type=int, metavar="STEPS", help="default: 200")
     add("--seed", type=int, help="of data, weights and order (default: 0)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
+    add("--compile", action=BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     add("--tokenizer", metavar="PATH", help="trained if there is no such file")
     add("--out", help="the run's folder (default: out/OBJECTIVE)")
     add("--resume", action="store_true", default=False, help="go on with the run in --out")
     given = vars(parser.parse_args())
     device, resuming = given.pop("device"), given.pop("resume")
 
-    if "RANK" in os.environ:                                    # started by torchrun
-        on_gpu = torch.cuda.is_available() and device in ("auto", "cuda")
-        dist.init_process_group("nccl" if on_gpu else "gloo")
-        if on_gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    join_processes(device)
     device = pick_device(device)
     options, checkpoint = complete(given, device), None
     if resuming:
@@ -498,8 +464,7 @@ def main():
              "another")
     check(options)
     train(options, device, checkpoint)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 Nothing is learned, so a step costs what it costs in training. Steps take turns, so that what else
 the machine does hits all alike; times are medians.
 """
-import argparse
 import json
 import statistics
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "study"))
-from common import hardware, line_chart, pick_device, run_script, write_file
+from common import hardware, line_chart, pick_device, run_script, script_parser, write_file
 
 import torch
 
@@ -84,7 +83,7 @@ def memory_of(step, device):
     return sum(kept.values()) / 2 ** 20
 
 
-def time_steps(cases, shallow, device, compiled, matmul_rate, repeats=7):
+def time_steps(cases, shallow, device, compiled, matmul_rate, repeats):
     """Time and memory of training steps beside the dense one of the same task and Config. cases:
     [(task, plan name, Config, sequences)]."""
     rows, steps = [], {}
@@ -143,8 +142,9 @@ def time_drawing(name, c, shallow, device, rows=8):
     return row
 
 
-def bench(preset, batch_size, shallow, device, compiled):
-    """All that is measured, as bench-PRESET.json has it."""
+def bench(preset, batch_size, shallow, device, compiled, repeats=7, sides=(8, 16, 32)):
+    """All that is measured, as bench-PRESET.json has it. sides: of images, in tokens; drawing is
+    measured with the second."""
     edge, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a, b = torch.randn(2, edge, edge, device=device, dtype=dtype)
     seconds = time_each({"matmul": lambda: a @ b}, device, 10)["matmul"]
@@ -152,24 +152,22 @@ def bench(preset, batch_size, shallow, device, compiled):
     every = [(task, name, bench_config(preset, None, projections), batch_size)
              for projections in PROJECTIONS for task in ("und", "gen") for name in PLANS
              if (task, name) != ("gen", "himix")]
-    sizes = [(task, name, bench_config(preset, side), batch_size) for side in (8, 16, 32)
+    sizes = [(task, name, bench_config(preset, side), batch_size) for side in sides
              for task, name in (("und", "dense"), ("und", "himix"), ("gen", "dense"),
                                 ("gen", "hmgen"))]
     return {"hardware": hardware(device), "preset": preset, "batch_size": batch_size,
             "shallow": shallow, "compile": compiled, "matmul_flops_per_s": rate,
-            "steps": time_steps(every, shallow, device, compiled, rate),
-            "image_tokens": time_steps(sizes, shallow, device, compiled, rate, 5),
-            "drawing": [time_drawing(name, bench_config(preset, 16), shallow, device)
+            "steps": time_steps(every, shallow, device, compiled, rate, repeats),
+            "image_tokens": time_steps(sizes, shallow, device, compiled, rate, repeats),
+            "drawing": [time_drawing(name, bench_config(preset, sides[1]), shallow, device)
                         for name in ("dense", "hmgen")]}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--preset", choices=PRESETS, help="default: what fits the device")
     parser.add_argument("--batch-size", type=int, help="sequences in a step")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args()
     device = pick_device(args.device)
     preset = args.preset or default_preset(device)

@@ -8,7 +8,6 @@ Each part is a command of its own with a log, and leaves its results as soon as 
 a visit that is cut short keeps what it had. A part that fails, or runs out of time, does not keep
 the others from being done. report.json says how each ended.
 """
-import argparse
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "study"))
-from common import hardware, pick_device, run_script, write_file
+from common import hardware, pick_device, run_script, script_parser, write_file
 
 import torch
 
@@ -133,14 +132,12 @@ def visit(minutes, only, preset, device, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=28)
     parser.add_argument("--only", nargs="+", metavar="PART",
                         help="some of: kernels train tests bench compare table")
     parser.add_argument("--kernels", action="store_true", help="only that part, in this process")
     parser.add_argument("--preset", choices=PRESETS, help="default: what fits the device")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--out", type=Path, default=Path("out/gpu"))
     args = parser.parse_args()
     device = pick_device(args.device)

@@ -2,13 +2,12 @@
 
     python study/match.py out/RUN           prints how often the right one is picked
 """
-import argparse
 import sys
 from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import pick_device, run_script
+from common import pick_device, run_script, script_parser
 
 import torch
 import torch.nn.functional as F
@@ -63,11 +62,9 @@ def matching(model, tokenizer, split, task, plan, group=10):
     return {what: mean(flags) for what, flags in hits.items()}
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of a trained run")
     parser.add_argument("--n", type=int, default=1000, help="validation pictures")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args()
     model, tokenizer, checkpoint = load_run(args.run, pick_device(args.device))
     options = checkpoint["options"]

@@ -10,7 +10,6 @@ so seeds count from 1. Go on with a stopped run by starting this again, not with
 have a world of their own. Writes study/results/NAME-PRESET.md, .json and -samples.png; NAME is the
 folder's.
 """
-import argparse
 import json
 import math
 import os
@@ -23,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import contact_sheet, fail, pick_device, run_script, write_file
+from common import contact_sheet, fail, pick_device, run_script, script_parser, write_file
 
 import numpy as np
 import torch
@@ -340,8 +339,7 @@ def draw_samples(folder, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=1, help="train seeds 1 to SEEDS (default: 1)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
@@ -349,7 +347,6 @@ def main():
     parser.add_argument("--preset", choices=data.PRESETS, help="default: what fits the device")
     parser.add_argument("--steps", type=int, help="default: the preset's")
     parser.add_argument("--tokenizer", help="default: out/tokenizer.pt")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args()
     device = pick_device(args.device)
     shared = {key: getattr(args, key) for key in ("preset", "steps", "tokenizer")

@@ -216,15 +216,15 @@ def test_flops_are_exact(task, projections):
     """The count equals what PyTorch's counter sees, forward and backward, to the last
     multiply-add: so dropped tokens enter no matmul."""
     rng = random.Random(6)
-    for image_loss, name, k in product((False, True), PLANS, range(3)):
+    for plan, image_loss in product(every_plan(5), (False, True) if task == "und" else (False,)):
         model = random_model(rng, projections, 5, image_loss).float()
-        batch, plan = random_batch(rng, task, model.config), make_plan(name, 5, k)
+        batch = random_batch(rng, task, model.config)
         # On a CPU the counter does not know the fused kernel, only the matmuls of the plain one.
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), \
                 FlopCounterMode(display=False) as counter:
             model(batch, plan)[1].backward()
         counted = counter.get_total_flops()
-        assert counted == len(batch.tokens) * model.config.flops(task, plan), (name, k)
+        assert counted == len(batch.tokens) * model.config.flops(task, plan), plan
 
 
 def test_costs_by_hand(monkeypatch):
