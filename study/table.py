@@ -1,14 +1,14 @@
 """Many runs: the paper's rows and their controls. Trains what is missing, then makes the table.
 
-    python study/table.py out/table --seeds 3               every row, seeds 1 to 3
-    python study/table.py out/table --seeds 8 --rows u joint        some rows
-    python study/table.py out/table --seeds 0               no training: the table of what is there
+    python study/table.py study/results/table --seeds 3         every row, seeds 1 to 3
+    python study/table.py study/results/table --seeds 8 --rows u joint          some rows
+    python study/table.py study/results/table --seeds 0     no training: the table of what is there
 
 It goes on where it stopped, and may be started several times, best one process a core
 (OMP_NUM_THREADS=1): each takes rows that no other has. Settings are chosen on seeds 0 and 10 to 12,
 so seeds count from 1. Go on with a stopped run by starting this again, not with train.py: some rows
 have a world of their own. Writes study/results/NAME-PRESET.md, .json and -samples.png; NAME is the
-folder's.
+folder's. Of the folder itself git keeps the scores: they are all that a table needs.
 """
 import json
 import math
@@ -169,7 +169,7 @@ def train_row(out, options, at_inference, device):
             print(f"\n{out}", flush=True)
             checkpoint = None
             if (out / "checkpoint.pt").exists():
-                checkpoint = load_run(out, "cpu")[2]
+                checkpoint, options = train.resume(options, options)    # all must be as it was
             train.check(options)
             train.train(options, device, checkpoint)
         if not (out / "attention.json").exists():
@@ -323,8 +323,8 @@ def draw_samples(folder, device):
     pictures, texts = [], []
     for out in sorted(folder.glob("*-seed1")):
         name = out.name.removesuffix("-seed1")
-        if (out / "eval.json").exists() and ROWS.get(name, ("", {"objective": "und"}))[1].get(
-                "objective") != "und":
+        draws = name in ROWS and ROWS[name][1].get("objective") != "und"
+        if draws and (out / "eval.json").exists() and (out / "checkpoint.pt").exists():
             model, tokenizer, checkpoint = load_run(out, device)
             options = checkpoint["options"]
             dataset = data.load(options["data"], options["preset"])

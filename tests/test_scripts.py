@@ -1,6 +1,7 @@
 """Every script's command line, tiny but real; several processes = one; bad options."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 from bench import bench
 from conftest import ROOT, run, train_args
 from gpu import commands
 from prune import PLANS
+from readout import named_by, token_labels
 from table import answer_claims, exclusive, t_tail
 
 
@@ -145,6 +148,33 @@ def test_bench_counts_what_it_times():
         assert row["same_codes"] == 1 and row["cached_images_per_s"] > row["uncached_images_per_s"]
 
 
+def test_readout(trained, tmp_path):
+    """Places can be read from embeddings, into which they were put. Labels say what a patch shows,
+    questions how they name their object, and runs without either are refused."""
+    world = data.Shapes("tiny")
+    labels, is_last = token_labels(world, [(data.Thing(1, 2, 0, 3),), (data.Thing(0, 0, 1, 0),)])
+    shown = labels[0, labels[0, :, 0] >= 0].tolist()
+    assert shown == 4 * [[1, 2, 0, 3]] and is_last.sum(1).tolist() == [1, 1] and is_last[0, -1]
+    names = {"size": data.SIZE_NAMES, "colour": data.COLOUR_NAMES, "shape": data.SHAPES,
+             "cell": world.cell_names}
+    for text, kind, name in (("is the red circle small or big?", "size", "colour and shape"),
+                             ("what colour is the top-left object?", "colour", "cell"),
+                             ("what shape is the big red object?", "shape", "size and colour")):
+        assert named_by(data.Question(text, "", kind), names) == name
+
+    shutil.copy(trained / "joint" / "checkpoint.pt", tmp_path)
+    assert "| shape, last token |" in run("readout.py", tmp_path)
+    found = json.loads((tmp_path / "readout.json").read_text())
+    for fields in found["tokens"].values():
+        assert len(fields["cell"]["trained"]) == 4 and fields["cell"]["trained"][0] > .95
+    checkpoint = torch.load(tmp_path / "checkpoint.pt")
+    for changed, complaint in (({"tasks": ["gen"]}, "generation alone"),
+                               ({"options": {**checkpoint["options"], "data": "cats"}}, "cats")):
+        torch.save({**checkpoint, **changed}, tmp_path / "checkpoint.pt")
+        printed = run("readout.py", tmp_path, code=2)
+        assert printed.count("error: ") == 1 and complaint in printed
+
+
 def test_a_visit_to_a_gpu_can_be_rehearsed(tmp_path):
     """A part that there is time for is done and brings its results; the others are told."""
     printed = run("gpu.py", "--minutes", 2, "--preset", "tiny", "--device", "cpu", "--only",
@@ -179,6 +209,7 @@ def test_a_visit_to_a_gpu_can_be_rehearsed(tmp_path):
     (("train.py", "--resume", "--out", "nowhere"), "nowhere"),
     (("eval.py", "nowhere"), "nowhere"),
     (("probe.py", "nowhere"), "nowhere"),
+    (("readout.py", "nowhere"), "nowhere"),
     (("table.py", "nowhere", "--seeds", "0", "--preset", "tiny"), "nowhere")])
 def test_bad_options_are_one_line_and_status_2(args, complaint, tmp_path):
     if args[-1] == "cuda" and torch.cuda.is_available():

@@ -1,0 +1,236 @@
+"""What image tokens know, layer by layer: can an object's shape, colour, size and cell be read from
+the tokens that show it? And how well does understanding find objects by each of these?
+
+    python study/readout.py out/joint out/u         readout.json in each run's folder, two tables
+
+A readout is ridge regression from hidden states to one-hot labels, fitted on some validation
+pictures and tested on others. Only the shapes world says what a patch shows.
+"""
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "study"))
+from common import fail, hardware, pick_device, run_script, script_parser, write_file
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+from data import BACKGROUND, COLOUR_NAMES, NAMED_BY, PATCH, PRESETS, SHAPES, SIZE_NAMES, Thing
+from eval import BATCH, answer_all, load_run, mean, plans_of
+from model import Model, sequences, understanding
+from table import markdown
+
+PICTURES = 900          # two thirds of them to fit on, one third to test on
+RIDGE = .01             # the penalty, as a share of what each standardised feature weighs
+FIELDS = Thing._fields[:4]                                  # size, colour, shape, cell
+ASKS_FOR = {"colour": "colour", "shape": "shape", "size": "size", "place": "cell"}  # kind: field
+
+
+# ---------------------------------------------------------------------- what tokens show
+
+def distinct_scenes(dataset, n, seed):
+    """Up to n scenes of validation pictures, no two of which look alike (but for where in its cell
+    an object lies). Pictures with one object come again and again, and a readout that was fitted on
+    one of them would know the others."""
+    found = {}                                              # look -> its first scene
+    for scene in dataset.split("und", "val", 2 * n, seed, questions=0).scenes:
+        found.setdefault(tuple(thing[:4] for thing in scene), scene)
+    return list(found.values())[:n]
+
+
+def token_labels(dataset, scenes):
+    """What image tokens show. Returns labels (B, M, 4), the FIELDS of the object that a token's
+    patch has most of, -1 for background alone; and is_last (B, M) bool, the last token of each
+    object in raster order: as attention is causal, the only one that has seen all of it."""
+    side = dataset.image_size // PATCH
+    labels = torch.full((len(scenes), side ** 2, len(FIELDS)), -1)
+    is_last = torch.zeros(len(scenes), side ** 2, dtype=torch.bool)
+    for row, scene in enumerate(scenes):
+        alone = dataset.render([(thing,) for thing in scene])           # (objects, H, W, 3)
+        is_ink = (alone != BACKGROUND).any(-1)                          # (objects, H, W)
+        ink = is_ink.reshape(len(scene), side, PATCH, side, PATCH).sum((2, 4))
+        ink = ink.reshape(len(scene), -1)                               # (objects, M), in pixels
+        owner = np.where(ink.any(0), ink.argmax(0), -1)                 # (M,) an object, or -1
+        for number, thing in enumerate(scene):
+            tokens = np.flatnonzero(owner == number)
+            labels[row, tokens] = torch.tensor(thing[:4])
+            is_last[row, tokens[-1]] = True
+    return labels, is_last
+
+
+# ---------------------------------------------------------------------- the readout
+
+@torch.no_grad()
+def hidden_states(model, batch, plan, chosen):
+    """The states of the image tokens that `chosen` (B, M) picks, after as many layers as `plan` has
+    (the model's, or the first rules of it): (tokens, d), float64, on the CPU."""
+    before, m, _ = batch.layout
+    states = []
+    for i in range(0, len(batch.tokens), BATCH):
+        x = model.hidden(batch.rows(slice(i, i + BATCH)), plan)[:, before:before + m]
+        states.append(x.cpu()[chosen[i:i + BATCH]])
+    return torch.cat(states).double()
+
+
+def readout(states, labels, to_fit):
+    """The share of test tokens whose label is read right, {field: accuracy}.
+
+    states: (tokens, d). labels: (tokens, 4). to_fit: (tokens,) bool; the other tokens are the test.
+    A class's score is linear. Features are centred, so its constant is the class's share.
+    """
+    center, scale = states[to_fit].mean(0), states[to_fit].std(0).clamp(min=1e-9)
+    states = (states - center) / scale
+    fitted, tested = states[to_fit], states[~to_fit]
+    penalty = RIDGE * len(fitted) * torch.eye(states.size(1), dtype=states.dtype)
+    factor = torch.linalg.cholesky(fitted.T @ fitted + penalty)
+    accuracy = {}
+    for field, label in zip(FIELDS, labels.T):
+        one_hot = F.one_hot(label)[to_fit].double()                     # (fitted, classes)
+        share = one_hot.mean(0)
+        weights = torch.cholesky_solve(fitted.T @ (one_hot - share), factor)    # (d, classes)
+        guess = (tested @ weights + share).argmax(1)
+        accuracy[field] = (guess == label[~to_fit]).double().mean().item()
+    return accuracy
+
+
+def read_tokens(model, untrained, tokenizer, dataset, plan, seed):
+    """What is read from all tokens, and from the last one of each object: {tokens: {field:
+    {"trained": [the embedding, then after each layer], "untrained", "chance" and "tested", the
+    number of tokens}}}; and how many pictures were fitted on and tested.
+
+    Before training every layer is the identity, so "untrained" is one number. "chance" is the
+    accuracy of who always says the most frequent class of the tokens to fit on.
+    """
+    scenes = distinct_scenes(dataset, PICTURES, seed)
+    labels, is_last = token_labels(dataset, scenes)
+    # Every third picture is tested on: looks that come often come first.
+    to_fit = torch.arange(len(scenes)) % 3 != 0             # (B,)
+    pictures = {"fitted": int(to_fit.sum()), "tested": int((~to_fit).sum())}
+    to_fit = to_fit[:, None].expand_as(is_last)             # (B, M)
+    shown = labels[..., 0] >= 0                             # (B, M), the tokens that show something
+    labels, to_fit, is_last = labels[shown], to_fit[shown], is_last[shown]      # (tokens, ...)
+    groups = {"all tokens": torch.ones_like(is_last), "last token": is_last}
+    # Questions come after the image, so its tokens do not see them.
+    codes = tokenizer.encode(dataset.render(scenes))
+    batch = understanding(tokenizer, codes, [[]] * len(scenes), 0).to(model.row.device)
+
+    def read(network, first_layers):
+        states = hidden_states(network, batch, first_layers, shown)
+        return {name: readout(states[group], labels[group], to_fit[group])
+                for name, group in groups.items()}
+
+    by_layer = [read(model, plan[:layers]) for layers in range(len(plan) + 1)]
+    before_training = read(untrained, plan)
+    found = {}
+    for name, group in groups.items():
+        fitted, tested = labels[group & to_fit], labels[group & ~to_fit]
+        chance = (tested == fitted.mode(0).values).double().mean(0).tolist()    # of each field
+        found[name] = {field: {"trained": [accuracy[name][field] for accuracy in by_layer],
+                               "untrained": before_training[name][field],
+                               "chance": of_most_frequent, "tested": len(tested)}
+                       for field, of_most_frequent in zip(FIELDS, chance)}
+    return found, pictures
+
+
+# ---------------------------------------------------------------------- questions
+
+def named_by(question, names):
+    """The fields by which a question of a kind in NAMED_BY names its object, as its words tell.
+    names: {field: words}."""
+    words = question.text.rstrip("?").split()
+    # "is the red circle small or big?" has words for sizes, but names nothing by its size.
+    usable = set().union(*NAMED_BY[question.kind])
+    return " and ".join(field for field in FIELDS
+                        if field in usable and not set(words).isdisjoint(names[field]))
+
+
+def questions_by_name(model, tokenizer, dataset, plan, n, seed):
+    """{kind: {how the object is named: {"accuracy", "any_object", "n"}}}, for questions about
+    pictures with several objects: where there is only one, none has to be found.
+
+    "any_object": the accuracy of who answers with what is true of one of the objects, at random.
+    """
+    names = {"size": SIZE_NAMES, "colour": COLOUR_NAMES, "shape": SHAPES,
+             "cell": dataset.cell_names}
+    split = dataset.split("und", "val", n, seed)
+    batch = sequences("und", tokenizer, split, model.config).to(model.row.device)
+    answers, _ = answer_all(model, tokenizer, split, batch, plan)
+    groups = defaultdict(list)                  # (kind, named by) -> [(right, share of objects)]
+    for scene, of_picture in zip(split.scenes, answers):
+        for question, _, right in of_picture:
+            if len(scene) > 1 and question.kind in ASKS_FOR:
+                field = ASKS_FOR[question.kind]
+                fitting = mean(names[field][getattr(thing, field)] == question.answer
+                               for thing in scene)
+                groups[question.kind, named_by(question, names)].append((right, fitting))
+    found = {kind: {} for kind in ASKS_FOR}
+    for kind, name in sorted(groups):
+        right, fitting = zip(*groups[kind, name])
+        found[kind][name] = {"accuracy": mean(right), "any_object": mean(fitting),
+                             "n": len(right)}
+    return found
+
+
+# ---------------------------------------------------------------------- one run
+
+def study(folder, device):
+    """All of one run, as readout.json has it."""
+    model, tokenizer, checkpoint = load_run(folder, device)
+    options, seed = checkpoint["options"], checkpoint["options"]["seed"]
+    if options["data"] != "shapes":
+        fail(f"{folder} was trained on {options['data']}: expected the shapes world, which alone "
+             "says what an image token shows")
+    if "und" not in checkpoint["tasks"]:
+        fail(f"{folder} was trained for generation alone: expected a run with understanding")
+    plan = plans_of(["und"], options, model.config.layers)["und"]
+    torch.manual_seed(seed)                                 # as train.py begins
+    untrained = Model(model.config, tokenizer.vq.codebook.cpu()).to(device).eval()
+    dataset = data.load("shapes", options["preset"])
+    tokens, pictures = read_tokens(model, untrained, tokenizer, dataset, plan, seed)
+    questions = questions_by_name(model, tokenizer, dataset, plan,
+                                  PRESETS[options["preset"]].und_val, seed)
+    return {"tokens": tokens, "pictures": pictures, "questions": questions,
+            "config": {**options, "step": checkpoint["step"], "ridge": RIDGE},
+            "hardware": hardware(device)}
+
+
+def tables(found):
+    """What was found, as two tables in Markdown."""
+    def percent(share):
+        return f"{100 * share:.1f}"
+
+    rows = []
+    for field in ("shape", "colour", "size", "cell"):
+        for name, fields in found["tokens"].items():
+            scores = fields[field]
+            shares = *scores["trained"], scores["untrained"], scores["chance"]
+            rows.append((f"{field}, {name}", *map(percent, shares)))
+    layers = [f"layer {i}" for i in range(1, len(rows[0]) - 3)]
+    tokens = markdown(["read, %", "embedding", *layers, "untrained", "chance"], rows)
+    rows = [(kind, name, scores["n"], percent(scores["accuracy"]), percent(scores["any_object"]))
+            for kind, names in found["questions"].items() for name, scores in names.items()]
+    asked = markdown(["question", "object named by", "n", "right, %", "any object, %"], rows, 2)
+    return f"{tokens}\n\n{asked}"
+
+
+def main():
+    parser = script_parser(__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of trained runs")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    for folder in args.runs:
+        found = study(folder, device)
+        write_file(folder / "readout.json", json.dumps(found, indent=1))
+        n = found["pictures"]
+        print(f"\n{folder}: fitted on {n['fitted']} pictures, tested on {n['tested']} others\n\n"
+              f"{tables(found)}")
+
+
+if __name__ == "__main__":
+    run_script(main)
