@@ -44,7 +44,7 @@ PRESETS = dict(
     heads=          (2,       4,       8),      # attention heads
     max_text=       (40,      90,      192),    # most text tokens that a sequence may have
     # training
-    steps=          (100,     1500,    5000),
+    steps=          (100,     1400,    5000),
     batch_size=     (8,       16,      128),    # pictures of each task in a step
     und_scenes=     (300,     8000,    40_000), # training pictures with questions (understanding)
     questions=      (6,       12,      24),     # on each of them, at most
@@ -328,12 +328,14 @@ class Shapes:
 
     def refer(self, rng, scene, thing, kind):
         """A phrase that only `thing` fits, by fields that a question of this kind may use; or
-        None."""
+        None. By its cell only if nothing else is unique: that is learned at once."""
         unique = []
         for fields in NAMED_BY[kind]:
             look = attrgetter(*fields)
             if [look(t) for t in scene].count(look(thing)) == 1:
                 unique.append(fields)
+        if len(unique) > 1 and ("cell",) in unique:
+            unique.remove(("cell",))
         return "the " + self.phrase(thing, rng.choice(unique)) if unique else None
 
     def question(self, rng, scene, kind, avoid=(), required=None):
@@ -401,18 +403,18 @@ class Shapes:
                 return "no", self.phrase(absent, fields)
         return None, None
 
-    def questions(self, rng, scene, n, counts, avoid, required):
-        """Up to n Questions, first of the kinds that `counts` ({kind: number}) has fewest of.
+    def questions(self, rng, scene, n, kinds, counts, avoid, required):
+        """Up to n Questions, first of the kinds that `counts` ({kind: number}) has fewest of. A
+        kind that stands in `kinds` several times is asked so much more often.
 
         Not every scene has one of every kind: without this, relations would be one in twenty.
         """
-        kinds = ("colour", "shape", "existence") if required else QUESTION_KINDS
         questions = []
         for kind in sorted(kinds, key=counts.get) * 4:      # up to four of a kind, in turn
             question = self.question(rng, scene, kind, avoid, required)
             if question and question not in questions and len(questions) < n:
                 questions.append(question)
-                counts[kind] += 1
+                counts[kind] += 1 / kinds.count(kind)
         return questions
 
     def split(self, task, part, n, seed=0, questions=10):
@@ -423,9 +425,9 @@ class Shapes:
             "train"     without the pairs that are held out from this task
             "val"       without those held out from either task
             "transfer"  each with at least one pair held out from this task
-        Captions of all kinds are equally frequent in "val". Training has more of those that take
-        longer to learn, and for understanding more full scenes than empty ones: with one object
-        there is nothing to choose.
+        Captions and questions of all kinds are equally frequent in "val". Training has more of
+        those that take longer to learn, and for understanding more full scenes than empty ones:
+        with one object there is nothing to choose.
         """
         rng = random.Random(f"{seed} {task} {part}")
         held_out = self.held_out.get(task, set())
@@ -433,9 +435,12 @@ class Shapes:
         avoid = {"train": held_out, "val": every_pair, "transfer": set()}[part]
         required = held_out if part == "transfer" else None
         binding = ["scene", "colours", "attribute binding"]             # name colour and shape
-        harder = ["scene", "scene", "two objects", "attribute binding", "counting"]
+        harder = ["scene", "scene", "two objects", "attribute binding", "position"]
         kinds = {"train": [*CAPTION_FIELDS, *harder], "val": [*CAPTION_FIELDS],
                  "transfer": binding}[part]
+        question_kinds = {"train": [*QUESTION_KINDS, "relation", "relation"],
+                          "val": QUESTION_KINDS,
+                          "transfer": ["colour", "shape", "existence"]}[part]
         scenes, captions, asked, tries = [], [], [], 0
         counts = dict.fromkeys(QUESTION_KINDS, 0)           # of questions of each kind
         while len(scenes) < n:
@@ -458,7 +463,8 @@ class Shapes:
             tries = 0
             scenes.append(scene)
             captions.append(self.caption(rng, scene, kind))
-            asked.append(self.questions(rng, scene, questions, counts, avoid, required))
+            asked.append(self.questions(rng, scene, questions, question_kinds, counts, avoid,
+                                        required))
         return Split(self.render(scenes), captions, asked, scenes)
 
 

@@ -321,8 +321,10 @@ class Model(nn.Module):
         super().__init__()
         self.config = c
         self.token_embedding = nn.Embedding(c.vocab, c.width)
-        self.row = nn.Parameter(torch.randn(c.side, c.width))
-        self.column = nn.Parameter(torch.randn(c.side, c.width))
+        # Louder than what a token shows: else a place cannot be read any more in the late layers,
+        # where a token knows which shape it belongs to ("where is the circle?").
+        self.row = nn.Parameter(2 * torch.randn(c.side, c.width))
+        self.column = nn.Parameter(2 * torch.randn(c.side, c.width))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = nn.RMSNorm(c.width)
         self.head = nn.Linear(c.width, c.vocab, bias=False)
