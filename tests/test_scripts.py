@@ -1,6 +1,7 @@
 """Every script's command line, tiny but real; several processes = one; bad options."""
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -12,11 +13,15 @@ from PIL import Image
 
 import data
 from bench import bench
+from compare import UsualGPT
 from conftest import ROOT, run, train_args
 from gpu import commands
-from prune import PLANS
+from model import Config
+from prune import PLANS, make_plan
 from readout import named_by, token_labels
 from table import answer_claims, exclusive, t_tail
+from test_model import random_batch
+from tokenizer import FIRST_CODE
 
 
 def test_a_run_leaves_what_the_contract_promises(trained):
@@ -146,6 +151,24 @@ def test_bench_counts_what_it_times():
     assert large["himix"]["memory_mb"] < large["dense"]["memory_mb"] / 2
     for row in found["drawing"]:
         assert row["same_codes"] == 1 and row["cached_images_per_s"] > row["uncached_images_per_s"]
+
+
+def test_the_usual_gpt_decodes_as_it_predicts():
+    """What compare.py trains beside our model draws, with its cache, what one pass predicts."""
+    torch.manual_seed(0)
+    c = Config(FIRST_CODE + 16, 2, 32, 2, 3, FIRST_CODE, 8, 8)
+    model, plan = UsualGPT(c).double(), make_plan("dense", 2)
+    batch = random_batch(random.Random(0), "gen", c)._replace(image_order=None)
+    seen = []
+
+    def choose(logits):
+        seen.append(logits)
+        return logits[:, FIRST_CODE:].argmax(-1) + FIRST_CODE
+
+    drawn = model.generate(batch, plan, c.gen_text, choose)
+    with torch.no_grad():
+        logits, _ = model(batch._replace(tokens=drawn), plan)
+    assert (torch.stack(seen, 1) - logits).abs().max() < 1e-10
 
 
 def test_readout(trained, tmp_path):
