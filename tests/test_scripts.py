@@ -15,8 +15,10 @@ import data
 from bench import bench
 from compare import UsualGPT
 from conftest import ROOT, run, train_args
+from eval import load_run
 from gpu import commands
-from model import Config
+from match import log_likelihoods
+from model import Config, understanding
 from prune import PLANS, make_plan
 from readout import named_by, token_labels
 from table import answer_claims, exclusive, t_tail
@@ -80,14 +82,20 @@ def test_several_processes_equal_one(trained):
     assert abs(losses[0] - losses[1]) < 1e-5, losses
 
 
-def test_a_folder_of_images(tmp_path):
-    rng = np.random.default_rng(0)
+@pytest.fixture(scope="session")
+def class_folders(tmp_path_factory):
+    """A folder with two classes of random pictures, dark and light ones."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for name, brightness in (("dark", 0), ("light", 155)):
-        (tmp_path / "images" / name).mkdir(parents=True)
+        (folder / name).mkdir()
         for i in range(120):
             picture = rng.integers(0, 100, (16, 16, 3), dtype=np.uint8) + np.uint8(brightness)
-            Image.fromarray(picture).save(tmp_path / "images" / name / f"{i}.png")
-    run("train.py", *train_args(tmp_path, "run", "--data", tmp_path / "images", "--steps", 30))
+            Image.fromarray(picture).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_a_folder_of_images(tmp_path, class_folders):
+    run("train.py", *train_args(tmp_path, "run", "--data", class_folders, "--steps", 30))
     scores = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert "question" in scores["und"]["by_type"] and scores["gen"]["bits_per_token"] > 0
     assert run("match.py", tmp_path / "run", "--n", 20).count("of ten") == 2
@@ -198,6 +206,43 @@ def test_readout(trained, tmp_path):
         assert printed.count("error: ") == 1 and complaint in printed
 
 
+def test_photos(tmp_path, class_folders, monkeypatch):
+    import photos
+    for name, smaller in (("RESULTS", tmp_path), ("DRAWN", 10), ("FEW", 7)):
+        monkeypatch.setattr(photos, name, smaller)
+    args = (class_folders, "--preset", "tiny", "--device", "cpu", "--seeds", 1, "--rows", "u-few",
+            "joint", "--out", tmp_path / "out", "--steps")
+    assert run("photos.py", *args, 30).count("GFLOP a step") == 2
+    assert "GFLOP a step" not in run("photos.py", *args, 30)            # nothing is trained twice
+    assert "trained for 30 steps" in run("photos.py", *args, 31, code=2)
+    stored = json.loads((tmp_path / "photos-tiny.json").read_text())
+    assert stored["real"]["accuracy"] > .95 and stored["names"] == ["dark", "light"]
+    assert set(stored["runs"]["u-few"]["1"]["photos"]) == {"named"}
+    assert set(stored["runs"]["joint"]["1"]["photos"]) == {"named", "drawn_right", "frechet"}
+    assert Image.open(tmp_path / "photos-tiny-samples.png").height > 400
+
+    dataset, names = photos.read_classes(class_folders, "tiny")
+    few = photos.FewLabels(dataset).split("und", "train", 200)
+    assert sorted(caption.text for caption in few.captions) == 7 * ["dark"] + 7 * ["light"]
+    assert few.questions[0][0].answer == few.captions[0].text
+    model, tokenizer, _ = load_run(tmp_path / "out" / "joint-seed1", torch.device("cpu"))
+    plan, question = make_plan("dense", 3), few.questions[0][0].text
+    together = photos.name_likelihoods(model, tokenizer, plan, few.pixels, question, names)
+    codes = tokenizer.encode(few.pixels)
+    for k, name in enumerate(names):
+        batch = understanding(tokenizer, codes, [[(question, name)]] * len(codes), 20)
+        assert torch.allclose(together[:, k], log_likelihoods(model, batch, plan), atol=1e-4)
+
+
+def test_frechet_distance_of_features():
+    """Shifted by 2 in each of 5 numbers: 20. Twice as wide: the trace of the covariance."""
+    from photos import frechet
+    a = torch.randn(300, 5, dtype=torch.float64)
+    assert abs(frechet(a, a + 2) - 20) < 1e-6
+    a -= a.mean(0)
+    assert abs(frechet(a, 2 * a) - a.T.cov().trace()) < 1e-6
+
+
 def test_a_visit_to_a_gpu_can_be_rehearsed(tmp_path):
     """A part that there is time for is done and brings its results; the others are told."""
     printed = run("gpu.py", "--minutes", 2, "--preset", "tiny", "--device", "cpu", "--only",
@@ -233,6 +278,7 @@ def test_a_visit_to_a_gpu_can_be_rehearsed(tmp_path):
     (("eval.py", "nowhere"), "nowhere"),
     (("probe.py", "nowhere"), "nowhere"),
     (("readout.py", "nowhere"), "nowhere"),
+    (("photos.py", "nowhere"), "nowhere"),
     (("table.py", "nowhere", "--seeds", "0", "--preset", "tiny"), "nowhere")])
 def test_bad_options_are_one_line_and_status_2(args, complaint, tmp_path):
     if args[-1] == "cuda" and torch.cuda.is_available():
