@@ -53,6 +53,9 @@ def commands(preset, device, out):
                                                            RESULTS / f"bench-{preset}.png"]),
         "compare": (["study/compare.py", *shared, *compiling],
                     [RESULTS / f"compare-{preset}.json"]),
+        "quality": (["study/compare.py", "--train", "--seeds", "1", *shared, *tokenizer,
+                     *compiling, "--results", out / "quality"],
+                    []),                                    # they lie in `out` already
         "table": (["study/table.py", out / "table", *shared, *tokenizer, "--rows", *table_rows],
                   [RESULTS / f"table-{preset}.md", RESULTS / f"table-{preset}.json"]),
     }
