@@ -277,7 +277,8 @@ def score(model, material, plan):
     split, _ = validation["gen"]
     texts = [caption.text for caption in split.captions]
     pictures = draw_pictures(model, tokenizer, texts, plan, dataset.identity)
-    return {"und": understanding_scores(answers), "gen": check_pictures(dataset, split, pictures)[0]}
+    rates, _ = check_pictures(dataset, split, pictures)
+    return {"und": understanding_scores(answers), "gen": rates}
 
 
 def options_of(kind, seed, args, device):
@@ -350,7 +351,7 @@ def train_until_good(kind, options, material, device):
         bar.update()
         if (step + 1) % SCORE_EVERY == 0 or step == steps - 1:
             synchronize(device)
-            seconds += time.perf_counter() - clock              # scoring is no part of it
+            seconds += time.perf_counter() - clock
             loss = sum(losses.values()).item()
             if not math.isfinite(loss):
                 fail(f"{kind}, seed {options['seed']}: the loss is not finite at step {step + 1}")
@@ -377,15 +378,18 @@ def compare_quality(args, device):
     """Trains what is missing, then prints the table of all that is there."""
     preset = args.preset or default_preset(device)
     folder = args.results or RESULTS / f"quality-{preset}"
-    for seed in args.seeds:
-        material = None                                     # the same for both models
+    missing = {}                                            # {seed: [(kind, options, path)]}
+    for seed in args.seeds:                     # what is wrong is told before anything is trained
         for kind in [args.only] if args.only else TITLES:
             options = options_of(kind, seed, args, device)
             path = folder / f"{kind}-seed{seed}.json"
             if path.exists():
                 check_settings(path, settings_of(options))
-                continue
-            material = material or prepare(options, device)
+            else:
+                missing.setdefault(seed, []).append((kind, options, path))
+    for runs in missing.values():
+        material = prepare(runs[0][1], device)              # the same for both models
+        for kind, options, path in runs:
             result = train_until_good(kind, options, material, device)
             write_file(path, json.dumps(result, indent=1))
     quality_table(folder)

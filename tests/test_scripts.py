@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+import compare
 import data
 from bench import bench
-from compare import UsualGPT
 from conftest import ROOT, run, train_args
 from eval import load_run
 from gpu import commands
@@ -161,11 +161,26 @@ def test_bench_counts_what_it_times():
         assert row["same_codes"] == 1 and row["cached_images_per_s"] > row["uncached_images_per_s"]
 
 
+def test_time_to_quality(trained, tmp_path, monkeypatch):
+    """A run ends when both tasks are good enough, and is not trained again."""
+    monkeypatch.setattr(compare, "THRESHOLDS", {"und": 0., "gen": 0.})
+    monkeypatch.setattr(compare, "SCORE_EVERY", 5)
+    args = ("--train", "--preset", "tiny", "--device", "cpu", "--seeds", 1, "--tokenizer",
+            trained / "tokenizer.pt", "--results", tmp_path / "quality")
+    assert "step/s" in run("compare.py", *args)
+    for kind in ("ours", "usual"):
+        result = json.loads((tmp_path / "quality" / f"{kind}-seed1.json").read_text())
+        assert result["reached"]["und"]["step"] == 5 and len(result["curve"]) == 1
+    again = run("compare.py", *args)
+    assert "step/s" not in again and "GPT, usual | 1 |" in again
+    assert "has lr" in run("compare.py", *args, "--usual-lr", .002, code=2)
+
+
 def test_the_usual_gpt_decodes_as_it_predicts():
     """What compare.py trains beside our model draws, with its cache, what one pass predicts."""
     torch.manual_seed(0)
     c = Config(FIRST_CODE + 16, 2, 32, 2, 3, FIRST_CODE, 8, 8)
-    model, plan = UsualGPT(c).double(), make_plan("dense", 2)
+    model, plan = compare.UsualGPT(c).double(), make_plan("dense", 2)
     batch = random_batch(random.Random(0), "gen", c)._replace(image_order=None)
     seen = []
 
