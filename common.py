@@ -8,6 +8,7 @@ import platform
 import re
 import sys
 import textwrap
+import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,6 +132,20 @@ def synchronize(device):
     """Wait until the device has done all that it was given: before a clock is read."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
+
+
+def time_each(work, device, repeats):
+    """{name: function} -> {name: [seconds]}. One round warms up; then the functions take turns, so
+    that what else the machine does hits all alike."""
+    seconds = {name: [] for name in work}
+    for i in range(1 + repeats):
+        for name, function in work.items():
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: of_name[1:] for name, of_name in seconds.items()}
 
 
 def hardware(device):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import (build_network, contact_sheet, fail, hardware, open_picture, pick_device,
-                    read_checkpoint, refuse_errors, run_script, script_parser, synchronize,
+                    read_checkpoint, refuse_errors, run_script, script_parser, time_each,
                     write_file)
 
 import numpy as np
@@ -218,20 +218,6 @@ def generation_loss(model, batch, plan):
 
 
 # ---------------------------------------------------------------------- cost
-
-def time_each(work, device, repeats):
-    """{name: function} -> {name: [seconds]}. One round warms up; then the functions take turns, so
-    that what else the machine does hits all alike."""
-    seconds = {name: [] for name in work}
-    for i in range(1 + repeats):
-        for name, function in work.items():
-            synchronize(device)
-            start = time.perf_counter()
-            function()
-            synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: of_name[1:] for name, of_name in seconds.items()}
-
 
 def cost(model, batches, plans):
     """What forward and backward of these batches cost under the plans: FLOPs as counted, and the

@@ -13,12 +13,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "study"))
-from common import hardware, line_chart, pick_device, run_script, script_parser, write_file
+from common import (hardware, line_chart, pick_device, run_script, script_parser, time_each,
+                    write_file)
 
 import torch
 
 from data import PATCH, PRESETS
-from eval import time_each
 from model import PROJECTIONS, Batch, Config, Model
 from prune import PLANS, make_plan, paper_cost
 from table import RESULTS, markdown

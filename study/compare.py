@@ -28,8 +28,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "study"))
-from common import (fail, hardware, line_chart, pick_device, run_script, script_parser, synchronize,
-                    write_file)
+from common import (fail, hardware, line_chart, pick_device, run_script, script_parser,
+                    synchronize, time_each, write_file)
 
 import torch
 import torch.nn as nn
@@ -40,7 +40,7 @@ import data
 import train
 from bench import bench_config, bench_step
 from data import PRESETS
-from eval import answer_all, check_pictures, draw_pictures, time_each, understanding_scores
+from eval import answer_all, check_pictures, draw_pictures, understanding_scores
 from model import Config, Model, Tokens, attention, sequences, uses_flex_attention
 from prune import FULL, make_plan, positions
 from table import RESULTS, cell, markdown

@@ -20,14 +20,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "study"))
-from common import hardware, pick_device, run_script, script_parser, write_file
+from common import hardware, pick_device, run_script, script_parser, time_each, write_file
 
 import torch
 
 import model as model_module
 from bench import bench_config, random_batch
 from data import PRESETS
-from eval import time_each
 from model import Model
 from prune import make_plan
 from table import RESULTS
