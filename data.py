@@ -342,7 +342,7 @@ class Shapes:
         """One Question of this kind, or None where the scene gives none."""
         thing = rng.choice([t for t in scene if not required or t.pair in required])
         answer = None
-        if kind in ("colour", "shape", "size") or kind == "place" and len(scene) > 1:
+        if kind in ("colour", "shape", "size") or (kind == "place" and len(scene) > 1):
             parts = [self.refer(rng, scene, thing, kind)]
             answer = {"colour": COLOUR_NAMES[thing.colour], "shape": SHAPES[thing.shape],
                       "size": SIZE_NAMES[thing.size], "place": self.cell_names[thing.cell]}[kind]
@@ -352,6 +352,7 @@ class Shapes:
             answer, *parts = self.count(rng, scene)
         elif kind in ("relation", "neighbour") and len(scene) > 1:
             other = rng.choice([t for t in scene if t is not thing])
+            # Named as for "place", so not by their cells, which would tell the answer.
             names = [self.refer(rng, scene, t, "place") for t in (thing, other)]
             if kind == "relation":
                 r = rng.choice(self.related(thing, other))

@@ -39,7 +39,7 @@ SHOWN = 18                                          # pictures of each task in s
 def answer(model, tokenizer, codes, question, plan, longest=24):
     """One picture's codes (M,) and a question -> the answer, a string: the likeliest text token,
     again and again, up to the end token or `longest` tokens. ValueError for too long a question."""
-    c, device = model.config, model.row.device
+    c, device = model.config, model.device
     n, first = len(tokenizer.ids(question)), 2 + c.side ** 2
     if not 0 < n < c.und_text:
         raise ValueError(f"a question has {n} tokens, the model takes 1 to {c.und_text - 1}: "
@@ -69,7 +69,7 @@ def draw(model, tokenizer, captions, plan, guidance=1., temperature=1., seed=0):
     caption - those of no caption). 1 draws from the model's own distribution; more follows the
     caption more closely, for twice the cost. ValueError for a caption that is too long.
     """
-    c, device = model.config, model.row.device
+    c, device = model.config, model.device
     generator = torch.Generator(device).manual_seed(seed)
     n = len(captions)
     texts = list(captions) + ([""] * n if guidance != 1 else [])
@@ -102,7 +102,7 @@ def draw_pictures(model, tokenizer, texts, plan, source, batch=200):
 
 class Answered(NamedTuple):
     question: Question
-    said: str               # by the model
+    said: str               # by the model; after its first wrong token, as if that were right
     right: bool
 
 
@@ -111,8 +111,8 @@ def answer_all(model, tokenizer, split, batch, plan):
     """Answers all questions of a split. batch: its sequences, on the device.
 
     Greedy decoding gives the right answer, word for word, just when each of the answer's tokens,
-    the end included, is the likeliest one after the right ones before it: one forward pass tells.
-    Returns a list of Answered for each picture, and the mean loss (nats) of an output token.
+    the end included, is the likeliest text token after the right ones before it: one forward pass
+    tells. Returns a list of Answered for each picture, and the mean loss (nats) of an output token.
     """
     answers, loss = [], 0.
     for i in tqdm(range(0, len(batch.tokens), BATCH), desc="answering", leave=False):
@@ -122,8 +122,9 @@ def answer_all(model, tokenizer, split, batch, plan):
         targets, is_output = rows.targets[:, span], rows.is_output[:, span]
         loss += F.cross_entropy(logits[is_output].float(), targets[is_output],
                                 reduction="sum").item()
+        likeliest = logits[..., :model.config.first_code].argmax(-1)        # as `answer` decodes
         segments, targets, is_output, likeliest = (
-            x.cpu() for x in (rows.segment_ids[:, span], targets, is_output, logits.argmax(-1)))
+            x.cpu() for x in (rows.segment_ids[:, span], targets, is_output, likeliest))
         for row, questions in enumerate(split.questions[i:i + BATCH]):
             answers.append([])
             for number, question in enumerate(questions, 1):
@@ -222,7 +223,7 @@ def generation_loss(model, batch, plan):
 def cost(model, batches, plans):
     """What forward and backward of these batches cost under the plans: FLOPs as counted, and the
     time of uncompiled code, beside the dense plan's. batches, plans: {task: ...}."""
-    c, device = model.config, model.row.device
+    c, device = model.config, model.device
     dense = {task: make_plan("dense", c.layers) for task in plans}
 
     def step(plans):
@@ -251,7 +252,7 @@ def score_understanding(model, tokenizer, dataset, plan, n, seed):
     """Scores on n validation pictures, what to show of them, and their sequences."""
     def score(part):
         split = dataset.split("und", part, n, seed)
-        batch = sequences("und", tokenizer, split, model.config).to(model.row.device)
+        batch = sequences("und", tokenizer, split, model.config).to(model.device)
         answers, loss = answer_all(model, tokenizer, split, batch, plan)
         return split, answers, {**understanding_scores(answers), "loss": loss}, batch
 
@@ -276,7 +277,7 @@ def score_generation(model, tokenizer, dataset, plan, n, seed):
         return draw_pictures(model, tokenizer, texts, plan, dataset.identity)
 
     split = dataset.split("gen", "val", n, seed)
-    batch = sequences("gen", tokenizer, split, model.config).to(model.row.device)
+    batch = sequences("gen", tokenizer, split, model.config).to(model.device)
     drawn, decoded = draw_split(split), tokenizer.decode(tokenizer.encode(split.pixels))
     scores = {"n": len(drawn), "loss": generation_loss(model, batch, plan),
               "frechet": frechet(drawn, split.pixels),
@@ -306,7 +307,7 @@ def evaluate(model, tokenizer, options, step, dataset, plans):
     options: of train.py. step: how far it was trained. Returns what eval.json holds, and what to
     show: [(picture, text, is it wrong?)].
     """
-    start, device = time.time(), model.row.device
+    start, device = time.time(), model.device
     preset, seed = PRESETS[options["preset"]], options["seed"]
     model.eval()
     config = {**options, "step": step, "examples": step * options["batch_size"],
@@ -359,10 +360,12 @@ def save_scores(scores, shown, folder, suffix=""):
 
 def plans_of(tasks, options, layers):
     """{task: plan} of a run with these options. ValueError for a plan that cannot work."""
-    if "gen" in tasks and options["gen_plan"] == "himix":
-        raise ValueError("--gen-plan himix: image tokens that are never updated cannot predict the "
-                         "next one; expected another plan")
-    return {task: make_plan(options[f"{task}_plan"], layers, options["shallow"]) for task in tasks}
+    plans = {task: make_plan(options[f"{task}_plan"], layers, options["shallow"])
+             for task in tasks}
+    if "gen" in plans and not any(rule.query for rule in plans["gen"]):
+        raise ValueError(f"--gen-plan {options['gen_plan']}: image tokens that are never updated "
+                         "cannot predict the next one; expected another plan")
+    return plans
 
 
 def load_run(folder, device):
@@ -403,8 +406,9 @@ def main():
     device = pick_device(args.device)
     model, tokenizer, checkpoint = load_run(args.run, device)
     options, tasks, suffix = checkpoint["options"], checkpoint["tasks"], ""
-    for task, needed in (("und", args.ask or args.und_plan), ("gen", args.draw or args.gen_plan)):
-        if needed and task not in tasks:
+    needs = {"und": (args.ask, args.und_plan), "gen": (args.draw, args.gen_plan)}
+    for task, given in needs.items():
+        if given != (None, None) and task not in tasks:
             fail(f"{args.run} was trained for {tasks[0]} alone")
     changed = {key: getattr(args, key) for key in ("und_plan", "gen_plan", "shallow")
                if getattr(args, key) not in (None, options[key])}

@@ -23,8 +23,8 @@ class Rule(NamedTuple):
     query: bool = True      # updated by attention and FFN; if not, passed on unchanged
     keys: str = "hidden"    # what others see of them: their "hidden" state, their original
                             # "embedding", or "none"
-    share: float = 1.       # of them that this holds for, drawn anew in each training step; the
-                            # others pass the layer by. Without training it holds for all
+    share: float = 1.       # the fraction of image tokens that the rule applies to, drawn anew in
+                            # each training step; the rest skip the layer. At inference: all
 
 
 FULL = Rule()
@@ -39,13 +39,14 @@ PLANS = (*EVERY_LAYER, *SOME_LAYERS)
 
 
 def make_plan(name, layers, shallow=1):
-    """The plan of that name: a tuple of `layers` Rules.
+    """The plan of that name: a tuple of `layers` Rules. `shallow` is HMGen's K.
 
-    `shallow` is HMGen's K. K layers in the middle alternate with full ones, the first and the last
-    layer are always full (sec. 5.2): K = 2 of 6 layers is F S F S F F. "naive" changes the same
-    layers; "skip" and "route", which are not in the paper, 2 K layers in the middle without a full
-    one between them (with an odd number of layers they may end with the last one). ValueError for
-    an unknown name, and where so many layers do not fit.
+    "hmgen" and "naive" (sec. 5.2): K layers in the middle alternate with full ones, the first and
+    the last layer are full. K = 2 of 6 layers is F S F S F F.
+    "skip" and "route" (not in the paper): 2 K layers in the middle, one after the other.
+    All others: the same Rule in every layer.
+
+    ValueError for an unknown name, and where K is more than (layers - 1) // 2.
     """
     if name in EVERY_LAYER:
         return (EVERY_LAYER[name],) * layers
@@ -54,7 +55,7 @@ def make_plan(name, layers, shallow=1):
     most = (layers - 1) // 2
     if not 0 <= shallow <= most:
         raise ValueError(f"{shallow} shallow layers do not fit into {layers}: expected 0 to "
-                         f"{most}, because the first and last layer and those between are full")
+                         f"{most}, because every other layer is full, the first and last, too")
     first = (layers - 2 * shallow + 1) // 2
     chosen = range(first, first + 2 * shallow, 1 if name in ("skip", "route") else 2)
     return tuple(SOME_LAYERS[name] if layer in chosen else FULL for layer in range(layers))
@@ -74,20 +75,25 @@ class Part(NamedTuple):
 
 
 def positions(rule, layout, start=0, stop=None, device=None, image_order=None):
-    """What takes part in a layer with this rule: its queries and its keys, as Parts; with start
-    and stop, those of them that lie there. image_order: (M,) a permutation, in training, whose
-    first ones are the rule's share of image tokens. Masks, FLOP counts and both forwards of the
-    model come from here."""
+    """What takes part in a layer with this rule: its queries and its keys, as Parts. Masks, FLOP
+    counts and both forwards of the model come from here.
+
+    start, stop: only those that lie there, for decoding. image_order: (M,) a permutation, for
+    training; its first ones are the rule's share of the image tokens. One or the other, not both.
+    """
     stop = sum(layout) if stop is None else stop
     edges = 0, layout.before, layout.before + layout.image, sum(layout)
-    spans = [torch.arange(max(start, a), max(start, a, min(stop, b)), device=device)
-             for a, b in zip(edges, edges[1:])]
+    spans = []                                  # positions before, in and after the image
+    for first, end in zip(edges, edges[1:]):
+        first, end = max(start, first), min(stop, end)
+        spans.append(torch.arange(first, max(first, end), device=device))
+    before, image, after = spans
     if rule.share < 1 and image_order is not None:
         chosen = image_order[:round(rule.share * layout.image)]
-        spans[1] = layout.before + chosen.sort().values
+        image = layout.before + chosen.sort().values
 
     def part(with_image):
-        chosen = spans[0], spans[1] if with_image else spans[1][:0], spans[2]
+        chosen = before, image if with_image else image[:0], after
         return Part(torch.cat(chosen), Layout(*map(len, chosen)))
 
     return part(rule.query), part(rule.keys != "none")
@@ -120,6 +126,13 @@ def mask(rule, layout):
 FFN = 4
 
 
+def count_tokens(rule, layout):
+    """How many queries and how many keys a layer has in a training step."""
+    any_order = torch.arange(layout.image)      # which tokens a share takes, does not matter here
+    queries, keys = positions(rule, layout, image_order=any_order)
+    return len(queries.index), len(keys.index)
+
+
 def flops(plan, layout, width, vocab, image_loss=False):
     """Floating-point operations of forward and backward for one sequence: every matmul.
 
@@ -132,11 +145,11 @@ def flops(plan, layout, width, vocab, image_loss=False):
     operations. The backward pass costs twice the forward pass: one product for the gradient of the
     input, one for that of the weights. Hence the factor 6.
     """
-    d, any_order = width, torch.arange(layout.image)
+    d = width
     span = predicting(layout, image_loss)
     multiply_adds = (span.stop - span.start) * d * vocab
     for rule in plan:
-        q, k = (len(part.index) for part in positions(rule, layout, image_order=any_order))
+        q, k = count_tokens(rule, layout)
         multiply_adds += 2 * q * d * d + 2 * k * d * d + 2 * q * k * d + 2 * FFN * q * d * d
     return 6 * multiply_adds
 
@@ -144,9 +157,9 @@ def flops(plan, layout, width, vocab, image_loss=False):
 def paper_cost(plan, layout, width):
     """The paper's formula (sec. 5): q k d + 8 q d^2, where 8 is 2 FFN. It leaves out the four
     projections."""
-    total, any_order = 0, torch.arange(layout.image)
+    total = 0
     for rule in plan:
-        q, k = (len(part.index) for part in positions(rule, layout, image_order=any_order))
+        q, k = count_tokens(rule, layout)
         total += q * k * width + 2 * FFN * q * width ** 2
     return total
 
@@ -155,15 +168,16 @@ def print_costs(preset):
     """Prints what every plan costs, in GFLOP for a sequence and relative to dense."""
     p = PRESETS[preset]
     image = (p.image_size // PATCH) ** 2
+    # As many questions as fit, and a caption of two fifths of that: a run measures its own.
     layouts = {"und": Layout(2, image, p.max_text), "gen": Layout(p.max_text * 2 // 5, image, 0)}
-    vocab = 512 + p.codes
+    vocab = 512 + p.codes                       # see tokenizer.FIRST_CODE
     for task, layout in layouts.items():
         print(f"\n{task}: {layout.before} + {image} image + {layout.after} tokens, {p.layers} "
               f"layers, width {p.width}; forward and backward of one sequence\n"
               f"{'plan':12}{'layers':>{p.layers + 2}}{'GFLOP':>10}{'of dense':>10}{'by paper':>10}")
         dense, image_loss = make_plan("dense", p.layers), task == "und"
         for name in PLANS:
-            if (task, name) == ("gen", "himix"):            # impossible: see train.py
+            if (task, name) == ("gen", "himix"):            # impossible: see eval.plans_of
                 continue
             numbers = range(1, (p.layers + 1) // 2) if name in SOME_LAYERS else [0]
             for shallow in numbers:
@@ -210,7 +224,7 @@ def draw_plans(path, cell=10):
     draw = ImageDraw.Draw(sheet)
     for row, layout in enumerate((understanding, generation)):
         for column, (title, rule) in enumerate(columns):
-            if layout == generation and rule == HIMIX:      # impossible: see train.py
+            if layout == generation and rule == HIMIX:      # impossible: see eval.plans_of
                 continue
             x, y = 20 + step * column, 24 + step * row
             draw.text((x, y - 18), f"{('U', 'G')[row]}: {title}", (40, 40, 40), font)

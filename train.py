@@ -2,7 +2,7 @@
 
     python train.py                 everything: tokenizer, joint dense model, scores, pictures
     python train.py --objective und --und-plan himix --projections image    one task, accelerated
-    python train.py --und-plan himix --gen-plan hmgen --projections task    both: "share partial"
+    python train.py --und-plan himix --gen-plan hmgen --projections task --out out/share-partial
     python train.py --data PATH             a folder of your own captioned images
     python train.py --resume --out out/joint            goes on where that run stopped
     python train.py --preset tiny --out out/tiny --tokenizer out/tiny.pt    every stage in seconds
@@ -84,6 +84,7 @@ class Muon(torch.optim.Optimizer):
                 average = state["average"].lerp_(gradient, 1 - MOMENTUM)
                 update = orthogonal(gradient.lerp(average, MOMENTUM))               # Nesterov
                 update = update.type_as(gradient)
+                # An orthogonal update moves each output alike, however many inputs it has.
                 scale = group["lr"] * max(1, rows / columns) ** .5
                 torch._foreach_add_(matrices, list(update.unbind()), alpha=-scale)
 
@@ -121,11 +122,11 @@ def learning_rate(step, steps):
 
 def apply_gradients(optimizers):
     """One step of both optimizers, after which the gradients are gone."""
-    muon, adamw = ([p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
-                   for optimizer in optimizers)
-    # Every process has weighted its own part of the loss.
-    sum_over_processes([p.grad for p in muon + adamw])
-    torch.nn.utils.clip_grad_norm_(adamw, CLIP)
+    matrices, others = ([p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+                        for optimizer in optimizers)
+    # Each process's loss is its fraction of the whole: gradients are summed, not averaged.
+    sum_over_processes([p.grad for p in matrices + others])
+    torch.nn.utils.clip_grad_norm_(others, CLIP)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
@@ -134,7 +135,7 @@ def apply_gradients(optimizers):
 # ---------------------------------------------------------------------- data
 
 def drop_captions(split, seed):
-    """Makes a part of the captions empty."""
+    """Makes a part of the captions empty, for the whole run."""
     rng = random.Random(f"{seed} dropout")
     captions = [caption._replace(text="") if rng.random() < CAPTION_DROPOUT else caption
                 for caption in split.captions]
@@ -167,6 +168,28 @@ def text_lengths(tokenizer, splits, limit):
     return min(und_text, limit), min(gen_text, limit)
 
 
+def prepare(options, dataset, tokenizer, device):
+    """The model's Config, which has to fit all splits, and the training sequences, {task: Batch}:
+    all of a task are one Batch that stays on the device."""
+    preset, seed = PRESETS[options["preset"]], options["seed"]
+    sizes = {"und": (preset.und_scenes, preset.und_val), "gen": (preset.gen_scenes, preset.gen_val)}
+    training, others = {}, []
+    for task in OBJECTIVES[options["objective"]]:
+        n, n_val = sizes[task]
+        questions = preset.questions if task == "und" else 0
+        training[task] = dataset.split(task, "train", n, seed, questions)
+        for part in ("val", "transfer") if training[task].scenes else ("val",):
+            others.append(dataset.split(task, part, n_val, seed))
+    und_text, gen_text = text_lengths(tokenizer, [*training.values(), *others], preset.max_text)
+    c = Config(tokenizer.vocab, preset.layers, preset.width, preset.heads, tokenizer.vq.side,
+               tokenizer.first_code, und_text, gen_text, options["projections"],
+               options["image_loss"])
+    with refuse_errors(f"--data {options['data']}"):        # a text that is too long
+        examples = {task: sequences(task, tokenizer, drop_captions(split, seed), c).to(device)
+                    for task, split in training.items()}
+    return c, examples
+
+
 class Order(NamedTuple):
     """What is random in each step, drawn beforehand: no step waits for it, and a resumed run needs
     nothing else to go on as if nothing had happened."""
@@ -184,7 +207,7 @@ def draw_order(task, examples, options):
 
 
 def get_batch(examples, order, step):
-    """The sequences that a step takes: this process's part of them, and its share of the output
+    """The sequences that a step takes: this process's part of them, and its fraction of the output
     tokens of the whole step."""
     index = order.rows[step]
     batch = examples.rows(index[rank()::world()])._replace(image_order=order.images[step])
@@ -204,7 +227,7 @@ def train(options, device, resumed=None):
     plans = plans_of(tasks, options, preset.layers)
     out.mkdir(parents=True, exist_ok=True)      # fails now where it cannot be, not after training
 
-    # ---- data: all sequences of a task are one Batch that stays on the device
+    # ---- data
     dataset = data.load(options["data"], options["preset"])
     if resumed and resumed["identity"] != dataset.identity:
         fail(f"--data {options['data']}: the run to resume was trained on {resumed['identity']}, "
@@ -212,21 +235,7 @@ def train(options, device, resumed=None):
     tokenizer = (Tokenizer.from_state(resumed["tokenizer"]) if resumed
                  else get_tokenizer(options, dataset, device))
     tokenizer.vq.to(device)
-    sizes = {"und": (preset.und_scenes, preset.und_val), "gen": (preset.gen_scenes, preset.gen_val)}
-    training, others = {}, []
-    for task in tasks:
-        n, n_val = sizes[task]
-        questions = preset.questions if task == "und" else 0
-        training[task] = dataset.split(task, "train", n, seed, questions)
-        for part in ("val", "transfer") if training[task].scenes else ("val",):
-            others.append(dataset.split(task, part, n_val, seed))
-    und_text, gen_text = text_lengths(tokenizer, [*training.values(), *others], preset.max_text)
-    c = Config(tokenizer.vocab, preset.layers, preset.width, preset.heads, tokenizer.vq.side,
-               tokenizer.first_code, und_text, gen_text, options["projections"],
-               options["image_loss"])
-    with refuse_errors(f"--data {options['data']}"):        # a text that is too long
-        examples = {task: sequences(task, tokenizer, drop_captions(split, seed), c).to(device)
-                    for task, split in training.items()}
+    c, examples = prepare(options, dataset, tokenizer, device)
     order = {task: draw_order(task, examples[task], options) for task in tasks}
 
     # ---- model and optimizers
@@ -270,10 +279,10 @@ def train(options, device, resumed=None):
             optimizer.param_groups[0]["lr"] = lr * learning_rate(step, steps)
         losses = {}
         for task in tasks:
-            batch, share = get_batch(examples[task], order[task], step)
+            batch, fraction = get_batch(examples[task], order[task], step)
             with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
                 _, loss = forward(batch, plans[task])
-            losses[task] = share * loss
+            losses[task] = fraction * loss
             (LOSS_WEIGHT[task] * losses[task]).backward()
         apply_gradients(optimizers)
         bar.update()
@@ -384,6 +393,7 @@ def complete(given, device):
              "shallow": max(1, preset.layers // 4),         # the paper's higher K / L
              "compile": device.type == "cuda" and find_spec("triton") is not None,
              "tokenizer": tokenizer,
+             # out/joint, or out/joint-FOLDER
              "out": tokenizer.replace("tokenizer", options["objective"], 1).removesuffix(".pt")}
     return usual | options
 

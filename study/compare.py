@@ -185,11 +185,6 @@ class UsualGPT(Model):
             elif p.ndim == 2:
                 nn.init.normal_(p, std=.02)
 
-    @property
-    def row(self):
-        """Of our Model an embedding; what uses a model asks it for the device."""
-        return self.position_embedding.weight
-
     def embed(self, batch, start=0, stop=None):
         """(B, stop - start, d): of each token its embedding and that of its position, which is, for
         text, position_ids: all questions on a picture stand right after it."""
@@ -200,7 +195,7 @@ class UsualGPT(Model):
         return (self.token_embedding(batch.tokens[:, start:stop])
                 + self.position_embedding(places[:, start:stop]))
 
-    def part(self, rule, batch, start=0, stop=None):
+    def queries_and_keys(self, rule, batch, start=0, stop=None):
         """As our Model's, without rotary angles."""
         parts = positions(rule, batch.layout, start, stop, batch.tokens.device, batch.image_order)
         return [Tokens(*part, cos=None, sin=None) for part in parts]
@@ -209,7 +204,7 @@ class UsualGPT(Model):
         """As our Model's, but no tokens are picked out for a layer, which costs time: nobody would
         who has one plan only."""
         x = self.embed(batch)
-        tokens, _ = self.part(FULL, batch)
+        tokens, _ = self.queries_and_keys(FULL, batch)
         make_mask = batch.block_mask if uses_flex_attention(x) else batch.attention_mask
         mask = make_mask(tokens.index, tokens.index)
         for block in self.blocks:
@@ -250,23 +245,11 @@ def prepare(options, device):
     dataset = data.load(options["data"], options["preset"])
     tokenizer = train.get_tokenizer(options, dataset, device)
     tokenizer.vq.to(device)
-    sizes = {"und": (preset.und_scenes, preset.und_val), "gen": (preset.gen_scenes, preset.gen_val)}
-    training, others, scored = {}, [], {}
-    for task, (n, n_val) in sizes.items():
-        questions = preset.questions if task == "und" else 0
-        training[task] = dataset.split(task, "train", n, seed, questions)
-        others += [dataset.split(task, part, n_val, seed) for part in ("val", "transfer")]
-        scored[task] = dataset.split(task, "val", min(SCORED[task], n_val), seed)
-    texts = train.text_lengths(tokenizer, [*training.values(), *others], preset.max_text)
-    c = Config(tokenizer.vocab, preset.layers, preset.width, preset.heads, tokenizer.vq.side,
-               tokenizer.first_code, *texts, options["projections"], options["image_loss"])
-
-    def batch_of(task, split):
-        return sequences(task, tokenizer, split, c).to(device)
-
-    examples = {task: batch_of(task, train.drop_captions(split, seed))
-                for task, split in training.items()}
-    validation = {task: (split, batch_of(task, split)) for task, split in scored.items()}
+    c, examples = train.prepare(options, dataset, tokenizer, device)
+    validation = {}
+    for task, n_val in (("und", preset.und_val), ("gen", preset.gen_val)):
+        split = dataset.split(task, "val", min(SCORED[task], n_val), seed)
+        validation[task] = split, sequences(task, tokenizer, split, c).to(device)
     return Material(dataset, tokenizer, c, examples, validation)
 
 

@@ -21,7 +21,7 @@ from prune import predicting
 @torch.no_grad()
 def log_likelihoods(model, batch, plan):
     """(B,): log p(output tokens | all before them) of each sequence."""
-    batch = batch.to(model.row.device)
+    batch = batch.to(model.device)
     logits, _ = model(batch, plan)
     span = predicting(batch.layout, batch.image_loss)
     targets, is_output = batch.targets[:, span], batch.is_output[:, span]

@@ -26,8 +26,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "study"))
-from common import (build_network, contact_sheet, fail, hardware, pick_device, read_checkpoint,
-                    run_script, save_checkpoint, script_parser, write_file)
+from common import (build_network, contact_sheet, fail, pick_device, read_checkpoint, run_script,
+                    save_checkpoint, script_parser, write_file)
 
 import numpy as np
 import torch
@@ -241,7 +241,7 @@ def name_likelihoods(model, tokenizer, plan, pixels, question, names):
     parts = []
     for codes in tqdm(tokenizer.encode(pixels).split(BATCH), desc="naming", leave=False):
         batch = understanding(tokenizer, codes, [pairs] * len(codes), length, image_loss=False)
-        batch = batch.to(model.row.device)
+        batch = batch.to(model.device)
         logits, _ = model(batch, plan)
         span = predicting(batch.layout)
         loss = F.cross_entropy(logits.float().transpose(1, 2), batch.targets[:, span],
