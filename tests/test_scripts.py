@@ -148,7 +148,7 @@ def test_keeping_is_equivalence_and_not_the_lack_of_a_difference():
 
 
 def test_bench_counts_what_it_times():
-    found = bench("tiny", 1, 1, torch.device("cpu"), False, repeats=2, sides=(4, 8, 32))
+    found = bench("tiny", 1, 1, torch.device("cpu"), False, repeats=2, sides=(4, 12, 32))
     assert len(found["steps"]) == 3 * (2 * len(PLANS) - 1) and len(found["image_tokens"]) == 12
     for row in found["steps"] + found["image_tokens"]:
         assert row["ms_range"][0] <= row["ms"] <= row["ms_range"][1]
