@@ -310,6 +310,7 @@ def train_until_good(kind, options, material, device):
     if options["compile"]:                                  # before the clock starts
         first = {task: train.get_batch(batch, order[task], 0)[0]
                  for task, batch in material.examples.items()}
+        torch.compiler.reset()                              # else the code of every run stays
         forward = train.compiled(model, first, dict.fromkeys(first, plan))
 
     curve, reached, seconds = [], dict.fromkeys(THRESHOLDS), 0.

@@ -52,8 +52,8 @@ def commands(preset, device, out):
                                                            RESULTS / f"bench-{preset}.png"]),
         "compare": (["study/compare.py", *shared, *compiling],
                     [RESULTS / f"compare-{preset}.json"]),
-        "quality": (["study/compare.py", "--train", "--seeds", "1", *shared, *tokenizer,
-                     *compiling, "--results", out / "quality"],
+        "quality": (["study/compare.py", "--train", "--seeds", "1", "--usual-lr", ".003",
+                     *shared, *tokenizer, *compiling, "--results", out / "quality"],
                     []),                                    # they lie in `out` already
         "table": (["study/table.py", out / "table", *shared, *tokenizer, "--rows", *table_rows],
                   [RESULTS / f"table-{preset}.md", RESULTS / f"table-{preset}.json"]),
@@ -137,7 +137,7 @@ def main():
     parser = script_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=28)
     parser.add_argument("--only", nargs="+", metavar="PART",
-                        help="some of: kernels train tests bench compare table")
+                        help="some of: kernels train tests bench compare quality table")
     parser.add_argument("--kernels", action="store_true", help="only that part, in this process")
     parser.add_argument("--preset", choices=PRESETS, help="default: what fits the device")
     parser.add_argument("--out", type=Path, default=Path("out/gpu"))

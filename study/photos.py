@@ -119,7 +119,7 @@ class Classifier(nn.Module):
         for part in torch.as_tensor(pixels).split(500):
             features.append(self.features(part.to(self.head.weight.device)))
             classes.append(self.head(features[-1]).argmax(1))
-        return torch.cat(features).double().cpu(), torch.cat(classes).cpu()
+        return torch.cat(features).cpu().double(), torch.cat(classes).cpu()
 
 
 def train_classifier(pixels, labels, classes, device):

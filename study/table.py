@@ -159,6 +159,16 @@ def exclusive(folder):
         os.close(handle)
 
 
+def check_finished(out, options):
+    """Refuses a finished run of another size: it would stand in one table with the others."""
+    if (out / "eval.json").exists():
+        config = json.loads((out / "eval.json").read_text())["config"]
+        for key in ("preset", "steps", "batch_size"):
+            if config[key] != options[key]:
+                fail(f"{out} has {key} {config[key]}, now it is {options[key]}: expected the same, "
+                     "or another folder")
+
+
 def train_row(out, options, at_inference, device):
     """What one run lacks: its training, its scores, its attention, its scores under another plan.
     Finished parts are left alone, and so is a run that another process is at."""
@@ -360,6 +370,7 @@ def main():
             given = {**shared, **ROWS[name][1], "seed": seed, "out": str(out)}
             options = train.complete(given, device)
             options["steps"] = round(LONGER.get(name, 1) * options["steps"])
+            check_finished(out, options)
             world = WORLDS.get(name, data.Shapes)
             data.load = lambda source, preset: world(preset)
             torch.compiler.reset()                          # else the code of every row stays
