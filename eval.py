@@ -89,9 +89,11 @@ def draw(model, tokenizer, captions, plan, guidance=1., temperature=1., seed=0):
     return tokens[:n, c.gen_text:] - c.first_code
 
 
-def draw_pictures(model, tokenizer, texts, plan, source, batch=200):
-    """Captions (strings) -> pictures (N, H, W, 3) uint8. source: --data, which decides SAMPLING."""
-    sampling, pictures = SAMPLING["shapes" if source == "shapes" else "folder"], []
+def draw_pictures(model, tokenizer, texts, plan, source, sampling=None, batch=200):
+    """Captions (strings) -> pictures (N, H, W, 3) uint8. source: --data, which decides SAMPLING,
+    unless `sampling` is given."""
+    sampling = sampling or SAMPLING["shapes" if source == "shapes" else "folder"]
+    pictures = []
     for i in tqdm(range(0, len(texts), batch), desc="drawing", leave=False):
         codes = draw(model, tokenizer, texts[i:i + batch], plan, *sampling, seed=i)
         pictures.append(tokenizer.decode(codes))
@@ -190,22 +192,24 @@ def check_pictures(dataset, split, pixels):
     return {**rates(everything), "by_type": by_type}, wrong
 
 
-def frechet(a, b):
-    """Frechet distance of two sets of pictures (N, H, W, 3) uint8: |mean - mean|^2 + tr(A + B -
-    2 sqrt(AB)). A picture is 96 numbers: mean and standard deviation, over 255, of each colour in
-    each of 4 x 4 squares. It is not comparable with distances in the features of a network."""
-    def moments(pixels):
-        s = pixels.shape[1] // 4
-        squares = pixels.reshape(len(pixels), 4, s, 4, s, 3) / 255
-        features = np.concatenate([squares.mean((2, 4)), squares.std((2, 4))], -1)
-        features = features.reshape(len(pixels), -1)
-        return features.mean(0), np.cov(features.T)
+def colour_features(pixels):
+    """(N, H, W, 3) uint8 -> (N, 96): mean and standard deviation, over 255, of each colour in each
+    of 4 x 4 squares. Distances are not comparable with those in the features of a network."""
+    s = pixels.shape[1] // 4
+    squares = pixels.reshape(len(pixels), 4, s, 4, s, 3) / 255
+    features = np.concatenate([squares.mean((2, 4)), squares.std((2, 4))], -1)
+    return features.reshape(len(pixels), -1)
 
-    (mean_a, cov_a), (mean_b, cov_b) = moments(a), moments(b)
+
+def frechet(a, b):
+    """Frechet distance of two sets of features, arrays (N, d): |mean - mean|^2 + tr(A + B -
+    2 sqrt(AB)) of their means and covariances A, B."""
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
     values, vectors = np.linalg.eigh(cov_a)
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
-    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+    means = ((a.mean(0) - b.mean(0)) ** 2).sum()
+    return float(means + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
 
 
 @torch.no_grad()
@@ -279,9 +283,10 @@ def score_generation(model, tokenizer, dataset, plan, n, seed):
     split = dataset.split("gen", "val", n, seed)
     batch = sequences("gen", tokenizer, split, model.config).to(model.device)
     drawn, decoded = draw_split(split), tokenizer.decode(tokenizer.encode(split.pixels))
+    real = colour_features(split.pixels)
     scores = {"n": len(drawn), "loss": generation_loss(model, batch, plan),
-              "frechet": frechet(drawn, split.pixels),
-              "ceiling": {"frechet": frechet(decoded, split.pixels)}}
+              "frechet": frechet(colour_features(drawn), real),
+              "ceiling": {"frechet": frechet(colour_features(decoded), real)}}
     wrong = []
     if split.scenes:
         rates, wrong = check_pictures(dataset, split, drawn)

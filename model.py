@@ -82,6 +82,12 @@ class Batch(NamedTuple):
         order = None if self.image_order is None else self.image_order.to(device)
         return Batch(*self[:3], order, *[tensor.to(device) for tensor in self[4:]])
 
+    def is_image(self):
+        """(N,) bool: which tokens are image tokens."""
+        before, m, _ = self.layout
+        index = torch.arange(sum(self.layout), device=self.tokens.device)
+        return (index >= before) & (index < before + m)
+
     def attention_mask(self, queries, keys):
         """(B, 1, q, k) bool: what the tokens at the positions `queries` see of those at `keys`.
 
@@ -389,8 +395,7 @@ class Model(nn.Module):
         x = original = self.embed(batch)                                        # (B, N, d)
         everything, _ = self.queries_and_keys(FULL, batch)
         every_position = everything.index                                       # (N,)
-        before, m, _ = batch.layout
-        is_image = ((every_position >= before) & (every_position < before + m))[:, None]
+        is_image = batch.is_image()[:, None]                                    # (N, 1)
         causal = batch.attention_mask(every_position, every_position)
         all_weights = []
         for block, rule in zip(self.blocks, plan):
@@ -437,9 +442,8 @@ class Model(nn.Module):
         """Fills in batch.tokens from position `start` on, one after the other, with a KV cache.
         choose: a function, logits (B, vocab) -> ids (B,). Returns batch.tokens."""
         rows, n = batch.tokens.shape
-        before, m, _ = batch.layout
         every_position = torch.arange(n, device=self.device)
-        is_image = ((every_position >= before) & (every_position < before + m))[:, None]
+        is_image = batch.is_image()[:, None]                                    # (N, 1)
         shape = rows, self.config.heads, n, self.config.width // self.config.heads
         # Room for the keys and values of all tokens. What is not there yet lies in the future,
         # where the causal mask hides it; what is no key of a layer is hidden, too.

@@ -28,12 +28,8 @@ TITLES = {"und": "understanding", "gen": "generation"}
 def segments(batch):
     """{segment: (B, N) bool}, which tokens belong to it. Padding belongs to none. The image of
     generation is its output, as in the paper's fig. 3."""
-    before, m, _ = batch.layout
-    order = torch.arange(sum(batch.layout), device=batch.tokens.device)
-    real = batch.segment_ids >= 0
-    image = (order >= before) & (order < before + m)
-    first_two = batch.position_ids[..., 0] < 2              # bos and the task's token
-    system = real & first_two & (order < before)
+    real, image = batch.segment_ids >= 0, batch.is_image()
+    system = real & (batch.position_ids[..., 0] < 2)        # bos and the task's token
     output = torch.zeros_like(real)
     output[:, 1:] = batch.is_output[:, :-1]     # output is what the token before it had to predict
     instruction = real & ~system & ~image & ~output

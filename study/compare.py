@@ -188,10 +188,8 @@ class UsualGPT(Model):
     def embed(self, batch, start=0, stop=None):
         """(B, stop - start, d): of each token its embedding and that of its position, which is, for
         text, position_ids: all questions on a picture stand right after it."""
-        before, m, _ = batch.layout
         index = torch.arange(batch.tokens.size(1), device=batch.tokens.device)      # (N,)
-        is_image = (index >= before) & (index < before + m)
-        places = torch.where(is_image, index, batch.position_ids[..., 0])           # (B, N)
+        places = torch.where(batch.is_image(), index, batch.position_ids[..., 0])   # (B, N)
         return (self.token_embedding(batch.tokens[:, start:stop])
                 + self.position_embedding(places[:, start:stop]))
 

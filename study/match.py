@@ -18,16 +18,23 @@ from eval import load_run, mean, plans_of
 from model import generation, understanding
 from prune import predicting
 
+
 @torch.no_grad()
-def log_likelihoods(model, batch, plan):
-    """(B,): log p(output tokens | all before them) of each sequence."""
+def output_losses(model, batch, plan):
+    """The loss (nats) of each output token, 0 at other positions: (B, n), as prune.predicting
+    names the positions, on the CPU."""
     batch = batch.to(model.device)
     logits, _ = model(batch, plan)
     span = predicting(batch.layout, batch.image_loss)
     targets, is_output = batch.targets[:, span], batch.is_output[:, span]
     loss = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=-1,
                            reduction="none")                        # (B, positions)
-    return -(loss * is_output).sum(1).cpu()
+    return (loss * is_output).cpu()
+
+
+def log_likelihoods(model, batch, plan):
+    """(B,): log p(output tokens | all before them) of each sequence."""
+    return -output_losses(model, batch, plan).sum(1)
 
 
 def matching(model, tokenizer, split, task, plan, group=10):
@@ -60,6 +67,7 @@ def matching(model, tokenizer, split, task, plan, group=10):
             hits["image"].append(texts[table[:, k].argmax()] == text)
             hits["chance"].append(texts.count(text) / group)
     return {what: mean(flags) for what, flags in hits.items()}
+
 
 def main():
     parser = script_parser(__doc__)

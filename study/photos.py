@@ -39,7 +39,8 @@ from tqdm import tqdm
 import data
 import table
 import train
-from eval import BATCH, draw, load_run, plans_of
+from eval import BATCH, draw_pictures, frechet, load_run, plans_of
+from match import output_losses
 from model import understanding
 from prune import predicting
 from table import RESULTS, cell, exclusive, markdown, value
@@ -47,7 +48,7 @@ from tokenizer import score_tokenizer
 
 # eval.SAMPLING draws pictures of a folder nearly greedily: right for captions of one picture each.
 # A class's name stands for thousands, and would give the same picture every time.
-SAMPLING = dict(guidance=1.5, temperature=1.)
+SAMPLING = GUIDANCE, TEMPERATURE = 1.5, 1.
 DRAWN = 100             # pictures of each class
 FEW = 100               # labelled pictures of each class that understanding sees in the rows "-few"
 
@@ -114,12 +115,13 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def judge(self, pixels):
-        """(N, H, W, 3) uint8 array -> features (N, WIDTHS[-1]) float64 and classes (N,)."""
+        """(N, H, W, 3) uint8 array -> features, a float64 array (N, WIDTHS[-1]), and classes
+        (N,)."""
         features, classes = [], []
         for part in torch.as_tensor(pixels).split(500):
             features.append(self.features(part.to(self.head.weight.device)))
             classes.append(self.head(features[-1]).argmax(1))
-        return torch.cat(features).cpu().double(), torch.cat(classes).cpu()
+        return torch.cat(features).cpu().double().numpy(), torch.cat(classes).cpu()
 
 
 def train_classifier(pixels, labels, classes, device):
@@ -163,14 +165,6 @@ def labels_of(split, names):
     return torch.tensor([names.index(caption.text) for caption in split.captions])
 
 
-def frechet(a, b):
-    """Fréchet distance of two sets of features, (N, d) each: the formula of eval.frechet."""
-    cov_a, cov_b = a.T.cov(), b.T.cov()
-    cross = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
-    means = (a.mean(0) - b.mean(0)).square().sum()
-    return (means + cov_a.trace() + cov_b.trace() - 2 * cross).item()
-
-
 # ---------------------------------------------------------------------- scores
 
 class Standard(NamedTuple):
@@ -180,7 +174,7 @@ class Standard(NamedTuple):
     pixels: np.ndarray          # (N, H, W, 3) uint8, all validation pictures
     labels: torch.Tensor        # (N,) which of `names` they show
     classifier: Classifier
-    reference: torch.Tensor     # (n, d) features of the last n: Fréchet distances are to these
+    reference: np.ndarray       # (n, d) features of the last n: Fréchet distances are to these
 
 
 def prepare(out, dataset, names, options, device):
@@ -229,7 +223,6 @@ def accuracy(guesses, labels):
     return (guesses == labels).double().mean().item()
 
 
-@torch.no_grad()
 def name_likelihoods(model, tokenizer, plan, pixels, question, names):
     """(N, names): log p(name and its end | picture, question).
 
@@ -241,24 +234,11 @@ def name_likelihoods(model, tokenizer, plan, pixels, question, names):
     parts = []
     for codes in tqdm(tokenizer.encode(pixels).split(BATCH), desc="naming", leave=False):
         batch = understanding(tokenizer, codes, [pairs] * len(codes), length, image_loss=False)
-        batch = batch.to(model.device)
-        logits, _ = model(batch, plan)
-        span = predicting(batch.layout)
-        loss = F.cross_entropy(logits.float().transpose(1, 2), batch.targets[:, span],
-                               ignore_index=-1, reduction="none")           # (B, positions)
-        loss, segments = loss * batch.is_output[:, span], batch.segment_ids[:, span]
-        of_names = [-(loss * (segments == k)).sum(1) for k in range(1, 1 + len(names))]
-        parts.append(torch.stack(of_names, 1).cpu())
+        losses = output_losses(model, batch, plan)
+        segments = batch.segment_ids[:, predicting(batch.layout)]
+        of_names = [-(losses * (segments == k)).sum(1) for k in range(1, 1 + len(names))]
+        parts.append(torch.stack(of_names, 1))
     return torch.cat(parts)
-
-
-def draw_classes(model, tokenizer, plan, names, batch=200):
-    """DRAWN pictures of each class, (N, H, W, 3) uint8: the first of each, the second, ..."""
-    texts, pictures = names * DRAWN, []
-    for i in tqdm(range(0, len(texts), batch), desc="drawing", leave=False):
-        codes = draw(model, tokenizer, texts[i:i + batch], plan, **SAMPLING, seed=i)
-        pictures.append(tokenizer.decode(codes))
-    return np.concatenate(pictures)
 
 
 def score_run(folder, standard, device):
@@ -272,7 +252,8 @@ def score_run(folder, standard, device):
                                       standard.question, names)
         scores["named"] = accuracy(likelihoods.argmax(1), standard.labels)
     if "gen" in plans:
-        drawn = draw_classes(model, tokenizer, plans["gen"], names)
+        # The first picture of each class, the second of each, ...
+        drawn = draw_pictures(model, tokenizer, names * DRAWN, plans["gen"], "folder", SAMPLING)
         features, guesses = standard.classifier.judge(drawn)
         scores["drawn_right"] = accuracy(guesses, torch.arange(len(names)).repeat(DRAWN))
         scores["frechet"] = frechet(features, standard.reference)
@@ -336,8 +317,8 @@ def make_table(out, real, names):
         f"for understanding ({FEW} of each class where labels are few), {gen} for generation.\n\n"
         f"*Named*: the likeliest of {len(names)} names, {real['n']} validation pictures. *Drawn "
         f"right*: a classifier, trained on {real['training_pictures']} real pictures, sees the "
-        f"class in {DRAWN} drawn pictures of each (guidance {SAMPLING['guidance']}, temperature "
-        f"{SAMPLING['temperature']:g}). *Fréchet distance*: in its features, to "
+        f"class in {DRAWN} drawn pictures of each (guidance {GUIDANCE}, temperature "
+        f"{TEMPERATURE:g}). *Fréchet distance*: in its features, to "
         f"{real['reference']} validation pictures; of real pictures, {real['compared']} others. "
         f"The tokenizer keeps {real['psnr']:.1f} dB.")
     path = RESULTS / f"photos-{config['preset']}"
@@ -405,21 +386,14 @@ def main():
             world = few_labels if name.endswith("-few") else dataset
             data.load = lambda source, preset: world        # every part of a run calls it
             torch.compiler.reset()                          # else the code of every row stays
+            table.check_finished(folder, options)
             table.train_row(folder, options, None, device)
             with exclusive(folder) as alone:
-                if alone and (folder / "eval.json").exists():
-                    check_steps(folder, options)
-                    if not (folder / "photos.json").exists():
-                        score_run(folder, standard, device)
+                trained = (folder / "eval.json").exists()
+                if alone and trained and not (folder / "photos.json").exists():
+                    score_run(folder, standard, device)
     path = make_table(args.out, real, names)
     show_samples(args.out, samples, names, f"{path}-samples.png")
-
-
-def check_steps(folder, options):
-    """A finished run that is not as this command would train it has no place in its table."""
-    steps = json.loads((folder / "eval.json").read_text())["config"]["steps"]
-    if steps != options["steps"]:
-        fail(f"{folder} was trained for {steps} steps, not {options['steps']}: give another --out")
 
 
 if __name__ == "__main__":

@@ -165,8 +165,9 @@ def check_finished(out, options):
         config = json.loads((out / "eval.json").read_text())["config"]
         for key in ("preset", "steps", "batch_size"):
             if config[key] != options[key]:
-                fail(f"{out} has {key} {config[key]}, now it is {options[key]}: expected the same, "
-                     "or another folder")
+                fail(f"{out} was trained for {config['steps']} steps of {config['batch_size']} "
+                     f"pictures, preset {config['preset']}: expected {key} {options[key]}, or give "
+                     "another folder")
 
 
 def train_row(out, options, at_inference, device):

@@ -98,6 +98,17 @@ def test_the_fast_forward_equals_the_reference(task, projections):
             assert ((sums - 1).abs() < 1e-10).logical_or(sums == 0).all()
 
 
+def decode(model, batch, plan):
+    """Codes of the image, drawn greedily: all tokens, and the logits that each code came from."""
+    seen = []
+
+    def choose(logits):
+        seen.append(logits)
+        return logits[:, FIRST_CODE:].argmax(-1) + FIRST_CODE
+
+    return model.generate(batch, plan, model.config.gen_text, choose), torch.stack(seen, 1)
+
+
 def test_decoding_with_a_cache_equals_decoding_without():
     """Token after token, each from a forward pass over all that is there so far."""
     rng = random.Random(1)
@@ -108,16 +119,10 @@ def test_decoding_with_a_cache_equals_decoding_without():
         if trial % 2:
             plan = make_plan(rng.choice(PLANS), c.layers, rng.randint(0, (c.layers - 1) // 2))
         batch = random_batch(rng, "gen", c)._replace(image_order=None)
-        seen = []
-
-        def choose(logits):
-            seen.append(logits)
-            return logits[:, FIRST_CODE:].argmax(-1) + FIRST_CODE
-
-        drawn = model.generate(batch, plan, c.gen_text, choose)
+        drawn, seen = decode(model, batch, plan)
         with torch.no_grad():               # afterwards, one pass tells what each step saw
             logits, _ = model(batch._replace(tokens=drawn), plan)
-        assert (torch.stack(seen, 1) - logits).abs().max() < 1e-9
+        assert (seen - logits).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("task", ["und", "gen"])

@@ -22,7 +22,7 @@ from model import Config, understanding
 from prune import PLANS, make_plan
 from readout import named_by, token_labels
 from table import answer_claims, exclusive, t_tail
-from test_model import random_batch
+from test_model import decode, random_batch
 from tokenizer import FIRST_CODE
 
 
@@ -182,16 +182,10 @@ def test_the_usual_gpt_decodes_as_it_predicts():
     c = Config(FIRST_CODE + 16, 2, 32, 2, 3, FIRST_CODE, 8, 8)
     model, plan = compare.UsualGPT(c).double(), make_plan("dense", 2)
     batch = random_batch(random.Random(0), "gen", c)._replace(image_order=None)
-    seen = []
-
-    def choose(logits):
-        seen.append(logits)
-        return logits[:, FIRST_CODE:].argmax(-1) + FIRST_CODE
-
-    drawn = model.generate(batch, plan, c.gen_text, choose)
+    drawn, seen = decode(model, batch, plan)
     with torch.no_grad():
         logits, _ = model(batch._replace(tokens=drawn), plan)
-    assert (torch.stack(seen, 1) - logits).abs().max() < 1e-10
+    assert (seen - logits).abs().max() < 1e-10
 
 
 def test_readout(trained, tmp_path):
