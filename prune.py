@@ -31,10 +31,13 @@ FULL = Rule()
 HIMIX = Rule(query=False, keys="embedding")     # sec. 5.1: never updated, seen in every layer
 SHALLOW = Rule(query=False, keys="none")        # sec. 5.2: HMGen's shallow layers
 NAIVE = Rule(query=True, keys="none")           # sec. 5.2: the control that saves little and fails
-ROUTE = Rule(share=.5)                          # not in the paper: TREAD (Krause et al. 2025)
+# Not in the paper:
+ROUTE = Rule(share=.5)                          # TREAD (Krause et al. 2025)
+FROZEN = Rule(query=False, keys="hidden")       # ShortV (Yuan et al. 2025)
 
 EVERY_LAYER = {"dense": FULL, "himix": HIMIX, "naive-all": NAIVE}
-SOME_LAYERS = {"hmgen": SHALLOW, "naive": NAIVE, "skip": SHALLOW, "route": ROUTE}   # others: FULL
+SOME_LAYERS = {"hmgen": SHALLOW, "naive": NAIVE, "skip": SHALLOW, "route": ROUTE,
+               "shortv": FROZEN, "fastv": SHALLOW}                              # others: FULL
 PLANS = (*EVERY_LAYER, *SOME_LAYERS)
 
 
@@ -43,7 +46,9 @@ def make_plan(name, layers, shallow=1):
 
     "hmgen" and "naive" (sec. 5.2): K layers in the middle alternate with full ones, the first and
     the last layer are full. K = 2 of 6 layers is F S F S F F.
-    "skip" and "route" (not in the paper): 2 K layers in the middle, one after the other.
+    "skip", "route" and "shortv" (not in the paper): 2 K layers in the middle, one after the other.
+    "fastv" (not in the paper): the last 2 K layers. FastV (Chen et al. 2024) lets those image
+    tokens leave that get the least attention. A plan knows no attention, so here all leave.
     All others: the same Rule in every layer.
 
     ValueError for an unknown name, and where K is more than (layers - 1) // 2.
@@ -56,8 +61,8 @@ def make_plan(name, layers, shallow=1):
     if not 0 <= shallow <= most:
         raise ValueError(f"{shallow} shallow layers do not fit into {layers}: expected 0 to "
                          f"{most}, because every other layer is full, the first and last, too")
-    first = (layers - 2 * shallow + 1) // 2
-    chosen = range(first, first + 2 * shallow, 1 if name in ("skip", "route") else 2)
+    first = layers - 2 * shallow if name == "fastv" else (layers - 2 * shallow + 1) // 2
+    chosen = range(first, first + 2 * shallow, 1 if name in TOGETHER else 2)
     return tuple(SOME_LAYERS[name] if layer in chosen else FULL for layer in range(layers))
 
 

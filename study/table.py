@@ -7,7 +7,7 @@
 It goes on where it stopped, and may be started several times, best one process a core
 (OMP_NUM_THREADS=1): each takes rows that no other has. Settings are chosen on seeds 0 and 10 to 12,
 so seeds count from 1. Go on with a stopped run by starting this again, not with train.py: some rows
-have a world of their own. Writes study/results/NAME-PRESET.md, .json and -samples.png; NAME is the
+have a world of their own. Writes study/results/NAME-PRESET.md, .json, .png and -samples.png; NAME is the
 folder's. Of the folder itself git keeps the scores: they are all that a table needs.
 """
 import json
@@ -26,6 +26,7 @@ from common import contact_sheet, fail, pick_device, run_script, script_parser, 
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 import data
 import probe
@@ -81,6 +82,11 @@ COLUMNS = [("questions right, %", ("und", "accuracy"), 100, 1),
            ("images right, %", ("gen", "image_accuracy"), 100, 1),
            ("held-out objects, %", ("gen", "transfer_object_accuracy"), 100, 1),
            ("FLOPs", ("cost", "flops_ratio"), 1, 2), ("time", ("cost", "step_ratio"), 1, 2)]
+# The panels of the table's picture: title, where the number stands in eval.json, colour.
+SCORES = [("held-out pairs, %", ("und", "transfer_accuracy"), "darkorange"),
+          ("questions right, %", ("und", "accuracy"), "royalblue"),
+          ("images right, %", ("gen", "image_accuracy"), "seagreen"),
+          ("held-out objects, %", ("gen", "transfer_object_accuracy"), "firebrick")]
 
 # The claims that the study decides, written down before the runs: (claim, kind, score, row, other
 # row). "more": the row has more of the score than the other one. "keeps": the difference is within
@@ -325,7 +331,43 @@ def make_table(folder):
     path = RESULTS / f"{folder.resolve().name}-{config['preset']}"
     write_file(f"{path}.md", "\n\n".join(parts) + "\n")
     write_file(f"{path}.json", json.dumps({"titles": titles, "runs": found}))
-    print("\n\n".join(parts) + f"\n\n{path}.md, .json")
+    draw_rows(titles, found, f"{path}.png")
+    print("\n\n".join(parts) + f"\n\n{path}.md, .json, .png")
+
+
+def draw_rows(titles, found, path):
+    """The table as a picture: a line for each row, a dot for each seed, a tick at their mean."""
+    font, line, left, width = ImageFont.load_default(12), 22, 430, 190
+    names = [name for name in titles if name in found]
+    sheet = Image.new("RGB", (left + len(SCORES) * (width + 24), 60 + line * len(names)), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((left - 20, 30), "FLOPs", "black", font, anchor="rm")
+    for row, name in enumerate(names):
+        flops = cell(found[name], *COLUMNS[-2][1:]).split(" ")[0]
+        draw.text((left - 64, 60 + line * row), titles[name], "black", font, anchor="rm")
+        draw.text((left - 20, 60 + line * row), flops, "black", font, anchor="rm")
+    for panel, (title, path_in, colour) in enumerate(SCORES):
+        x0 = left + panel * (width + 24)
+        points = {name: [100 * x for x in (value(run, path_in) for run in found[name].values())
+                         if x is not None] for name in names}
+        lowest = min((x for xs in points.values() for x in xs), default=0)
+        lowest = 20 * (lowest // 20)                        # the axis begins at a multiple of 20
+        draw.text((x0, 12), title, "black", font, anchor="lm")
+
+        def at(percent):
+            return x0 + (percent - lowest) / (100 - lowest) * width
+
+        for percent in np.linspace(lowest, 100, 3):
+            draw.text((at(percent), 32), f"{percent:.0f}", "grey", font, anchor="mm")
+            draw.line((at(percent), 44, at(percent), sheet.height), fill="lightgrey")
+        for row, name in enumerate(names):
+            y = 60 + line * row
+            for x in points[name]:
+                draw.ellipse((at(x) - 4, y - 4, at(x) + 4, y + 4), fill=colour)
+            if points[name]:
+                middle = at(statistics.mean(points[name]))
+                draw.line((middle, y - 8, middle, y + 8), fill="black", width=2)
+    sheet.save(path)
 
 
 def draw_samples(folder, device):
