@@ -33,11 +33,11 @@ SHALLOW = Rule(query=False, keys="none")        # sec. 5.2: HMGen's shallow laye
 NAIVE = Rule(query=True, keys="none")           # sec. 5.2: the control that saves little and fails
 # Not in the paper:
 ROUTE = Rule(share=.5)                          # TREAD (Krause et al. 2025)
-FROZEN = Rule(query=False, keys="hidden")       # ShortV (Yuan et al. 2025)
+FROZEN = Rule(query=False, keys="hidden")       # seen as they are: ShortV (Yuan et al. 2025)
 
 EVERY_LAYER = {"dense": FULL, "himix": HIMIX, "naive-all": NAIVE}
 SOME_LAYERS = {"hmgen": SHALLOW, "naive": NAIVE, "skip": SHALLOW, "route": ROUTE,
-               "shortv": FROZEN, "fastv": SHALLOW}                              # others: FULL
+               "freeze": FROZEN, "fastv": SHALLOW}                              # others: FULL
 PLANS = (*EVERY_LAYER, *SOME_LAYERS)
 
 
@@ -46,9 +46,9 @@ def make_plan(name, layers, shallow=1):
 
     "hmgen" and "naive" (sec. 5.2): K layers in the middle alternate with full ones, the first and
     the last layer are full. K = 2 of 6 layers is F S F S F F.
-    "skip", "route" and "shortv" (not in the paper): 2 K layers in the middle, one after the other.
-    "fastv" (not in the paper): the last 2 K layers. FastV (Chen et al. 2024) lets those image
-    tokens leave that get the least attention. A plan knows no attention, so here all leave.
+    "skip" and "route" (not in the paper): 2 K layers in the middle, one after the other.
+    "freeze" and "fastv" (not in the paper): the last 2 K layers. FastV (Chen et al. 2024) drops the
+    image tokens that get the least attention; a plan knows no attention, so here all go.
     All others: the same Rule in every layer.
 
     ValueError for an unknown name, and where K is more than (layers - 1) // 2.
@@ -60,9 +60,14 @@ def make_plan(name, layers, shallow=1):
     most = (layers - 1) // 2
     if not 0 <= shallow <= most:
         raise ValueError(f"{shallow} shallow layers do not fit into {layers}: expected 0 to "
-                         f"{most}, because every other layer is full, the first and last, too")
-    first = layers - 2 * shallow if name == "fastv" else (layers - 2 * shallow + 1) // 2
-    chosen = range(first, first + 2 * shallow, 1 if name in TOGETHER else 2)
+                         f"{most}, because in HMGen the first, the last and every other one are full")
+    first = (layers - 2 * shallow + 1) // 2
+    if name in ("freeze", "fastv"):
+        chosen = range(layers - 2 * shallow, layers)
+    elif name in ("skip", "route"):
+        chosen = range(first, first + 2 * shallow)
+    else:
+        chosen = range(first, first + 2 * shallow, 2)
     return tuple(SOME_LAYERS[name] if layer in chosen else FULL for layer in range(layers))
 
 

@@ -7,8 +7,8 @@
 It goes on where it stopped, and may be started several times, best one process a core
 (OMP_NUM_THREADS=1): each takes rows that no other has. Settings are chosen on seeds 0 and 10 to 12,
 so seeds count from 1. Go on with a stopped run by starting this again, not with train.py: some rows
-have a world of their own. Writes study/results/NAME-PRESET.md, .json, .png and -samples.png; NAME is the
-folder's. Of the folder itself git keeps the scores: they are all that a table needs.
+have a world of their own. Writes study/results/NAME-PRESET.md, .json, .png and -samples.png; NAME
+is the folder's. Of the folder itself git keeps the scores: they are all that a table needs.
 """
 import json
 import math
@@ -56,6 +56,7 @@ ROWS = {
     "u-describe": ("U only, dense, describes its pictures", dict(objective="und")),
     "u-long": ("U only, dense, as many FLOPs as joint", dict(objective="und")),
     "joint-shuffled": ("joint, dense, captions shuffled over pictures to draw", {}),
+    "joint-short": ("joint, dense, as many FLOPs as frozen + HMGen", {}),
     "u-no-image-loss": ("U only, dense, no loss on image tokens",
                         dict(objective="und", image_loss=False)),
     "joint-no-image-loss": ("joint, dense, no loss on image tokens", dict(image_loss=False)),
@@ -63,6 +64,11 @@ ROWS = {
     "g-image": ("G only, dense, own projections", dict(objective="gen", projections="image")),
     "joint-image": ("joint, dense, own projections", dict(projections="image")),
     # beyond the paper
+    "u-fastv": ("U only, FastV's rule", dict(objective="und", und_plan="fastv")),
+    "u-freeze": ("U only, image tokens are frozen half-way",
+                 dict(objective="und", und_plan="freeze")),
+    "freeze-hmgen": ("joint, frozen half-way in U, HMGen in G",
+                     dict(und_plan="freeze", gen_plan="hmgen")),
     "skip-both": ("joint, both tasks skip the middle layers", SKIP),
     "skip-image": ("joint, both skip, own projections", dict(SKIP, projections="image")),
     "route-both": ("joint, half of the image tokens skip the middle layers", ROUTE),
@@ -136,9 +142,11 @@ class FirstChoice(random.Random):
 
 
 WORLDS = {"u-describe": Described, "joint-shuffled": Shuffled}
-# Steps, as a multiple of the others': a joint step costs .94 + .56 GFLOP a picture, one of
-# understanding .94.
-LONGER = {"u-long": 1.6}
+# Steps, as a multiple of the others': a joint step costs .98 + .52 GFLOP a picture, one of
+# understanding .98.
+STEPS = {"u-long": 1.54, "joint-short": .84}
+# Text tokens that a sequence may have, beside the preset's: a description takes no question's place.
+ROOM = {"u-describe": 25}
 
 
 # ---------------------------------------------------------------------- training
@@ -289,6 +297,7 @@ def read_runs(folder):
         name, seed = file.parent.name.rsplit("-seed", 1)
         name += file.stem.removeprefix("eval")
         found[name][int(seed)] = scores = json.loads(file.read_text())
+        scores["cost"]["flops_ratio"] *= STEPS.get(name, 1)             # of the whole training
         shares = file.with_name("attention.json")
         if file.name == "eval.json" and shares.exists():
             scores["attention"] = json.loads(shares.read_text())
@@ -337,9 +346,9 @@ def make_table(folder):
 
 def draw_rows(titles, found, path):
     """The table as a picture: a line for each row, a dot for each seed, a tick at their mean."""
-    font, line, left, width = ImageFont.load_default(12), 22, 430, 190
-    names = [name for name in titles if name in found]
-    sheet = Image.new("RGB", (left + len(SCORES) * (width + 24), 60 + line * len(names)), "white")
+    font, line, left, width, gap = ImageFont.load_default(12), 22, 430, 190, 48
+    names = [name for name in ROWS if name in found]        # those at inference only are far below
+    sheet = Image.new("RGB", (left + len(SCORES) * (width + gap), 60 + line * len(names)), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((left - 20, 30), "FLOPs", "black", font, anchor="rm")
     for row, name in enumerate(names):
@@ -347,7 +356,7 @@ def draw_rows(titles, found, path):
         draw.text((left - 64, 60 + line * row), titles[name], "black", font, anchor="rm")
         draw.text((left - 20, 60 + line * row), flops, "black", font, anchor="rm")
     for panel, (title, path_in, colour) in enumerate(SCORES):
-        x0 = left + panel * (width + 24)
+        x0 = left + panel * (width + gap)
         points = {name: [100 * x for x in (value(run, path_in) for run in found[name].values())
                          if x is not None] for name in names}
         lowest = min((x for xs in points.values() for x in xs), default=0)
@@ -404,16 +413,19 @@ def main():
     device = pick_device(args.device)
     shared = {key: getattr(args, key) for key in ("preset", "steps", "tokenizer")
               if getattr(args, key) is not None}
+    usual = train.complete(shared, device)
+    sizes = data.PRESETS[usual["preset"]]
+    max_text = sizes.max_text
     if args.seeds > 0:
-        usual = train.complete(shared, device)
         train.get_tokenizer(usual, data.load("shapes", usual["preset"]), device)
     for seed in range(1, args.seeds + 1):
         for name in args.rows:
             out = args.folder / f"{name}-seed{seed}"
             given = {**shared, **ROWS[name][1], "seed": seed, "out": str(out)}
             options = train.complete(given, device)
-            options["steps"] = round(LONGER.get(name, 1) * options["steps"])
+            options["steps"] = round(STEPS.get(name, 1) * options["steps"])
             check_finished(out, options)
+            sizes.max_text = max_text + ROOM.get(name, 0)
             world = WORLDS.get(name, data.Shapes)
             data.load = lambda source, preset: world(preset)
             torch.compiler.reset()                          # else the code of every row stays
