@@ -10,6 +10,7 @@ import math
 import statistics
 import time
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from tqdm import tqdm
 import data
 from data import CAPTION_FIELDS, PRESETS, QUESTION_KINDS, Question
 from model import Config, Model, generation, sequences, understanding
-from prune import make_plan, paper_cost, predicting
+from prune import ROUTED, make_plan, paper_cost, predicting, whole
 from tokenizer import FIRST_CODE, Tokenizer
 
 BATCH = 64                                          # sequences that are scored at a time
@@ -225,10 +226,12 @@ def generation_loss(model, batch, plan):
 # ---------------------------------------------------------------------- cost
 
 def cost(model, batches, plans):
-    """What forward and backward of these batches cost under the plans: FLOPs as counted, and the
-    time of uncompiled code, beside the dense plan's. batches, plans: {task: ...}."""
+    """What forward and backward of these batches cost under the plans, as a mean over all steps of
+    training: FLOPs as counted, and the time of uncompiled code, beside the dense plan's. batches,
+    plans: {task: ...}."""
     c, device = model.config, model.device
-    dense = {task: make_plan("dense", c.layers) for task in plans}
+    phases = {"plan": plans, "last": {task: whole(plan) for task, plan in plans.items()},
+              "dense": {task: make_plan("dense", c.layers) for task in plans}}
 
     def step(plans):
         for task, plan in plans.items():
@@ -236,18 +239,25 @@ def cost(model, batches, plans):
                 _, loss = model(batches[task], plan)
             loss.backward()
 
-    seconds = time_each({"plan": lambda: step(plans), "dense": lambda: step(dense)}, device, 5)
+    work = {name: partial(step, plans) for name, plans in phases.items()}
+    seconds = time_each(work, device, 5)
     model.zero_grad()
     ms = {name: 1e3 * statistics.median(each) for name, each in seconds.items()}
     counted, by_paper = Counter(), Counter()
-    for name, of_name in (("plan", plans), ("dense", dense)):
+    for name, of_name in phases.items():
         for task, plan in of_name.items():
             n = len(batches[task].tokens)
             counted[name] += n * c.flops(task, plan)
             by_paper[name] += n * paper_cost(plan, c.layout(task), c.width)
-    return {"flops_per_step": counted["plan"], "flops_ratio": counted["plan"] / counted["dense"],
-            "paper_flops_ratio": by_paper["plan"] / by_paper["dense"], "step_ms": ms["plan"],
-            "step_ratio": 1. if plans == dense else ms["plan"] / ms["dense"]}
+
+    def mean_step(of):
+        return of["last"] + ROUTED * (of["plan"] - of["last"])
+
+    return {"flops_per_step": mean_step(counted),
+            "flops_ratio": mean_step(counted) / counted["dense"],
+            "paper_flops_ratio": mean_step(by_paper) / by_paper["dense"],
+            "step_ms": mean_step(ms),
+            "step_ratio": 1. if plans == phases["dense"] else mean_step(ms) / ms["dense"]}
 
 
 # ---------------------------------------------------------------------- all scores of a run

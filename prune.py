@@ -24,7 +24,7 @@ class Rule(NamedTuple):
     keys: str = "hidden"    # what others see of them: their "hidden" state, their original
                             # "embedding", or "none"
     share: float = 1.       # the fraction of image tokens that the rule applies to, drawn anew in
-                            # each training step; the rest skip the layer. At inference: all
+                            # each training step; the rest skip the layer. See `whole`
 
 
 FULL = Rule()
@@ -60,7 +60,7 @@ def make_plan(name, layers, shallow=1):
     most = (layers - 1) // 2
     if not 0 <= shallow <= most:
         raise ValueError(f"{shallow} shallow layers do not fit into {layers}: expected 0 to "
-                         f"{most}, because in HMGen the first, the last and every other one are full")
+                         f"{most}: in HMGen the first, the last and every other one are full")
     first = (layers - 2 * shallow + 1) // 2
     if name in ("freeze", "fastv"):
         chosen = range(layers - 2 * shallow, layers)
@@ -69,6 +69,16 @@ def make_plan(name, layers, shallow=1):
     else:
         chosen = range(first, first + 2 * shallow, 2)
     return tuple(SOME_LAYERS[name] if layer in chosen else FULL for layer in range(layers))
+
+
+# Of all training steps, how many take the shares of a plan's rules. See `whole`.
+ROUTED = .8
+
+
+def whole(plan):
+    """The plan with all image tokens instead of shares: what it is at inference, and in the last
+    steps of training, so that a model has met all tokens at once before it is asked for them."""
+    return tuple(rule._replace(share=1.) for rule in plan)
 
 
 class Layout(NamedTuple):

@@ -36,7 +36,7 @@ import data
 from data import PRESETS
 from eval import evaluate, load_run, plans_of, save_scores, summary
 from model import PROJECTIONS, Config, Model, sequences
-from prune import PLANS, SOME_LAYERS
+from prune import PLANS, ROUTED, SOME_LAYERS, whole
 from tokenizer import (Tokenizer, default_preset, default_tokenizer_path, load_tokenizer,
                        score_tokenizer, train_tokenizer)
 
@@ -225,6 +225,7 @@ def train(options, device, resumed=None):
     preset, steps, seed = PRESETS[options["preset"]], options["steps"], options["seed"]
     tasks = OBJECTIVES[options["objective"]]
     plans = plans_of(tasks, options, preset.layers)
+    last_plans = {task: whole(plan) for task, plan in plans.items()}    # after ROUTED of all steps
     out.mkdir(parents=True, exist_ok=True)      # fails now where it cannot be, not after training
 
     # ---- data
@@ -258,7 +259,7 @@ def train(options, device, resumed=None):
 
     # ---- what a step costs
     tokens = options["batch_size"] * sum(sum(c.layout(task)) for task in tasks)
-    operations = options["batch_size"] * sum(c.flops(task, plans[task]) for task in tasks)
+    operations = step_operations(c, plans, options)
     peak = peak_flops(device)
     if rank() == 0:
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {tokens} "
@@ -277,11 +278,12 @@ def train(options, device, resumed=None):
     for step in range(start, steps):
         for optimizer, lr in zip(optimizers, highest):
             optimizer.param_groups[0]["lr"] = lr * learning_rate(step, steps)
+        step_plans = plans if step < ROUTED * steps else last_plans
         losses = {}
         for task in tasks:
             batch, fraction = get_batch(examples[task], order[task], step)
             with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-                _, loss = forward(batch, plans[task])
+                _, loss = forward(batch, step_plans[task])
             losses[task] = fraction * loss
             (LOSS_WEIGHT[task] * losses[task]).backward()
         apply_gradients(optimizers)
@@ -294,6 +296,7 @@ def train(options, device, resumed=None):
             values = dict(zip(tasks, values.tolist()))                  # waits for the device
             check_finite(values.values(), out, step)
             seconds = (time.perf_counter() - clock) / (step + 1 - clock_step)
+            operations = step_operations(c, step_plans, options)
             mfu = operations / seconds / peak / world() if peak else None
             row = {"step": step + 1, "loss": sum(values.values()),
                    "loss_und": values.get("und"), "loss_gen": values.get("gen"),
@@ -336,6 +339,11 @@ def train(options, device, resumed=None):
           f"training steps; a step {statistics.median([r['step_ms'] for r in rows] or [0]):.0f} ms "
           f"(median), peak memory {peak_memory_mb(device) or math.nan:.0f} MB\nlook at "
           f"{out}/samples.png, {out}/eval.json, {out}/loss.png; then: python probe.py {out}")
+
+
+def step_operations(c, plans, options):
+    """FLOPs of one step."""
+    return options["batch_size"] * sum(c.flops(task, plan) for task, plan in plans.items())
 
 
 def compiled(model, batches, plans):

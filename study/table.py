@@ -145,7 +145,7 @@ WORLDS = {"u-describe": Described, "joint-shuffled": Shuffled}
 # Steps, as a multiple of the others': a joint step costs .98 + .52 GFLOP a picture, one of
 # understanding .98.
 STEPS = {"u-long": 1.54, "joint-short": .84}
-# Text tokens that a sequence may have, beside the preset's: a description takes no question's place.
+# Text tokens beside the most of the preset: a description takes no question's place.
 ROOM = {"u-describe": 25}
 
 

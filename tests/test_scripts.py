@@ -13,12 +13,13 @@ from PIL import Image
 
 import compare
 import data
+import train
 from bench import bench
 from conftest import ROOT, run, train_args
 from eval import load_run
 from gpu import commands
 from match import log_likelihoods
-from model import Config, understanding
+from model import Config, Model, understanding
 from prune import PLANS, make_plan
 from readout import named_by, token_labels
 from table import answer_claims, exclusive, t_tail
@@ -63,6 +64,26 @@ def test_eval_and_probe(trained):
                 total = sum(of_queries[segment][layer]
                             for segment in ("system", "image", "instruction", "output"))
                 assert abs(total - 1) < 1e-5
+
+
+def test_the_last_steps_take_all_image_tokens(trained, tmp_path, monkeypatch):
+    """And the cost of a run counts them."""
+    seen, forward = [], Model.forward
+
+    def watched(model, batch, plan):
+        seen.append(plan)
+        return forward(model, batch, plan)
+
+    monkeypatch.setattr(Model, "forward", watched)
+    given = dict(preset="tiny", objective="gen", gen_plan="route", steps=10,
+                 tokenizer=str(trained / "tokenizer.pt"), out=str(tmp_path / "route"))
+    train.train(train.complete(given, torch.device("cpu")), torch.device("cpu"))
+    route, dense = make_plan("route", 3), make_plan("dense", 3)
+    assert seen[:10] == 8 * [route] + 2 * [dense]
+    model, _, _ = load_run(tmp_path / "route", "cpu")
+    cost = json.loads((tmp_path / "route" / "eval.json").read_text())["cost"]
+    ratio = model.config.flops("gen", route) / model.config.flops("gen", dense)
+    assert abs(cost["flops_ratio"] - (.8 * ratio + .2)) < 1e-9
 
 
 @pytest.mark.parametrize("script", ["data.py", "prune.py"])
