@@ -97,8 +97,8 @@ SCORES = [("held-out pairs, %", ("und", "transfer_accuracy"), "darkorange"),
           ("held-out objects, %", ("gen", "transfer_object_accuracy"), "firebrick")]
 
 # The claims that the study decides, written down before the runs: (claim, kind, score, row, other
-# row). Two changes came later, both before their runs: see study/README.md. "more": the row has more of the score than the other one. "keeps": the difference is within
-# MARGIN points.
+# row). Two changes came later, before their runs: see study/README.md. "more": the row has more of
+# the score than the other one. "keeps": the difference is within MARGIN points.
 MARGIN = 2.
 QUESTIONS, HELD_OUT = ("und", "accuracy"), ("und", "transfer_accuracy")
 IMAGES = ("gen", "image_accuracy")
