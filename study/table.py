@@ -52,6 +52,9 @@ ROWS = {
     "g-naive": ("G only, naive control in the middle", dict(objective="gen", gen_plan="naive")),
     "g-naive-all": ("G only, naive control in all layers",
                     dict(objective="gen", gen_plan="naive-all")),
+    "g-deep": ("G only, 7 layers, own projections", dict(objective="gen", projections="image")),
+    "g-deep-hmgen": ("G only, 7 layers, HMGen in one of them",      # the paper's lower K / L
+                     dict(objective="gen", gen_plan="hmgen", projections="image", shallow=1)),
     # controls
     "u-describe": ("U only, dense, describes its pictures", dict(objective="und")),
     "u-long": ("U only, dense, as many FLOPs as joint", dict(objective="und")),
@@ -149,6 +152,8 @@ WORLDS = {"u-describe": Described, "joint-shuffled": Shuffled}
 STEPS = {"u-long": 1.54, "joint-short": .85}
 # Text tokens beside the most of the preset: a description takes no question's place.
 ROOM = {"u-describe": 25}
+# Layers, where they are not the preset's.
+LAYERS = {"g-deep": 7, "g-deep-hmgen": 7}
 
 
 # ---------------------------------------------------------------------- training
@@ -417,17 +422,17 @@ def main():
               if getattr(args, key) is not None}
     usual = train.complete(shared, device)
     sizes = data.PRESETS[usual["preset"]]
-    max_text = sizes.max_text
+    layers, max_text = sizes.layers, sizes.max_text
     if args.seeds > 0:
         train.get_tokenizer(usual, data.load("shapes", usual["preset"]), device)
     for seed in range(1, args.seeds + 1):
         for name in args.rows:
             out = args.folder / f"{name}-seed{seed}"
+            sizes.layers, sizes.max_text = LAYERS.get(name, layers), max_text + ROOM.get(name, 0)
             given = {**shared, **ROWS[name][1], "seed": seed, "out": str(out)}
             options = train.complete(given, device)
             options["steps"] = round(STEPS.get(name, 1) * options["steps"])
             check_finished(out, options)
-            sizes.max_text = max_text + ROOM.get(name, 0)
             world = WORLDS.get(name, data.Shapes)
             data.load = lambda source, preset: world(preset)
             torch.compiler.reset()                          # else the code of every row stays
