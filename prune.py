@@ -35,9 +35,9 @@ NAIVE = Rule(query=True, keys="none")           # sec. 5.2: the control that sav
 ROUTE = Rule(share=.5)                          # TREAD (Krause et al. 2025)
 FROZEN = Rule(query=False, keys="hidden")       # seen as they are: ShortV (Yuan et al. 2025)
 
-EVERY_LAYER = {"dense": FULL, "himix": HIMIX, "naive-all": NAIVE}
+EVERY_LAYER = {"dense": FULL, "himix": HIMIX, "naive-all": NAIVE, "freeze": FROZEN}
 SOME_LAYERS = {"hmgen": SHALLOW, "naive": NAIVE, "skip": SHALLOW, "route": ROUTE,
-               "freeze": FROZEN, "fastv": SHALLOW}                              # others: FULL
+               "fastv": SHALLOW}                                                # others: FULL
 PLANS = (*EVERY_LAYER, *SOME_LAYERS)
 
 
@@ -47,14 +47,16 @@ def make_plan(name, layers, shallow=1):
     "hmgen" and "naive" (sec. 5.2): K layers in the middle alternate with full ones, the first and
     the last layer are full. K = 2 of 6 layers is F S F S F F.
     "skip" and "route" (not in the paper): 2 K layers in the middle, one after the other.
-    "freeze" and "fastv" (not in the paper): the last 2 K layers. FastV (Chen et al. 2024) drops the
-    image tokens that get the least attention; a plan knows no attention, so here all go.
+    "fastv" (not in the paper): the last 2 K layers. FastV (Chen et al. 2024) drops the image tokens
+    that get the least attention; a plan knows no attention, so here all go.
+    "freeze" (not in the paper): all layers but the first, so that image tokens have seen each other.
     All others: the same Rule in every layer.
 
     ValueError for an unknown name, and where K is more than (layers - 1) // 2.
     """
     if name in EVERY_LAYER:
-        return (EVERY_LAYER[name],) * layers
+        first = FULL if name == "freeze" else EVERY_LAYER[name]
+        return first, *(EVERY_LAYER[name],) * (layers - 1)
     if name not in SOME_LAYERS:
         raise ValueError(f"unknown plan {name!r}: expected one of {', '.join(PLANS)}")
     most = (layers - 1) // 2
@@ -62,7 +64,7 @@ def make_plan(name, layers, shallow=1):
         raise ValueError(f"{shallow} shallow layers do not fit into {layers}: expected 0 to "
                          f"{most}: in HMGen the first, the last and every other one are full")
     first = (layers - 2 * shallow + 1) // 2
-    if name in ("freeze", "fastv"):
+    if name == "fastv":
         chosen = range(layers - 2 * shallow, layers)
     elif name in ("skip", "route"):
         chosen = range(first, first + 2 * shallow)

@@ -53,7 +53,7 @@ DRAWN = 100             # pictures of each class
 FEW = 100               # labelled pictures of each class that understanding sees in the rows "-few"
 
 ROWS = {name: table.ROWS[name] for name in ("u", "g", "joint", "share-all", "share-partial",
-                                            "freeze-route")}
+                                            "freeze-hmgen")}
 ROWS |= {"u-few": ("U only, dense, few labels", table.ROWS["u"][1]),
          "joint-few": ("joint, dense, few labels in U", table.ROWS["joint"][1])}
 
