@@ -49,7 +49,7 @@ def make_plan(name, layers, shallow=1):
     "skip" and "route" (not in the paper): 2 K layers in the middle, one after the other.
     "fastv" (not in the paper): the last 2 K layers. FastV (Chen et al. 2024) drops the image tokens
     that get the least attention; a plan knows no attention, so here all go.
-    "freeze" (not in the paper): all layers but the first, so that image tokens have seen each other.
+    "freeze" (not in the paper): all layers but the first, in which image tokens see each other.
     All others: the same Rule in every layer.
 
     ValueError for an unknown name, and where K is more than (layers - 1) // 2.
@@ -205,9 +205,12 @@ def print_costs(preset):
             for shallow in numbers:
                 plan = make_plan(name, p.layers, shallow)
                 letters = "".join("F" if rule == FULL else name[0] for rule in plan)
-                exact = flops(plan, layout, p.width, vocab, image_loss)
+                exact = (ROUTED * flops(plan, layout, p.width, vocab, image_loss)
+                         + (1 - ROUTED) * flops(whole(plan), layout, p.width, vocab, image_loss))
                 of_dense = exact / flops(dense, layout, p.width, vocab, image_loss)
-                by_paper = paper_cost(plan, layout, p.width) / paper_cost(dense, layout, p.width)
+                by_paper = (ROUTED * paper_cost(plan, layout, p.width)
+                            + (1 - ROUTED) * paper_cost(whole(plan), layout, p.width))
+                by_paper /= paper_cost(dense, layout, p.width)
                 title = f"{name} K={shallow}" if shallow else name
                 print(f"{title:12}{letters:>{p.layers + 2}}{exact / 1e9:10.3f}"
                       f"{of_dense:10.2f}{by_paper:10.2f}")

@@ -254,7 +254,7 @@ def train(options, device, resumed=None):
     forward = model
     if options["compile"]:
         first = {task: get_batch(examples[task], order[task], 0)[0] for task in tasks}
-        forward = compiled(model, first, plans)
+        forward = compiled(model, first, [plans, last_plans])
     rows = begin_log(out / "log.jsonl", start)
 
     # ---- what a step costs
@@ -346,15 +346,16 @@ def step_operations(c, plans, options):
     return options["batch_size"] * sum(c.flops(task, plan) for task, plan in plans.items())
 
 
-def compiled(model, batches, plans):
-    """The model with torch.compile, tried on a batch of each task. What this machine cannot compile
-    runs as it is."""
+def compiled(model, batches, plans_of_steps):
+    """The model with torch.compile, tried on a batch of each task under all plans that come. What
+    this machine cannot compile runs as it is."""
     forward = torch.compile(model, dynamic=False)
     try:
-        for task, batch in batches.items():
-            with torch.autocast("cuda", torch.bfloat16, enabled=batch.tokens.is_cuda):
-                _, loss = forward(batch, plans[task])
-            loss.backward()
+        for plans in plans_of_steps:
+            for task, batch in batches.items():
+                with torch.autocast("cuda", torch.bfloat16, enabled=batch.tokens.is_cuda):
+                    _, loss = forward(batch, plans[task])
+                loss.backward()
     except Exception as error:                              # compilers raise nearly anything
         print(f"torch.compile failed here ({type(error).__name__}), going on without it")
         forward = model

@@ -309,7 +309,7 @@ def train_until_good(kind, options, material, device):
         first = {task: train.get_batch(batch, order[task], 0)[0]
                  for task, batch in material.examples.items()}
         torch.compiler.reset()                              # else the code of every run stays
-        forward = train.compiled(model, first, dict.fromkeys(first, plan))
+        forward = train.compiled(model, first, [dict.fromkeys(first, plan)])
 
     curve, reached, seconds = [], dict.fromkeys(THRESHOLDS), 0.
     bar = tqdm(total=steps, desc=f"{kind}, seed {options['seed']}", unit="step")

@@ -197,8 +197,8 @@ def prepare(out, dataset, names, options, device):
 
 def score_real(dataset, names, tokenizer, classifier):
     """The Standard; how real pictures score by it, as they are and after the tokenizer, which is
-    the best that drawn ones can reach; and one of each class of those: {title: (classes, H, W, 3)}
-    (of real ones not: they are others' pictures)."""
+    the best that drawn ones can reach; and, of the latter, one of each class: {title: (classes,
+    H, W, 3)}."""
     scores, pixels, decoded = score_tokenizer(tokenizer, dataset, len(dataset.pixels))
     split = dataset.split(None, "val", len(dataset.pixels))             # the same pictures
     labels = labels_of(split, names)
