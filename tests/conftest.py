@@ -1,4 +1,5 @@
 """Scripts run in forked processes: as a user would run them, but without seconds of imports."""
+import faulthandler
 import os
 import sys
 import tempfile
@@ -8,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "study"))
 torch.set_num_threads(1)                # more do not survive a fork, and nothing here needs them
 os.environ["OMP_NUM_THREADS"] = "1"
+tqdm.monitor_interval = 0               # no thread that may hold a lock at the moment of a fork
 
 
 class Script:
@@ -27,6 +30,7 @@ class Script:
             try:
                 os.dup2(self.printed.fileno(), 1)
                 os.dup2(self.printed.fileno(), 2)
+                faulthandler.dump_traceback_later(120, exit=True)       # what hangs, tells where
                 os.chdir(folder)
                 sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", 1)
                 sys.argv = [name, *map(str, args)]
