@@ -197,8 +197,8 @@ def prepare(out, dataset, names, options, device):
 
 def score_real(dataset, names, tokenizer, classifier):
     """The Standard; how real pictures score by it, as they are and after the tokenizer, which is
-    the best that drawn ones can reach; and, of the latter, one of each class: {title: (classes,
-    H, W, 3)}."""
+    the best that drawn ones can reach; and one of each class of both: {title: (classes, H, W, 3)}.
+    """
     scores, pixels, decoded = score_tokenizer(tokenizer, dataset, len(dataset.pixels))
     split = dataset.split(None, "val", len(dataset.pixels))             # the same pictures
     labels = labels_of(split, names)
@@ -215,7 +215,7 @@ def score_real(dataset, names, tokenizer, classifier):
                "decoded_accuracy": accuracy(decoded_guesses, labels),
                "decoded_frechet": frechet(decoded_features[:n], standard.reference)}
     first = [labels.tolist().index(k) for k in range(len(names))]
-    samples = {"real, through the tokenizer": decoded[first]}
+    samples = {"real pictures": pixels[first], "real, through the tokenizer": decoded[first]}
     return standard, scores, samples
 
 
