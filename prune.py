@@ -83,6 +83,12 @@ def whole(plan):
     return tuple(rule._replace(share=1.) for rule in plan)
 
 
+def over_training(first, last):
+    """The mean over all steps of what is `first` in a step with shares, and `last` in a later
+    one."""
+    return last + ROUTED * (first - last)
+
+
 class Layout(NamedTuple):
     """How many tokens of a sequence stand before, in and after its image."""
     before: int
@@ -205,11 +211,11 @@ def print_costs(preset):
             for shallow in numbers:
                 plan = make_plan(name, p.layers, shallow)
                 letters = "".join("F" if rule == FULL else name[0] for rule in plan)
-                exact = (ROUTED * flops(plan, layout, p.width, vocab, image_loss)
-                         + (1 - ROUTED) * flops(whole(plan), layout, p.width, vocab, image_loss))
+                exact = over_training(*(flops(of_step, layout, p.width, vocab, image_loss)
+                                        for of_step in (plan, whole(plan))))
                 of_dense = exact / flops(dense, layout, p.width, vocab, image_loss)
-                by_paper = (ROUTED * paper_cost(plan, layout, p.width)
-                            + (1 - ROUTED) * paper_cost(whole(plan), layout, p.width))
+                by_paper = over_training(*(paper_cost(of_step, layout, p.width)
+                                           for of_step in (plan, whole(plan))))
                 by_paper /= paper_cost(dense, layout, p.width)
                 title = f"{name} K={shallow}" if shallow else name
                 print(f"{title:12}{letters:>{p.layers + 2}}{exact / 1e9:10.3f}"

@@ -259,7 +259,10 @@ def train(options, device, resumed=None):
 
     # ---- what a step costs
     tokens = options["batch_size"] * sum(sum(c.layout(task)) for task in tasks)
-    operations = step_operations(c, plans, options)
+    # (plans, FLOPs of a step): while a plan's shares count, and afterwards
+    phases = [(of_step, options["batch_size"] * sum(c.flops(task, of_step[task]) for task in tasks))
+              for of_step in (plans, last_plans)]
+    operations = phases[0][1]
     peak = peak_flops(device)
     if rank() == 0:
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {tokens} "
@@ -278,7 +281,7 @@ def train(options, device, resumed=None):
     for step in range(start, steps):
         for optimizer, lr in zip(optimizers, highest):
             optimizer.param_groups[0]["lr"] = lr * learning_rate(step, steps)
-        step_plans = plans if step < ROUTED * steps else last_plans
+        step_plans, operations = phases[step >= ROUTED * steps]
         losses = {}
         for task in tasks:
             batch, fraction = get_batch(examples[task], order[task], step)
@@ -296,7 +299,6 @@ def train(options, device, resumed=None):
             values = dict(zip(tasks, values.tolist()))                  # waits for the device
             check_finite(values.values(), out, step)
             seconds = (time.perf_counter() - clock) / (step + 1 - clock_step)
-            operations = step_operations(c, step_plans, options)
             mfu = operations / seconds / peak / world() if peak else None
             row = {"step": step + 1, "loss": sum(values.values()),
                    "loss_und": values.get("und"), "loss_gen": values.get("gen"),
@@ -339,11 +341,6 @@ def train(options, device, resumed=None):
           f"training steps; a step {statistics.median([r['step_ms'] for r in rows] or [0]):.0f} ms "
           f"(median), peak memory {peak_memory_mb(device) or math.nan:.0f} MB\nlook at "
           f"{out}/samples.png, {out}/eval.json, {out}/loss.png; then: python probe.py {out}")
-
-
-def step_operations(c, plans, options):
-    """FLOPs of one step."""
-    return options["batch_size"] * sum(c.flops(task, plan) for task, plan in plans.items())
 
 
 def compiled(model, batches, plans_of_steps):

@@ -95,11 +95,8 @@ COLUMNS = [("questions right, %", ("und", "accuracy"), 100, 1),
            ("held-out objects, %", ("gen", "transfer_object_accuracy"), 100, 1),
            ("FLOPs", ("cost", "flops_ratio"), 1, 2),
            ("time of a step", ("cost", "step_ratio"), 1, 2)]
-# The panels of the table's picture: title, where the number stands in eval.json, colour.
-SCORES = [("held-out pairs, %", ("und", "transfer_accuracy"), "darkorange"),
-          ("questions right, %", ("und", "accuracy"), "royalblue"),
-          ("images right, %", ("gen", "image_accuracy"), "seagreen"),
-          ("held-out objects, %", ("gen", "transfer_object_accuracy"), "firebrick")]
+# Of the first columns in the table's picture.
+COLOURS = ("royalblue", "darkorange", "seagreen", "firebrick")
 
 # The claims that the study decides: (claim, kind, score, row, other row). "more": the row has more
 # of the score than the other one. "keeps": the difference is within MARGIN points. They were
@@ -241,13 +238,18 @@ def value(scores, path):
     return scores
 
 
+def numbers(runs, path, factor):
+    """One number of each run that has it."""
+    return [factor * x for x in (value(run, path) for run in runs.values()) if x is not None]
+
+
 def cell(runs, path, factor, digits):
     """Mean ± standard deviation over seeds of one number; "–" where there is none."""
-    numbers = [factor * x for x in (value(run, path) for run in runs.values()) if x is not None]
-    if not numbers:
+    found = numbers(runs, path, factor)
+    if not found:
         return "–"
-    spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(set(numbers)) > 1 else ""
-    return f"{statistics.mean(numbers):.{digits}f}{spread}"
+    spread = f" ± {statistics.stdev(found):.{digits}f}" if len(set(found)) > 1 else ""
+    return f"{statistics.mean(found):.{digits}f}{spread}"
 
 
 def markdown(titles, rows, left=1):
@@ -371,17 +373,16 @@ def draw_rows(titles, found, path):
     """The table as a picture: a line for each row, a dot for each seed, a tick at their mean."""
     font, line, left, width, gap = ImageFont.load_default(12), 22, 430, 190, 48
     names = [name for name in ROWS if name in found]        # those at inference only are far below
-    sheet = Image.new("RGB", (left + len(SCORES) * (width + gap), 60 + line * len(names)), "white")
+    sheet = Image.new("RGB", (left + len(COLOURS) * (width + gap), 60 + line * len(names)), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((left - 20, 30), "FLOPs", "black", font, anchor="rm")
     for row, name in enumerate(names):
-        flops = cell(found[name], *COLUMNS[-2][1:]).split(" ")[0]
+        flops = cell(found[name], ("cost", "flops_ratio"), 1, 2).split(" ")[0]      # the mean
         draw.text((left - 64, 60 + line * row), titles[name], "black", font, anchor="rm")
         draw.text((left - 20, 60 + line * row), flops, "black", font, anchor="rm")
-    for panel, (title, path_in, colour) in enumerate(SCORES):
+    for panel, ((title, score, factor, _), colour) in enumerate(zip(COLUMNS, COLOURS)):
         x0 = left + panel * (width + gap)
-        points = {name: [100 * x for x in (value(run, path_in) for run in found[name].values())
-                         if x is not None] for name in names}
+        points = {name: numbers(found[name], score, factor) for name in names}
         lowest = min((x for xs in points.values() for x in xs), default=0)
         lowest = min(80, 20 * (lowest // 20))               # the axis begins at a multiple of 20
         draw.text((x0, 12), title, "black", font, anchor="lm")
