@@ -95,8 +95,8 @@ COLUMNS = [("questions right, %", ("und", "accuracy"), 100, 1),
            ("held-out objects, %", ("gen", "transfer_object_accuracy"), 100, 1),
            ("FLOPs", ("cost", "flops_ratio"), 1, 2),
            ("time of a step", ("cost", "step_ratio"), 1, 2)]
-# Of the first columns in the table's picture.
-COLOURS = ("royalblue", "darkorange", "seagreen", "firebrick")
+# The first columns in the table's picture: a colour, and where the axis begins.
+PANELS = (("royalblue", 80), ("darkorange", 40), ("seagreen", 60), ("firebrick", 0))
 
 # The claims that the study decides: (claim, kind, score, row, other row). "more": the row has more
 # of the score than the other one. "keeps": the difference is within MARGIN points. They were
@@ -370,21 +370,19 @@ def make_table(folder):
 
 
 def draw_rows(titles, found, path):
-    """The table as a picture: a line for each row, a dot for each seed, a tick at their mean."""
+    """The table as a picture: a line for each row, a dot for each seed, a tick at their mean. A
+    mean that lies before the axis is written down instead."""
     font, line, left, width, gap = ImageFont.load_default(12), 22, 430, 190, 48
     names = [name for name in ROWS if name in found]        # those at inference only are far below
-    sheet = Image.new("RGB", (left + len(COLOURS) * (width + gap), 60 + line * len(names)), "white")
+    sheet = Image.new("RGB", (left + len(PANELS) * (width + gap), 60 + line * len(names)), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((left - 20, 30), "FLOPs", "black", font, anchor="rm")
     for row, name in enumerate(names):
         flops = cell(found[name], ("cost", "flops_ratio"), 1, 2).split(" ")[0]      # the mean
         draw.text((left - 64, 60 + line * row), titles[name], "black", font, anchor="rm")
         draw.text((left - 20, 60 + line * row), flops, "black", font, anchor="rm")
-    for panel, ((title, score, factor, _), colour) in enumerate(zip(COLUMNS, COLOURS)):
+    for panel, ((title, score, factor, _), (colour, lowest)) in enumerate(zip(COLUMNS, PANELS)):
         x0 = left + panel * (width + gap)
-        points = {name: numbers(found[name], score, factor) for name in names}
-        lowest = min((x for xs in points.values() for x in xs), default=0)
-        lowest = min(80, 20 * (lowest // 20))               # the axis begins at a multiple of 20
         draw.text((x0, 12), title, "black", font, anchor="lm")
 
         def at(percent):
@@ -394,12 +392,15 @@ def draw_rows(titles, found, path):
             draw.text((at(percent), 32), f"{percent:.0f}", "grey", font, anchor="mm")
             draw.line((at(percent), 44, at(percent), sheet.height), fill="lightgrey")
         for row, name in enumerate(names):
-            y = 60 + line * row
-            for x in points[name]:
-                draw.ellipse((at(x) - 4, y - 4, at(x) + 4, y + 4), fill=colour)
-            if points[name]:
-                middle = at(statistics.mean(points[name]))
-                draw.line((middle, y - 8, middle, y + 8), fill="black", width=2)
+            y, points = 60 + line * row, numbers(found[name], score, factor)
+            mean = statistics.mean(points) if points else None
+            if points and mean < lowest:
+                draw.text((x0, y), f"< {mean:.0f}", colour, font, anchor="lm")
+            elif points:
+                for x in points:
+                    if x >= lowest:
+                        draw.ellipse((at(x) - 4, y - 4, at(x) + 4, y + 4), fill=colour)
+                draw.line((at(mean), y - 8, at(mean), y + 8), fill="black", width=2)
     sheet.save(path)
 
 
