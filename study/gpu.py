@@ -33,8 +33,11 @@ from table import RESULTS
 from tokenizer import default_preset
 
 
+PARTS = ("kernels", "train", "tests", "bench", "compare", "quality", "table")   # by their worth
+
+
 def commands(preset, device, out):
-    """{part: (command, results to bring back)}, in order of worth."""
+    """{part of PARTS: (command, results to bring back)}."""
     shared = ["--preset", preset, "--device", device]
     tokenizer = ["--tokenizer", out / "tokenizer.pt"]
     compiling = ["--compile"] if device == "cuda" else []
@@ -56,7 +59,7 @@ def commands(preset, device, out):
                      *shared, *tokenizer, *compiling, "--results", out / "quality"],
                     []),                                    # they lie in `out` already
         "table": (["study/table.py", out / "table", *shared, *tokenizer, "--rows", *table_rows],
-                  [RESULTS / f"table-{preset}.md", RESULTS / f"table-{preset}.json"]),
+                  [RESULTS / f"table-{preset}{end}" for end in (".md", ".json", ".png")]),
     }
 
 
@@ -105,7 +108,9 @@ def kernels(preset, device, out):
 def visit(minutes, only, preset, device, out):
     """Runs the parts one after the other, as long as there is time."""
     end, report = time.time() + 60 * minutes, {"hardware": hardware(device)}
-    for name, (command, results) in commands(preset, device.type, out).items():
+    every = commands(preset, device.type, out)
+    for name in PARTS:
+        command, results = every[name]
         left = end - time.time()
         if only and name not in only:
             continue
@@ -136,8 +141,8 @@ def visit(minutes, only, preset, device, out):
 def main():
     parser = script_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=28)
-    parser.add_argument("--only", nargs="+", metavar="PART",
-                        help="some of: kernels train tests bench compare quality table")
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART",
+                        help=f"some of: {' '.join(PARTS)}")
     parser.add_argument("--kernels", action="store_true", help="only that part, in this process")
     parser.add_argument("--preset", choices=PRESETS, help="default: what fits the device")
     parser.add_argument("--out", type=Path, default=Path("out/gpu"))
