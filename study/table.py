@@ -104,6 +104,7 @@ PANELS = (("royalblue", 80), ("darkorange", 40), ("seagreen", 60), ("firebrick",
 # replace had been seen: that seed does not count for them.
 FIRST_SEED = {"u-describe": 2, "freeze-hmgen": 2}
 MARGIN = 2.
+ENOUGH = 8      # seeds: with fewer a claim is not answered, or one would stop at a lucky moment
 QUESTIONS, HELD_OUT = ("und", "accuracy"), ("und", "transfer_accuracy")
 IMAGES = ("gen", "image_accuracy")
 CLAIMS = [
@@ -282,7 +283,7 @@ def p_values(differences, kind):
 def answer_claims(found):
     """[(claim, mean difference in points, its standard deviation, seeds, p, answer)]. Runs of one
     seed share data and order, so differences are taken seed by seed. p is two-sided and corrected
-    by Holm over all CLAIMS, also those that have no runs yet."""
+    by Holm over all CLAIMS, also those that have no runs yet. No answer before ENOUGH seeds."""
     answers = []
     for claim, kind, path, row, other_row in CLAIMS:
         one, other, differences = found.get(row, {}), found.get(other_row, {}), []
@@ -299,7 +300,9 @@ def answer_claims(found):
     least = 0.
     for i, answer in enumerate(sorted(answers, key=lambda answer: answer[4])):
         least = answer[4] = max(least, min(1., (len(CLAIMS) - i) * answer[4]))
-        if answer[4] > .05:
+        if answer[3] < ENOUGH:
+            answer[5] = f"{answer[3]} of {ENOUGH} seeds"
+        elif answer[4] > .05:
             answer[5] = "undecided"
     return answers
 

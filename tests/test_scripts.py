@@ -151,7 +151,7 @@ def test_claims_are_tested_seed_by_seed_and_corrected():
     ((_, mean, deviation, n, p, answer),) = answer_claims(found)
     assert abs(t_tail(1, 1) - .25) < 1e-6 and abs(t_tail(-2.365, 7) - .975) < 1e-4
     assert n == 3 and abs(mean - 5) < 1e-9 and abs(deviation - 1) < 1e-9
-    assert abs(p - .1307) < 1e-3 and answer == "undecided"
+    assert abs(p - .1307) < 1e-3 and answer == "3 of 8 seeds"
     found["u"] = {i: {"und": {"accuracy": .87 - .002 * i}} for i in range(1, 9)}
     assert answer_claims(found)[0][-1] == "holds"
     found["u"] = {i: {"und": {"accuracy": .92 + .002 * i}} for i in range(1, 9)}
@@ -162,9 +162,9 @@ def test_keeping_is_equivalence_and_not_the_lack_of_a_difference():
     tight, loose = [.5, -.4, .2, -.1, .3, 0, -.2, .1], [9, -8, 6, -7, 8, -9, 7, -5]
     for differences, right in ((tight, "holds"), (loose, "undecided"),
                                ([x - 5 for x in tight], "does not hold")):
-        found = {"u": {i: {"und": {"accuracy": .9}} for i in range(8)},
+        found = {"u": {i: {"und": {"accuracy": .9}} for i in range(1, 9)},
                  "u-himix": {i: {"und": {"accuracy": .9 + x / 100}}
-                             for i, x in enumerate(differences)}}
+                             for i, x in enumerate(differences, 1)}}
         assert answer_claims(found)[0][-1] == right
 
 
