@@ -54,8 +54,8 @@ FEW = 100               # labelled pictures of each class that understanding see
 
 ROWS = {name: table.ROWS[name] for name in ("u", "g", "joint", "share-all", "share-partial",
                                             "freeze-hmgen")}
-ROWS |= {"u-few": ("U only, dense, few labels", table.ROWS["u"][1]),
-         "joint-few": ("joint, dense, few labels in U", table.ROWS["joint"][1])}
+ROWS |= {"u-few": ("understanding only, few labels", table.ROWS["u"][1]),
+         "joint-few": ("joint, few labels in understanding", table.ROWS["joint"][1])}
 
 # The table's columns: title, where the number stands in a run's scores, factor, digits.
 COLUMNS = [("named, %", ("photos", "named"), 100, 1),

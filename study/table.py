@@ -42,36 +42,40 @@ SKIP = dict(und_plan="skip", gen_plan="skip")
 ROUTE = dict(und_plan="route", gen_plan="route")
 ROWS = {
     # the paper's
-    "u": ("U only, dense", dict(objective="und")),
-    "g": ("G only, dense", dict(objective="gen")),
-    "joint": ("joint, dense", {}),
-    "u-himix": ("U only, HiMix", dict(objective="und", und_plan="himix", projections="image")),
-    "g-hmgen": ("G only, HMGen", dict(objective="gen", gen_plan="hmgen", projections="image")),
+    "u": ("understanding only", dict(objective="und")),
+    "g": ("generation only", dict(objective="gen")),
+    "joint": ("joint", {}),
+    "u-himix": ("understanding only, HiMix",
+                dict(objective="und", und_plan="himix", projections="image")),
+    "g-hmgen": ("generation only, HMGen",
+                dict(objective="gen", gen_plan="hmgen", projections="image")),
     "share-all": ("joint, HiMix + HMGen, share all", BOTH),
     "share-partial": ("joint, HiMix + HMGen, share partial", dict(BOTH, projections="task")),
-    "g-naive": ("G only, naive control in the middle", dict(objective="gen", gen_plan="naive")),
-    "g-naive-all": ("G only, naive control in all layers",
+    "g-naive": ("generation only, naive control in the middle",
+                dict(objective="gen", gen_plan="naive")),
+    "g-naive-all": ("generation only, naive control in all layers",
                     dict(objective="gen", gen_plan="naive-all")),
-    "g-deep": ("G only, 7 layers, own projections", dict(objective="gen", projections="image")),
-    "g-deep-hmgen": ("G only, 7 layers, HMGen in one of them",      # the paper's lower K / L
+    "g-deep": ("generation only, 7 layers, own projections",
+               dict(objective="gen", projections="image")),
+    "g-deep-hmgen": ("generation only, 7 layers, HMGen in one",     # the paper's lower K / L
                      dict(objective="gen", gen_plan="hmgen", projections="image", shallow=1)),
     # controls
-    "u-describe": ("U only, dense, describes its pictures", dict(objective="und")),
-    "u-long": ("U only, dense, as many FLOPs as joint", dict(objective="und")),
-    "joint-shuffled": ("joint, dense, captions shuffled over pictures to draw", {}),
-    "joint-short": ("joint, dense, as many FLOPs as frozen + HMGen", {}),
-    "u-no-image-loss": ("U only, dense, no loss on image tokens",
+    "u-describe": ("understanding only, describes its pictures", dict(objective="und")),
+    "u-long": ("understanding only, as many FLOPs as joint", dict(objective="und")),
+    "joint-shuffled": ("joint, captions shuffled", {}),
+    "joint-short": ("joint, as many FLOPs as with freezing + HMGen", {}),
+    "u-no-image-loss": ("understanding only, no loss on image tokens",
                         dict(objective="und", image_loss=False)),
-    "joint-no-image-loss": ("joint, dense, no loss on image tokens", dict(image_loss=False)),
-    "u-image": ("U only, dense, own projections", dict(objective="und", projections="image")),
-    "g-image": ("G only, dense, own projections", dict(objective="gen", projections="image")),
-    "joint-image": ("joint, dense, own projections", dict(projections="image")),
+    "joint-no-image-loss": ("joint, no loss on image tokens", dict(image_loss=False)),
+    "u-image": ("understanding only, own projections", dict(objective="und", projections="image")),
+    "g-image": ("generation only, own projections", dict(objective="gen", projections="image")),
+    "joint-image": ("joint, own projections", dict(projections="image")),
     # beyond the paper
-    "u-fastv": ("U only, FastV's rule", dict(objective="und", und_plan="fastv")),
-    "u-freeze": ("U only, image tokens are frozen after the first layer",
+    "u-fastv": ("understanding only, FastV's rule", dict(objective="und", und_plan="fastv")),
+    "u-freeze": ("understanding only, frozen after the first layer",
                  dict(objective="und", und_plan="freeze")),
-    "freeze": ("joint, frozen after the first layer in U", dict(und_plan="freeze")),
-    "freeze-hmgen": ("joint, frozen after the first layer in U, HMGen in G",
+    "freeze": ("joint, frozen after the first layer", dict(und_plan="freeze")),
+    "freeze-hmgen": ("joint, frozen after the first layer + HMGen",
                      dict(und_plan="freeze", gen_plan="hmgen")),
     "skip-both": ("joint, both tasks skip the middle layers", SKIP),
     "skip-image": ("joint, both skip, own projections", dict(SKIP, projections="image")),
@@ -94,7 +98,7 @@ COLUMNS = [("questions right, %", ("und", "accuracy"), 100, 1),
            ("images right, %", ("gen", "image_accuracy"), 100, 1),
            ("held-out objects, %", ("gen", "transfer_object_accuracy"), 100, 1),
            ("FLOPs", ("cost", "flops_ratio"), 1, 2),
-           ("time of a step", ("cost", "step_ratio"), 1, 2)]
+           ("time of a step, of its dense plan's", ("cost", "step_ratio"), 1, 2)]
 # The first columns in the table's picture: a colour, and where the axis begins.
 PANELS = (("royalblue", 80), ("darkorange", 40), ("seagreen", 60), ("firebrick", 0))
 
@@ -104,7 +108,7 @@ PANELS = (("royalblue", 80), ("darkorange", 40), ("seagreen", 60), ("firebrick",
 # replace had been seen: that seed does not count for them.
 FIRST_SEED = {"u-describe": 2, "freeze-hmgen": 2}
 MARGIN = 2.
-ENOUGH = 8      # seeds: with fewer a claim is not answered, or one would stop at a lucky moment
+SEEDS = 8       # of a claim, neither more nor fewer: else one could stop at a lucky moment
 QUESTIONS, HELD_OUT = ("und", "accuracy"), ("und", "transfer_accuracy")
 IMAGES = ("gen", "image_accuracy")
 CLAIMS = [
@@ -270,7 +274,8 @@ def t_tail(t, freedom):
 
 
 def p_values(differences, kind):
-    """How likely such differences (in points) were if the claim did not hold, and if it did."""
+    """One-sided p of a claim (small: it holds), and of its opposite (small: it does not hold). From
+    differences in points."""
     n, mean = len(differences), statistics.mean(differences)
     error = max(statistics.stdev(differences), 1e-9) / n ** .5
     above = {m: t_tail((mean - m) / error, n - 1) for m in (-MARGIN, 0., MARGIN)}
@@ -280,29 +285,40 @@ def p_values(differences, kind):
     return max(above[-MARGIN], 1 - above[MARGIN]), min(1 - above[-MARGIN], above[MARGIN])
 
 
+def differences_of(found, path, row, other_row):
+    """Row less other row, in points, of one seed after the other: runs of one seed share data and
+    order. Of the first SEEDS that count."""
+    one, other, differences = found.get(row, {}), found.get(other_row, {}), []
+    seeds = sorted(seed for seed in one.keys() & other.keys() if seed >= FIRST_SEED.get(row, 1))
+    for seed in seeds[:SEEDS]:
+        a, b = value(one[seed], path), value(other[seed], path)
+        if a is not None and b is not None:
+            differences.append(100 * (a - b))
+    return differences
+
+
 def answer_claims(found):
-    """[(claim, mean difference in points, its standard deviation, seeds, p, answer)]. Runs of one
-    seed share data and order, so differences are taken seed by seed. p is two-sided and corrected
-    by Holm over all CLAIMS, also those that have no runs yet. No answer before ENOUGH seeds."""
+    """[[claim, mean difference in points, its standard deviation, seeds, p, answer]] of the claims
+    that have two seeds. p is two-sided and corrected by Holm over all CLAIMS; a claim that has not
+    all SEEDS yet counts there as the last, and has neither p nor answer."""
     answers = []
-    for claim, kind, path, row, other_row in CLAIMS:
-        one, other, differences = found.get(row, {}), found.get(other_row, {}), []
-        seeds = [seed for seed in one.keys() & other.keys() if seed >= FIRST_SEED.get(row, 1)]
-        for seed in sorted(seeds):
-            a, b = value(one[seed], path), value(other[seed], path)
-            if a is not None and b is not None:
-                differences.append(100 * (a - b))
-        if len(differences) > 1:
+    for claim, kind, *rows in CLAIMS:
+        differences = differences_of(found, *rows)
+        n = len(differences)
+        if n < 2:
+            continue
+        p, answer = None, f"{n} of {SEEDS} seeds"
+        if n == SEEDS:
             holds, fails = p_values(differences, kind)
-            answers.append([claim, statistics.mean(differences), statistics.stdev(differences),
-                            len(differences), min(1., 2 * min(holds, fails)),
-                            "holds" if holds < fails else "does not hold"])
+            p = min(1., 2 * min(holds, fails))
+            answer = "holds" if holds < fails else "does not hold"
+        answers.append([claim, statistics.mean(differences), statistics.stdev(differences), n, p,
+                        answer])
     least = 0.
-    for i, answer in enumerate(sorted(answers, key=lambda answer: answer[4])):
+    with_p = [answer for answer in answers if answer[4] is not None]
+    for i, answer in enumerate(sorted(with_p, key=lambda answer: answer[4])):
         least = answer[4] = max(least, min(1., (len(CLAIMS) - i) * answer[4]))
-        if answer[3] < ENOUGH:
-            answer[5] = f"{answer[3]} of {ENOUGH} seeds"
-        elif answer[4] > .05:
+        if answer[4] > .05:
             answer[5] = "undecided"
     return answers
 
@@ -354,8 +370,10 @@ def make_table(folder):
             if set(cells) != {"–"}:
                 rows.append([titles[name], *cells])
         parts.append(markdown([f"right by kind, {task}, %", *kinds], rows))
-    answers = [[claim, f"{mean:+.1f} ± {deviation:.1f}", n, f"{p:.2g}", answer]
-               for claim, mean, deviation, n, p, answer in answer_claims(found)]
+    answers = []
+    for claim, mean, deviation, n, p, answer in answer_claims(found):
+        p = "–" if p is None else f"{p:.1g}"
+        answers.append([claim, f"{mean:+.1f} ± {deviation:.1f}", n, p, answer])
     if answers:
         parts.append(markdown(["claim", "points", "seeds", "p, corrected", ""], answers))
     every = [scores for runs in found.values() for scores in runs.values()]
@@ -373,55 +391,59 @@ def make_table(folder):
 
 
 def draw_rows(titles, found, path):
-    """The table as a picture: a line for each row, a dot for each seed, a tick at their mean. A
-    mean that lies before the axis is written down instead."""
-    font, line, left, width, gap = ImageFont.load_default(12), 22, 430, 190, 48
+    """The table as a picture: a line for each row, a dot for each seed, a tick at their mean. What
+    lies before the axis stands at its edge: a seed as an open dot, a mean as a number."""
+    font, line, top, left, width, gap = ImageFont.load_default(24), 44, 120, 720, 290, 90
     names = [name for name in ROWS if name in found]        # those at inference only are far below
-    sheet = Image.new("RGB", (left + len(PANELS) * (width + gap), 60 + line * len(names)), "white")
+    size = left + len(PANELS) * (width + gap), top + line * len(names)
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((left - 20, 30), "FLOPs", "black", font, anchor="rm")
+    draw.text((left - 40, 64), "FLOPs", "black", font, anchor="rm")
     for row, name in enumerate(names):
-        flops = cell(found[name], ("cost", "flops_ratio"), 1, 2).split(" ")[0]      # the mean
-        draw.text((left - 64, 60 + line * row), titles[name], "black", font, anchor="rm")
-        draw.text((left - 20, 60 + line * row), flops, "black", font, anchor="rm")
+        y = top + line * row
+        flops = statistics.mean(numbers(found[name], ("cost", "flops_ratio"), 1))
+        draw.text((left - 130, y), titles[name], "black", font, anchor="rm")
+        draw.text((left - 40, y), f"{flops:.2f}", "black", font, anchor="rm")
     for panel, ((title, score, factor, _), (colour, lowest)) in enumerate(zip(COLUMNS, PANELS)):
         x0 = left + panel * (width + gap)
-        draw.text((x0, 12), title, "black", font, anchor="lm")
+        draw.text((x0, 24), title, "black", font, anchor="lm")
 
         def at(percent):
-            return x0 + (percent - lowest) / (100 - lowest) * width
+            return x0 + (max(percent, lowest) - lowest) / (100 - lowest) * width
 
         for percent in np.linspace(lowest, 100, 3):
-            draw.text((at(percent), 32), f"{percent:.0f}", "grey", font, anchor="mm")
-            draw.line((at(percent), 44, at(percent), sheet.height), fill="lightgrey")
+            draw.text((at(percent), 64), f"{percent:.0f}", "grey", font, anchor="mm")
+            draw.line((at(percent), 88, at(percent), sheet.height), fill="lightgrey", width=2)
         for row, name in enumerate(names):
-            y, points = 60 + line * row, numbers(found[name], score, factor)
+            y, points = top + line * row, numbers(found[name], score, factor)
             mean = statistics.mean(points) if points else None
             if points and mean < lowest:
-                draw.text((x0, y), f"< {mean:.0f}", colour, font, anchor="lm")
-            elif points:
-                for x in points:
-                    if x >= lowest:
-                        draw.ellipse((at(x) - 4, y - 4, at(x) + 4, y + 4), fill=colour)
-                draw.line((at(mean), y - 8, at(mean), y + 8), fill="black", width=2)
+                draw.text((x0, y), f"mean {mean:.0f}", colour, font, anchor="lm")
+                continue
+            for i, x in enumerate(points):
+                dot = at(x), y + 3 * (i - len(points) / 2)      # seeds do not hide each other
+                fill = colour if x >= lowest else "white"
+                draw.circle(dot, 7, fill=fill, outline=colour)
+            if points:
+                draw.line((at(mean), y - 17, at(mean), y + 17), fill="black", width=3)
     sheet.save(path)
 
 
 def draw_samples(folder, device):
     """Pictures that each row draws under the same seven captions, one of each kind: a line for each
-    row."""
+    row, from its first seed that has a checkpoint."""
     pictures, texts = [], []
-    for out in sorted(folder.glob("*-seed1")):
-        name = out.name.removesuffix("-seed1")
-        draws = name in ROWS and ROWS[name][1].get("objective") != "und"
-        if draws and (out / "eval.json").exists() and (out / "checkpoint.pt").exists():
-            model, tokenizer, checkpoint = load_run(out, device)
+    for name, (title, changes) in ROWS.items():
+        trained = [out for out in sorted(folder.glob(f"{name}-seed*"))
+                   if (out / "eval.json").exists() and (out / "checkpoint.pt").exists()]
+        if trained and changes.get("objective") != "und":
+            model, tokenizer, checkpoint = load_run(trained[0], device)
             options = checkpoint["options"]
             dataset = data.load(options["data"], options["preset"])
             captions = [c.text for c in dataset.split("gen", "val", 7, questions=0).captions]
             plan = plans_of(["gen"], options, model.config.layers)["gen"]
             pictures.append(draw_pictures(model, tokenizer, captions, plan, options["data"]))
-            texts += [f"{ROWS[name][0]}:\n{caption}" for caption in captions]
+            texts += [f"{title}:\n{caption}" for caption in captions]
     if pictures:
         path = RESULTS / f"{folder.resolve().name}-{options['preset']}-samples.png"
         contact_sheet(np.concatenate(pictures), texts, path, columns=7)

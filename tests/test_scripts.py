@@ -22,7 +22,7 @@ from match import log_likelihoods
 from model import Config, Model, understanding
 from prune import PLANS, make_plan
 from readout import named_by, token_labels
-from table import answer_claims, exclusive, t_tail
+from table import answer_claims, exclusive, p_values, t_tail
 from test_model import decode, random_batch
 from tokenizer import FIRST_CODE
 
@@ -145,17 +145,23 @@ def test_a_folder_belongs_to_one_process(tmp_path):
 
 def test_claims_are_tested_seed_by_seed_and_corrected():
     """Differences of 4, 5 and 6 points: t = 5 sqrt(3), of which the two-sided p with 2 degrees of
-    freedom is .0131, ten times that with Holm's correction over ten claims."""
-    found = {"joint": {i: {"und": {"accuracy": .9}} for i in range(1, 9)},
-             "u": {i: {"und": {"accuracy": .87 - .01 * i}} for i in (1, 2, 3)}}
-    ((_, mean, deviation, n, p, answer),) = answer_claims(found)
+    freedom is .0131. Holm's correction takes ten times that for the smallest of ten claims."""
     assert abs(t_tail(1, 1) - .25) < 1e-6 and abs(t_tail(-2.365, 7) - .975) < 1e-4
-    assert n == 3 and abs(mean - 5) < 1e-9 and abs(deviation - 1) < 1e-9
-    assert abs(p - .1307) < 1e-3 and answer == "3 of 8 seeds"
-    found["u"] = {i: {"und": {"accuracy": .87 - .002 * i}} for i in range(1, 9)}
-    assert answer_claims(found)[0][-1] == "holds"
-    found["u"] = {i: {"und": {"accuracy": .92 + .002 * i}} for i in range(1, 9)}
-    assert answer_claims(found)[0][-1] == "does not hold"
+    assert abs(2 * p_values([4, 5, 6], "more")[0] - .0131) < 1e-4
+    joint = {seed: {"und": {"accuracy": .9}} for seed in range(1, 20)}
+
+    def answer(*differences):
+        alone = {seed: {"und": {"accuracy": .9 - x / 100}} for seed, x in enumerate(differences, 1)}
+        return answer_claims({"joint": joint, "u": alone})[0]
+
+    _, mean, deviation, n, p, words = answer(4, 5, 6)       # too few seeds are no answer
+    assert abs(mean - 5) < 1e-9 and abs(deviation - 1) < 1e-9
+    assert (n, p, words) == (3, None, "3 of 8 seeds")
+    eight = 1, 3, -1, 2, 4, 0, 2, 1
+    *_, n, p, words = answer(*eight, 50)                    # nor is a ninth one
+    assert (n, words) == (8, "undecided") and abs(p - 20 * p_values(eight, "more")[0]) < 1e-9
+    assert answer(*(x + 5 for x in eight))[-1] == "holds"
+    assert answer(*(x - 9 for x in eight))[-1] == "does not hold"
 
 
 def test_keeping_is_equivalence_and_not_the_lack_of_a_difference():
