@@ -331,11 +331,12 @@ def make_table(out, real, names):
 
 
 def show_samples(out, samples, names, path):
-    """One picture of each class: a line for real ones, and for each row of seed 1 that draws."""
+    """One picture of each class: a line for real ones, and for each row that draws, from its first
+    seed whose pictures are there."""
     for name, (title, _) in ROWS.items():
-        file = out / f"{name}-seed1" / "drawn.png"
-        if file.exists():
-            samples[title] = np.split(np.array(Image.open(file)), len(names), axis=1)
+        files = sorted(out.glob(f"{name}-seed*/drawn.png"))
+        if files:
+            samples[title] = np.split(np.array(Image.open(files[0])), len(names), axis=1)
     pictures = [picture for of_row in samples.values() for picture in of_row]
     texts = [f"{title}:\n{name}" for title in samples for name in names]
     contact_sheet(pictures, texts, path, columns=len(names), size=120)
