@@ -27,7 +27,7 @@ PRESETS = dict(
     #                tiny     cpu      gpu
     # the shapes world
     image_size=     (16,      32,      64),     # pixels, height = width (folders', too)
-    grid=           (2,       2,       3),      # grid x grid cells, at most one object in each
+    grid=           (2,       2,       3),      # x grid cells (2 or 3): one object in each, at most
     shapes=         (2,       4,       8),      # how many of SHAPES
     colours=        (3,       6,       8),      # how many of COLOURS
     max_objects=    (2,       4,       6),      # in a scene
@@ -148,8 +148,8 @@ class Shapes:
     """Scenes, their pictures, captions and questions, and the checker that reads pictures.
 
     A scene is a tuple of Things, sorted by cell. `rng` is a random.Random throughout. In the
-    language methods, `avoid` is a set of (colour, shape) pairs that must not be named; `required`,
-    if given, a set of pairs of which the text has to name one (for held-out pairs).
+    methods for questions, `avoid` is a set of (colour, shape) pairs that must not be named;
+    `required`, if given, a set of pairs: the question has to be about an object of one of them.
     """
     identity = "shapes"         # stands in checkpoints, which fit one data set only
 
@@ -177,6 +177,7 @@ class Shapes:
                                                 offsets, offsets):
             mask = shape_mask(SHAPES[shape], round(size * DIAMETERS[z]), size)
             mask = np.pad(mask, p.jitter)                   # room to move the shape in
+            # Cut out further up and left, and the shape lies further down and right.
             top, left = p.jitter - dy, p.jitter - dx
             cover = mask[top:top + size, left:left + size, None]
             ink, paper = np.array(COLOURS[COLOUR_NAMES[colour]]), np.array(BACKGROUND)
@@ -308,7 +309,8 @@ class Shapes:
             parts = [f"{NUMBERS[len(scene)]} {self.phrase(scene[0], ('shape',), plural=True)}"]
         else:
             parts = ["a " + self.phrase(thing, CAPTION_FIELDS[kind]) for thing in scene]
-        text = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+        *first, last = parts
+        text = f"{', '.join(first)} and {last}" if first else last
         return Caption(rng.choice(("", "draw ", "a picture of ")) + text, kind, relation)
 
     def fulfilled(self, caption, wanted, seen):
@@ -411,7 +413,8 @@ class Shapes:
         Not every scene has one of every kind: without this, relations would be one in twenty.
         """
         questions = []
-        for kind in sorted(kinds, key=counts.get) * 4:      # up to four of a kind, in turn
+        # To stop at n would be faster, but would give each seed other scenes than those of study/.
+        for kind in sorted(kinds, key=counts.get) * 4:      # in turn
             question = self.question(rng, scene, kind, avoid, required)
             if question and question not in questions and len(questions) < n:
                 questions.append(question)
@@ -426,9 +429,10 @@ class Shapes:
             "train"     without the pairs that are held out from this task
             "val"       without those held out from either task
             "transfer"  each with at least one pair held out from this task
-        Captions and questions of all kinds are equally frequent in "val". Training has more of
-        those that take longer to learn, and for understanding more full scenes than empty ones:
-        with one object there is nothing to choose.
+        Captions of all kinds are equally frequent in "val", questions as far as scenes have them.
+        Training has more of those that take longer to learn, and for understanding more scenes with
+        many objects: with one object there is nothing to choose. Another number of questions means
+        other scenes.
         """
         rng = random.Random(f"{seed} {task} {part}")
         held_out = self.held_out.get(task, set())

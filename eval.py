@@ -27,11 +27,11 @@ from tqdm import tqdm
 import data
 from data import CAPTION_FIELDS, PRESETS, QUESTION_KINDS, Question
 from model import Config, Model, generation, sequences, understanding
-from prune import make_plan, over_training, paper_cost, predicting, whole
+from prune import can_generate, make_plan, over_training, paper_cost, predicting, whole
 from tokenizer import FIRST_CODE, Tokenizer
 
 BATCH = 64                                          # sequences that are scored at a time
-SHOWN = 18                                          # pictures of each task in samples.png
+SHOWN = 18          # pictures of each task in samples.png; of a folder's training pictures, too
 
 
 # ---------------------------------------------------------------------- answering and drawing
@@ -230,8 +230,8 @@ def cost(model, batches, plans):
     training: FLOPs as counted, and the time of uncompiled code, beside the dense plan's. batches,
     plans: {task: ...}."""
     c, device = model.config, model.device
-    phases = {"plan": plans, "last": {task: whole(plan) for task, plan in plans.items()},
-              "dense": {task: make_plan("dense", c.layers) for task in plans}}
+    plans_of_phase = {"plan": plans, "last": {task: whole(plan) for task, plan in plans.items()},
+                      "dense": {task: make_plan("dense", c.layers) for task in plans}}
 
     def step(plans):
         for task, plan in plans.items():
@@ -239,18 +239,19 @@ def cost(model, batches, plans):
                 _, loss = model(batches[task], plan)
             loss.backward()
 
-    # Most plans have no shares, and many are dense: what is the same is timed once.
-    work = {tuple(of_name.values()): partial(step, of_name) for of_name in phases.values()}
+    # Most plans have no shares, and many are dense: what is the same is timed once. So the work
+    # has the plans themselves as its keys.
+    work = {tuple(of_phase.values()): partial(step, of_phase)
+            for of_phase in plans_of_phase.values()}
     seconds = time_each(work, device, 5)
     model.zero_grad()
-    ms = {name: 1e3 * statistics.median(seconds[tuple(of_name.values())])
-          for name, of_name in phases.items()}
-    counted, by_paper = Counter(), Counter()
-    for name, of_name in phases.items():
-        for task, plan in of_name.items():
+    ms, counted, by_paper = {}, Counter(), Counter()
+    for phase, of_phase in plans_of_phase.items():
+        ms[phase] = 1e3 * statistics.median(seconds[tuple(of_phase.values())])
+        for task, plan in of_phase.items():
             n = len(batches[task].tokens)
-            counted[name] += n * c.flops(task, plan)
-            by_paper[name] += n * paper_cost(plan, c.layout(task), c.width)
+            counted[phase] += n * c.flops(task, plan)
+            by_paper[phase] += n * paper_cost(plan, c.layout(task), c.width)
 
     def mean_step(of):
         return over_training(of["plan"], of["last"])
@@ -378,7 +379,7 @@ def plans_of(tasks, options, layers):
     """{task: plan} of a run with these options. ValueError for a plan that cannot work."""
     plans = {task: make_plan(options[f"{task}_plan"], layers, options["shallow"])
              for task in tasks}
-    if "gen" in plans and not any(rule.query for rule in plans["gen"]):
+    if "gen" in plans and not can_generate(plans["gen"]):
         raise ValueError(f"--gen-plan {options['gen_plan']}: image tokens that are never updated "
                          "cannot predict the next one; expected another plan")
     return plans

@@ -59,6 +59,9 @@ class Config:
 
 # ---------------------------------------------------------------------- sequences
 
+PER_SEQUENCE = ("tokens", "position_ids", "segment_ids", "targets", "loss_weights", "is_output")
+
+
 class Batch(NamedTuple):
     """Sequences of one task, all of one length N. What stands at position i of `targets`,
     `loss_weights` and `is_output` is about the token that should follow position i."""
@@ -75,12 +78,13 @@ class Batch(NamedTuple):
 
     def rows(self, index):
         """Those sequences, as a Batch."""
-        about_all, tensors = self[:4], self[4:]
-        return Batch(*about_all, *[tensor[index] for tensor in tensors])
+        return self._replace(**{name: getattr(self, name)[index] for name in PER_SEQUENCE})
 
     def to(self, device):
-        order = None if self.image_order is None else self.image_order.to(device)
-        return Batch(*self[:3], order, *[tensor.to(device) for tensor in self[4:]])
+        moved = {name: getattr(self, name).to(device) for name in PER_SEQUENCE}
+        if self.image_order is not None:
+            moved["image_order"] = self.image_order.to(device)
+        return self._replace(**moved)
 
     def is_image(self):
         """(N,) bool: which tokens are image tokens."""
@@ -232,11 +236,11 @@ def sequences(task, tokenizer, split, c):
 
 # ---------------------------------------------------------------------- the block
 
-class Tokens(NamedTuple):
-    """The tokens that are queries, or keys, in a layer: see prune.Part."""
+class RotaryPart(NamedTuple):
+    """The tokens that are queries, or keys, in a layer: a prune.Part with their rotary angles."""
     index: torch.Tensor     # (n,)
     layout: Layout
-    cos: torch.Tensor       # (B, 1, n, Dh) their rotary angles
+    cos: torch.Tensor       # (B, 1, n, Dh)
     sin: torch.Tensor
 
 
@@ -267,8 +271,8 @@ class Block(nn.Module):
 
     def forward(self, x, source, queries, keys, mask, task, fused=True, cache=None):
         """One layer. x: (B, q, d), the tokens that it updates. source: (B, k, d), those whose keys
-        and values they attend to. queries, keys: Tokens. mask: (B, 1, q, k) bool. Returns x after
-        the layer, and the attention weights (B, H, q, k), or None where fused.
+        and values they attend to. queries, keys: RotaryParts. mask: (B, 1, q, k) bool. Returns x
+        after the layer, and the attention weights (B, H, q, k), or None where fused.
 
         cache: (keys, values) of all tokens, each (B, H, N, Dh), which take in those of `source`;
         then x attends to all of them, and the mask is (B, 1, q, N).
@@ -366,16 +370,16 @@ class Model(nn.Module):
         return self.token_embedding(batch.tokens[:, start:stop]) + grid[start:stop]
 
     def queries_and_keys(self, rule, batch, start=0, stop=None):
-        """What takes part in a layer, as Tokens. See prune.positions."""
-        tokens = []
+        """What takes part in a layer, as RotaryParts. See prune.positions."""
+        parts = []
         for index, layout in positions(rule, batch.layout, start, stop, batch.tokens.device,
                                        batch.image_order):
             ids = batch.position_ids[:, None, index]                            # (B, 1, n, 2)
             angles = ids[..., self.row_or_column] * self.frequencies            # (B, 1, n, Dh / 2)
             cos, sin = angles.cos(), angles.sin()
-            tokens.append(Tokens(index, layout, torch.cat([cos, cos], -1),
-                                 torch.cat([-sin, sin], -1)))
-        return tokens
+            parts.append(RotaryPart(index, layout, torch.cat([cos, cos], -1),
+                                    torch.cat([-sin, sin], -1)))
+        return parts
 
     def loss(self, x, batch):
         """The logits of the positions that `predicting` names, and the loss of eq. 1: cross-entropy

@@ -71,6 +71,19 @@ def allocation(model, batch, plan, chunk=16):
     return shares, first
 
 
+def measure(model, tokenizer, checkpoint, n):
+    """`allocation` on n validation pictures of each task of a run: {task: shares}, {task: the
+    attention of the first sequence}, {task: Batch}."""
+    options = checkpoint["options"]
+    dataset = data.load(options["data"], options["preset"])
+    shares, attention, batches = {}, {}, {}
+    for task, plan in plans_of(checkpoint["tasks"], options, model.config.layers).items():
+        split = dataset.split(task, "val", n, options["seed"], questions=1)
+        batches[task] = sequences(task, tokenizer, split, model.config).to(model.device)
+        shares[task], attention[task] = allocation(model, batches[task], plan)
+    return shares, attention, batches
+
+
 def heat_colours(attention):
     """(n, n) in 0..1 -> (n, n, 3) uint8, on a logarithmic scale from 0.0001 (dark) to 1 (light)."""
     stops = np.array([(10, 8, 40), (90, 20, 110), (200, 60, 80), (250, 160, 60), (255, 250, 200)],
@@ -137,12 +150,8 @@ def main():
         torch.manual_seed(options["seed"])
         model = Model(model.config, tokenizer.vq.codebook.cpu()).to(device).eval()
         suffix = "-untrained"
-    dataset = data.load(options["data"], options["preset"])
-    shares, attention, batches = {}, {}, {}
-    for task, plan in plans_of(checkpoint["tasks"], options, model.config.layers).items():
-        split = dataset.split(task, "val", args.n, options["seed"], questions=1)
-        batches[task] = sequences(task, tokenizer, split, model.config).to(device)
-        shares[task], attention[task] = allocation(model, batches[task], plan)
+    shares, attention, batches = measure(model, tokenizer, checkpoint, args.n)
+    for task in shares:
         print(f"{TITLES[task]}: attention share by layer, all queries | those that predict output")
         for name in SEGMENTS:
             left, right = (" ".join(f"{x:5.2f}" for x in lines[name])

@@ -1,6 +1,6 @@
 """Explicit token-drop masks: a plan says for each layer what image tokens do in it.
 
-    python prune.py                 prints what every plan costs, draws its masks (cf. fig. 4)
+    python prune.py                 prints what every plan costs, draws what tokens see (cf. fig. 4)
     python prune.py --preset gpu    the same for the larger model
 
 A plan is data: one `Rule` for each layer. It knows nothing of weights. `model.py` carries a plan
@@ -52,7 +52,7 @@ def make_plan(name, layers, shallow=1):
     "freeze" (not in the paper): all layers but the first, in which image tokens see each other.
     All others: the same Rule in every layer.
 
-    ValueError for an unknown name, and where K is more than (layers - 1) // 2.
+    ValueError for an unknown name, and for a K outside 0 to (layers - 1) // 2 where K counts.
     """
     if name in EVERY_LAYER:
         first = FULL if name == "freeze" else EVERY_LAYER[name]
@@ -71,6 +71,11 @@ def make_plan(name, layers, shallow=1):
     else:
         chosen = range(first, first + 2 * shallow, 2)
     return tuple(SOME_LAYERS[name] if layer in chosen else FULL for layer in range(layers))
+
+
+def can_generate(plan):
+    """Image tokens that are updated in no layer cannot predict the next one."""
+    return any(rule.query for rule in plan)
 
 
 # Of all training steps, how many take the shares of a plan's rules. See `whole`.
@@ -205,18 +210,19 @@ def print_costs(preset):
               f"{'plan':12}{'layers':>{p.layers + 2}}{'GFLOP':>10}{'of dense':>10}{'by paper':>10}")
         dense, image_loss = make_plan("dense", p.layers), task == "und"
         for name in PLANS:
-            if (task, name) == ("gen", "himix"):            # impossible: see eval.plans_of
-                continue
             numbers = range(1, (p.layers + 1) // 2) if name in SOME_LAYERS else [0]
             for shallow in numbers:
                 plan = make_plan(name, p.layers, shallow)
+                if task == "gen" and not can_generate(plan):
+                    continue
                 letters = "".join("F" if rule == FULL else name[0] for rule in plan)
-                exact = over_training(*(flops(of_step, layout, p.width, vocab, image_loss)
-                                        for of_step in (plan, whole(plan))))
+                first, last = (flops(of_step, layout, p.width, vocab, image_loss)
+                               for of_step in (plan, whole(plan)))
+                exact = over_training(first, last)
                 of_dense = exact / flops(dense, layout, p.width, vocab, image_loss)
-                by_paper = over_training(*(paper_cost(of_step, layout, p.width)
-                                           for of_step in (plan, whole(plan))))
-                by_paper /= paper_cost(dense, layout, p.width)
+                first, last = (paper_cost(of_step, layout, p.width)
+                               for of_step in (plan, whole(plan)))
+                by_paper = over_training(first, last) / paper_cost(dense, layout, p.width)
                 title = f"{name} K={shallow}" if shallow else name
                 print(f"{title:12}{letters:>{p.layers + 2}}{exact / 1e9:10.3f}"
                       f"{of_dense:10.2f}{by_paper:10.2f}")
@@ -245,17 +251,18 @@ def draw_mask(rule, layout, cell):
 
 
 def draw_plans(path, cell=10):
-    """Fig. 4: the masks of each kind of layer, understanding above, generation below, as a PNG."""
+    """Fig. 4: what tokens see in each kind of layer, understanding above, generation below, as a
+    PNG."""
     font = ImageFont.load_default(13)
     understanding, generation = Layout(2, 9, 6), Layout(6, 9, 0)
     columns = [("full layer", FULL), ("HiMix", HIMIX), ("shallow layer (hmgen, skip)", SHALLOW),
-               ("naive control", NAIVE)]
+               ("naive control", NAIVE), ("frozen (not the paper's)", FROZEN)]
     step = 17 * cell + 40
     sheet = Image.new("RGB", (20 + step * len(columns), 2 * step + 30), "white")
     draw = ImageDraw.Draw(sheet)
     for row, layout in enumerate((understanding, generation)):
         for column, (title, rule) in enumerate(columns):
-            if layout == generation and rule == HIMIX:      # impossible: see eval.plans_of
+            if layout == generation and rule == HIMIX:      # never updated in any layer
                 continue
             x, y = 20 + step * column, 24 + step * row
             draw.text((x, y - 18), f"{('U', 'G')[row]}: {title}", (40, 40, 40), font)

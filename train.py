@@ -36,7 +36,7 @@ import data
 from data import PRESETS
 from eval import evaluate, load_run, plans_of, save_scores, summary
 from model import PROJECTIONS, Config, Model, sequences
-from prune import PLANS, ROUTED, SOME_LAYERS, whole
+from prune import PLANS, ROUTED, whole
 from tokenizer import (Tokenizer, default_preset, default_tokenizer_path, load_tokenizer,
                        score_tokenizer, train_tokenizer)
 
@@ -62,8 +62,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal (Jordan et al. 2024), for matrices: all singular values of a step
     are about equal.
 
-    The same as torch.optim.Muon, but in float32 and for all matrices of one shape at once: that one
-    computes in bfloat16, one by one, which takes 20 times as long on a CPU.
+    The same as torch.optim.Muon, but for all matrices of one shape at once, and in float32 on a
+    CPU: that one computes in bfloat16, one by one, which takes 20 times as long there.
     """
 
     def __init__(self, parameters, lr):
@@ -155,16 +155,24 @@ def get_tokenizer(options, dataset, device):
 
 
 def text_lengths(tokenizer, splits, limit):
-    """How many text tokens the sequences of these splits need: (all questions on a picture with
-    their answers, a caption with the two tokens before it). At most `limit`: of several questions
-    on a picture, those that do not fit are left out; one text that does not fit is refused."""
+    """How many text tokens the sequences of these splits, [(task, Split)], need: (all questions on
+    a picture with their answers, a caption with the two tokens before it). At most `limit`: of
+    several questions on a picture, those that do not fit are left out. ValueError where one text
+    alone does not fit: now, and not after training."""
     und_text = gen_text = 0
-    for split in splits:
+    for task, split in splits:
         for questions in split.questions:
-            ids = [tokenizer.ids(q.text) + tokenizer.ids(q.answer) for q in questions]
-            und_text = max(und_text, sum(map(len, ids)))
+            lengths = [len(tokenizer.ids(q.text) + tokenizer.ids(q.answer)) for q in questions]
+            if task == "und" and lengths[0] > limit:
+                raise ValueError(f"a question and its answer have {lengths[0]} tokens, the model "
+                                 f"takes {limit}: {questions[0].text[:60]!r}")
+            und_text = max(und_text, sum(lengths))
         for caption in split.captions:
-            gen_text = max(gen_text, len(tokenizer.ids(caption.text)) + 2)
+            length = len(tokenizer.ids(caption.text)) + 2
+            if task == "gen" and length > limit:
+                raise ValueError(f"a caption has {length - 2} tokens, the model takes {limit - 2}: "
+                                 f"{caption.text[:60]!r}")
+            gen_text = max(gen_text, length)
     return min(und_text, limit), min(gen_text, limit)
 
 
@@ -173,20 +181,22 @@ def prepare(options, dataset, tokenizer, device):
     all of a task are one Batch that stays on the device."""
     preset, seed = PRESETS[options["preset"]], options["seed"]
     sizes = {"und": (preset.und_scenes, preset.und_val), "gen": (preset.gen_scenes, preset.gen_val)}
-    training, others = {}, []
+    training, splits = {}, []
     for task in OBJECTIVES[options["objective"]]:
         n, n_val = sizes[task]
         questions = preset.questions if task == "und" else 0
         training[task] = dataset.split(task, "train", n, seed, questions)
+        splits.append((task, training[task]))
         for part in ("val", "transfer") if training[task].scenes else ("val",):
-            others.append(dataset.split(task, part, n_val, seed))
-    und_text, gen_text = text_lengths(tokenizer, [*training.values(), *others], preset.max_text)
-    c = Config(tokenizer.vocab, preset.layers, preset.width, preset.heads, tokenizer.vq.side,
-               tokenizer.first_code, und_text, gen_text, options["projections"],
-               options["image_loss"])
+            splits.append((task, dataset.split(task, part, n_val, seed)))
     with refuse_errors(f"--data {options['data']}"):        # a text that is too long
-        examples = {task: sequences(task, tokenizer, drop_captions(split, seed), c).to(device)
-                    for task, split in training.items()}
+        und_text, gen_text = text_lengths(tokenizer, splits, preset.max_text)
+    c = Config(vocab=tokenizer.vocab, layers=preset.layers, width=preset.width, heads=preset.heads,
+               side=tokenizer.vq.side, first_code=tokenizer.first_code, und_text=und_text,
+               gen_text=gen_text, projections=options["projections"],
+               image_loss=options["image_loss"])
+    examples = {task: sequences(task, tokenizer, drop_captions(split, seed), c).to(device)
+                for task, split in training.items()}
     return c, examples
 
 
@@ -259,14 +269,14 @@ def train(options, device, resumed=None):
 
     # ---- what a step costs
     tokens = options["batch_size"] * sum(sum(c.layout(task)) for task in tasks)
-    # (plans, FLOPs of a step): while a plan's shares count, and afterwards
-    phases = [(of_step, options["batch_size"] * sum(c.flops(task, of_step[task]) for task in tasks))
-              for of_step in (plans, last_plans)]
-    operations = phases[0][1]
     peak = peak_flops(device)
+
+    def step_flops(plans):
+        return options["batch_size"] * sum(c.flops(task, plans[task]) for task in tasks)
+
     if rank() == 0:
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {tokens} "
-              f"tokens and {operations / 1e9:.0f} GFLOP a step; before the first one "
+              f"tokens and {step_flops(plans) / 1e9:.0f} GFLOP a step; before the first one "
               f"{time.time() - began:.0f} s")
 
     # ---- training
@@ -281,7 +291,7 @@ def train(options, device, resumed=None):
     for step in range(start, steps):
         for optimizer, lr in zip(optimizers, highest):
             optimizer.param_groups[0]["lr"] = lr * learning_rate(step, steps)
-        step_plans, operations = phases[step >= ROUTED * steps]
+        step_plans = plans if step < ROUTED * steps else last_plans
         losses = {}
         for task in tasks:
             batch, fraction = get_batch(examples[task], order[task], step)
@@ -299,7 +309,7 @@ def train(options, device, resumed=None):
             values = dict(zip(tasks, values.tolist()))                  # waits for the device
             check_finite(values.values(), out, step)
             seconds = (time.perf_counter() - clock) / (step + 1 - clock_step)
-            mfu = operations / seconds / peak / world() if peak else None
+            mfu = step_flops(step_plans) / seconds / peak / world() if peak else None
             row = {"step": step + 1, "loss": sum(values.values()),
                    "loss_und": values.get("und"), "loss_gen": values.get("gen"),
                    "lr": optimizers[0].param_groups[0]["lr"], "tokens_per_s": tokens / seconds,
@@ -318,7 +328,7 @@ def train(options, device, resumed=None):
                     "identity": dataset.identity, "tokenizer": tokenizer.state(),
                     "config": asdict(c), "model": model.state_dict(),
                     "optimizers": [o.state_dict() for o in optimizers]}, out / "checkpoint.pt")
-        if (step + 1) % LOG_EVERY == 0:                 # saving is no part of a step's time
+        if (step + 1) % LOG_EVERY == 0:         # the next interval begins after a save
             clock, clock_step = time.perf_counter(), step + 1
         if stopped:
             bar.close()
@@ -363,7 +373,8 @@ def compiled(model, batches, plans_of_steps):
 def begin_log(path, start):
     """The rows of a run up to step `start`: what came after the checkpoint comes again."""
     lines = path.read_text().splitlines() if start and path.exists() else []
-    rows = [row for row in map(json.loads, lines) if row["step"] <= start]
+    whole_lines = [line for line in lines if line.endswith("}")]    # a full disk cuts the last one
+    rows = [row for row in map(json.loads, whole_lines) if row["step"] <= start]
     if rank() == 0:
         write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
@@ -454,8 +465,8 @@ def main():
         "own, or their own for each task (default: shared)")
     add("--image-loss", action=BooleanOptionalAction,
         help="understanding predicts its image tokens, too, as eq. 1 has it (default: yes)")
-    add("--shallow", type=int, metavar="K", help=f"layers that {', '.join(SOME_LAYERS)} change "
-        "(default: a quarter of all)")
+    add("--shallow", type=int, metavar="K", help="so many layers are shallow in hmgen and naive, "
+        "twice as many in skip, route and fastv (default: a quarter of all)")
     add("--preset", choices=PRESETS, help="size of everything (default: what fits the device)")
     add("--data", help="shapes, or a folder of captioned images (default: shapes)")
     add("--steps", type=int)

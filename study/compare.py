@@ -41,7 +41,7 @@ import train
 from bench import bench_config, bench_step
 from data import PRESETS
 from eval import answer_all, check_pictures, draw_pictures, understanding_scores
-from model import Config, Model, Tokens, attention, sequences, uses_flex_attention
+from model import Config, Model, RotaryPart, attention, sequences, uses_flex_attention
 from prune import FULL, make_plan, positions
 from table import RESULTS, cell, markdown
 from tokenizer import Tokenizer, default_preset, default_tokenizer_path
@@ -196,7 +196,7 @@ class UsualGPT(Model):
     def queries_and_keys(self, rule, batch, start=0, stop=None):
         """As our Model's, without rotary angles."""
         parts = positions(rule, batch.layout, start, stop, batch.tokens.device, batch.image_order)
-        return [Tokens(*part, cos=None, sin=None) for part in parts]
+        return [RotaryPart(*part, cos=None, sin=None) for part in parts]
 
     def hidden(self, batch, plan):
         """As our Model's, but no tokens are picked out for a layer, which costs time: nobody would

@@ -54,7 +54,8 @@ def matching(model, tokenizer, split, task, plan, group=10):
             asked = [questions[0] for questions in split.questions[i:i + group]]
             texts = [question.answer for question in asked]
             pairs = [[(question.text, answer)] for question in asked for answer in texts]
-            batch = understanding(tokenizer, each, pairs, c.und_text)
+            length = max(len(tokenizer.ids(q) + tokenizer.ids(a)) for (q, a), in pairs)
+            batch = understanding(tokenizer, each, pairs, length)
             table = log_likelihoods(model, batch, plan).view(group, group)
         else:
             texts = [caption.text for caption in split.captions[i:i + group]]

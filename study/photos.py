@@ -8,8 +8,8 @@
 FOLDER holds one folder of pictures for each class (CIFAR-10: 10 of 5,000 pictures). Understanding
 answers "what is this?" with a class, generation draws a picture of a class. No checker reads a
 photograph: drawn ones are judged by a small network that is trained on real ones. Two rows let
-understanding see a few labelled pictures only, while generation sees all: there, joint training
-has most to give.
+understanding see a few labelled pictures only, and generation as many as in the other rows: there,
+one would think, joint training has most to give.
 
 Like study/table.py it goes on where it stopped, and several processes share the work. Go on with
 a stopped run by starting this again, not with train.py, which knows nothing of few labels. Writes

@@ -32,7 +32,6 @@ import data
 import probe
 import train
 from eval import draw_pictures, evaluate, load_run, plans_of, save_scores
-from model import sequences
 
 RESULTS = ROOT / "study" / "results"
 
@@ -212,7 +211,8 @@ def train_row(out, options, at_inference, device):
             train.check(options)
             train.train(options, device, checkpoint)
         if not (out / "attention.json").exists():
-            write_file(out / "attention.json", json.dumps(attention(out, device)))
+            shares, _, _ = probe.measure(*load_run(out, device), n=256)
+            write_file(out / "attention.json", json.dumps(shares))
         if at_inference and not (out / "eval-inference.json").exists():
             model, tokenizer, checkpoint = load_run(out, device)
             changed = {**options, **at_inference}
@@ -220,18 +220,6 @@ def train_row(out, options, at_inference, device):
             dataset = data.load(options["data"], options["preset"])
             scores, shown = evaluate(model, tokenizer, changed, checkpoint["step"], dataset, plans)
             save_scores(scores, shown, out, "-inference")
-
-
-def attention(out, device, n=256):
-    """{task: attention shares of a run}: see probe.allocation."""
-    model, tokenizer, checkpoint = load_run(out, device)
-    options, shares = checkpoint["options"], {}
-    dataset = data.load(options["data"], options["preset"])
-    for task, plan in plans_of(checkpoint["tasks"], options, model.config.layers).items():
-        split = dataset.split(task, "val", n, options["seed"], questions=1)
-        batch = sequences(task, tokenizer, split, model.config).to(device)
-        shares[task], _ = probe.allocation(model, batch, plan)
-    return shares
 
 
 # ---------------------------------------------------------------------- the table
@@ -325,7 +313,7 @@ def answer_claims(found):
 
 def read_runs(folder):
     """{row: {seed: scores}} of the finished runs in a folder; scores under another plan as a row
-    of their own, "ROW-inference"."""
+    of their own, "ROW-inference", without a cost of training."""
     found = defaultdict(dict)
     for file in sorted(folder.glob("*-seed*/eval*.json")):
         name, seed = file.parent.name.rsplit("-seed", 1)
@@ -336,6 +324,9 @@ def read_runs(folder):
             scores["attention"] = json.loads(shares.read_text())
     for name, runs in found.items():
         for seed, scores in runs.items():
+            if name.endswith("-inference"):
+                del scores["cost"]                          # of steps that nobody took
+                continue
             dense = found.get(DENSE[scores["config"]["objective"]], {}).get(seed)
             if dense:
                 scores["cost"]["flops_ratio"] = training_flops(scores) / training_flops(dense)
@@ -391,8 +382,8 @@ def make_table(folder):
 
 
 def draw_rows(titles, found, path):
-    """The table as a picture: a line for each row, a dot for each seed, a tick at their mean. What
-    lies before the axis stands at its edge: a seed as an open dot, a mean as a number."""
+    """The table as a picture: a line for each row, a dot for each seed, a tick at their mean. A
+    seed before the axis is an open dot at its edge; where the mean is there, it alone is told."""
     font, line, top, left, width, gap = ImageFont.load_default(24), 44, 120, 720, 290, 90
     names = [name for name in ROWS if name in found]        # those at inference only are far below
     size = left + len(PANELS) * (width + gap), top + line * len(names)
@@ -471,14 +462,16 @@ def main():
     for seed in range(1, args.seeds + 1):
         for name in args.rows:
             out = args.folder / f"{name}-seed{seed}"
+            # In the preset itself, because every part of a run looks there.
             sizes.layers, sizes.max_text = LAYERS.get(name, layers), max_text + ROOM.get(name, 0)
             given = {**shared, **ROWS[name][1], "seed": seed, "out": str(out)}
             options = train.complete(given, device)
             options["steps"] = round(STEPS.get(name, 1) * options["steps"])
-            options |= {"layers": sizes.layers, "max_text": sizes.max_text}     # to compare
+            # For check_finished: eval.json keeps all options.
+            options |= {"layers": sizes.layers, "max_text": sizes.max_text}
             check_finished(out, options)
             world = WORLDS.get(name, data.Shapes)
-            data.load = lambda source, preset: world(preset)
+            data.load = lambda source, preset: world(preset)        # every part of a run calls it
             torch.compiler.reset()                          # else the code of every row stays
             train_row(out, options, AT_INFERENCE.get(name, ("", {}))[1], device)
     make_table(args.folder)

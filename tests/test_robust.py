@@ -84,6 +84,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(trained, number, code):
         return                                  # the rest is the same
     assert "holds a run already" in run("train.py", *args, code=2)
     assert "--seed 5: the run in" in run("train.py", *args, "--resume", "--seed", 5, code=2)
+    with (folder / "log.jsonl").open("a") as log:
+        log.write('{"step": 40, "lo')           # as a full disk would leave it
     run("train.py", "--preset", "tiny", "--resume", "--out", folder, "--device", "cpu")
     assert same(learned(trained / "joint"), learned(folder))
 

@@ -122,6 +122,29 @@ def test_a_folder_of_images(tmp_path, class_folders):
     assert run("match.py", tmp_path / "run", "--n", 20).count("of ten") == 2
 
 
+def test_long_texts_of_a_folder(tmp_path, class_folders):
+    """One that does not fit is refused before training, although it is only validated on. A
+    question and an answer that fit their own partners are matched with those of others."""
+    dataset = data.Folder(class_folders, "tiny")
+    lines = []
+    for part, indices in dataset.indices.items():
+        for k, i in enumerate(indices):
+            question, answer = ("what is it?", "it is " + "a " * 20) if k % 2 else ("is " * 25, "a")
+            lines.append({"file_name": f"{i}.png", "text": "a picture", "question": question,
+                          "answer": answer})
+            Image.fromarray(dataset.pixels[i]).save(tmp_path / f"{i}.png")
+    last = lines[-1]                                        # of validation
+    metadata = tmp_path / "metadata.jsonl"
+    for field, complaint in (("text", "a caption has"), ("question", "a question and its answer")):
+        long = {**last, field: "a picture " * 100}
+        metadata.write_text("\n".join(map(json.dumps, [*lines[:-1], long])))
+        args = train_args(tmp_path, "run", "--data", tmp_path, "--steps", 10)
+        assert complaint in run("train.py", *args, code=2)
+    metadata.write_text("\n".join(map(json.dumps, lines)))
+    run("train.py", *args)
+    assert run("match.py", tmp_path / "run", "--n", 20).count("of ten") == 2
+
+
 # ---------------------------------------------------------------------- the study
 
 def test_the_table_trains_what_is_missing(trained, tmp_path, monkeypatch):
@@ -134,6 +157,7 @@ def test_the_table_trains_what_is_missing(trained, tmp_path, monkeypatch):
     assert "GFLOP a step" not in run("table.py", *args)     # nothing is trained twice
     stored = json.loads((tmp_path / "table-tiny.json").read_text())
     assert set(stored["runs"]) == {"u", "u-inference", "share-all"}
+    assert "cost" not in stored["runs"]["u-inference"]["1"]             # nobody trained like that
     assert Image.open(tmp_path / "table-tiny-samples.png").width > 600
 
 
