@@ -385,7 +385,10 @@ def draw_rows(titles, found, path):
     """The table as a picture: a line for each row, a dot for each seed, a tick at their mean. A
     seed before the axis is an open dot at its edge; where the mean is there, it alone is told."""
     font, line, top, left, width, gap = ImageFont.load_default(24), 44, 120, 720, 290, 90
-    names = [name for name in ROWS if name in found]        # those at inference only are far below
+    # Not those at inference only, which are far below. And two dots beside eight would look more
+    # certain than they are.
+    most = max(map(len, found.values()))
+    names = [name for name in ROWS if 2 * len(found.get(name, ())) >= most]
     size = left + len(PANELS) * (width + gap), top + line * len(names)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
