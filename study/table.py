@@ -327,8 +327,9 @@ def read_runs(folder):
             if name.endswith("-inference"):
                 del scores["cost"]                          # of steps that nobody took
                 continue
-            dense = found.get(DENSE[scores["config"]["objective"]], {}).get(seed)
-            if dense:
+            dense = found.get(DENSE[scores["config"]["objective"]], {})
+            if dense:                                       # of another seed, if need be
+                dense = dense.get(seed) or next(iter(dense.values()))
                 scores["cost"]["flops_ratio"] = training_flops(scores) / training_flops(dense)
     return found
 
