@@ -78,6 +78,9 @@ def can_generate(plan):
     return any(rule.query for rule in plan)
 
 
+# As print_costs shows them.
+LETTERS = {FULL: "F", HIMIX: "h", SHALLOW: "s", NAIVE: "n", ROUTE: "r", FROZEN: "f"}
+
 # Of all training steps, how many take the shares of a plan's rules. See `whole`.
 ROUTED = .8
 
@@ -215,7 +218,7 @@ def print_costs(preset):
                 plan = make_plan(name, p.layers, shallow)
                 if task == "gen" and not can_generate(plan):
                     continue
-                letters = "".join("F" if rule == FULL else name[0] for rule in plan)
+                letters = "".join(LETTERS.get(rule, "?") for rule in plan)
                 first, last = (flops(of_step, layout, p.width, vocab, image_loss)
                                for of_step in (plan, whole(plan)))
                 exact = over_training(first, last)
@@ -226,6 +229,7 @@ def print_costs(preset):
                 title = f"{name} K={shallow}" if shallow else name
                 print(f"{title:12}{letters:>{p.layers + 2}}{exact / 1e9:10.3f}"
                       f"{of_dense:10.2f}{by_paper:10.2f}")
+    print("\nlayers: F full, h HiMix, s shallow, n naive, r random share, f frozen")
 
 
 # ---------------------------------------------------------------------- the masks' picture

@@ -5,7 +5,7 @@
     python train.py --und-plan himix --gen-plan hmgen --projections task --out out/share-partial
     python train.py --data PATH             a folder of your own captioned images
     python train.py --resume --out out/joint            goes on where that run stopped
-    python train.py --preset tiny --out out/tiny --tokenizer out/tiny.pt    every stage in seconds
+    python train.py --preset tiny --out out/tiny --tokenizer out/tiny.pt    every stage in a minute
     torchrun --nproc_per_node=8 train.py    on several GPUs
 
 Finds the device and the size that fits it. `out/joint/` then holds checkpoint.pt, log.jsonl,
