@@ -97,7 +97,8 @@ def test_several_processes_equal_one(trained):
     run("train.py", *train_args(trained, "one", "--steps", 10))
     args = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
             ROOT / "train.py", *train_args(trained, "two", "--steps", 10)]
-    subprocess.run(list(map(str, args)), check=True, capture_output=True, timeout=120)
+    done = subprocess.run(list(map(str, args)), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     losses = [json.loads((trained / name / "log.jsonl").read_text())["loss"]
               for name in ("one", "two")]
     assert abs(losses[0] - losses[1]) < 1e-5, losses
