@@ -136,6 +136,12 @@ def grid_positions(m):
     return torch.stack([torch.arange(m) // side, torch.arange(m) % side], 1)
 
 
+def refuse_long(what, tokens, most, text):
+    """ValueError where a text has more tokens than the model takes."""
+    if tokens > most:
+        raise ValueError(f"{what} {tokens} tokens, the model takes {most}: {text[:60]!r}")
+
+
 def understanding(tokenizer, codes, questions, length, image_loss=True):
     """[bos] [und] image, then as many questions with answers as fit into `length` tokens.
 
@@ -172,20 +178,19 @@ def understanding(tokenizer, codes, questions, length, image_loss=True):
     for row, pairs in enumerate(questions):
         start = first
         for number, (question, answer) in enumerate(pairs, 1):
-            question, answer = tokenizer.ids(question), tokenizer.ids(answer)
-            ids = question + answer
+            answer_ids = tokenizer.ids(answer)
+            ids = tokenizer.ids(question) + answer_ids
             stop = start + len(ids)
+            if number == 1:
+                refuse_long("a question and its answer have", len(ids), length, question)
             if stop > first + length:
-                if number == 1:
-                    raise ValueError(f"a question and its answer have {len(ids)} tokens, "
-                                     f"the model takes {length}")
                 break
             tokens[row, start:stop] = ids
             # Every question stands where it would if it came right after the image.
             position_ids[row, start:stop] = np.arange(first, first + len(ids))[:, None]
             segment_ids[row, start:stop] = number
             targets[row, start:stop] = ids[1:] + [tokenizer.eos]
-            is_output[row, stop - len(answer) - 1:stop] = True
+            is_output[row, stop - len(answer_ids) - 1:stop] = True
             start = stop
     return make_batch("und", Layout(2, codes.size(1), length), image_loss, tokenizer.eos, *fields)
 
@@ -213,10 +218,8 @@ def generation(tokenizer, codes, captions, length):
     is_output[:, length - 1:-1] = True
     for row, caption in enumerate(captions):
         text = [tokenizer.bos, tokenizer.gen] + tokenizer.ids(caption)
+        refuse_long("a caption has", len(text) - 2, length - 2, caption)
         start = length - len(text)
-        if start < 0:
-            raise ValueError(f"a caption has {len(text) - 2} tokens, the model takes {length - 2}: "
-                             f"{caption[:60]!r}")
         tokens[row, start:length] = torch.tensor(text)
         position_ids[row, start:length] = torch.arange(len(text))[:, None]
         position_ids[row, length:] = len(text) + grid_positions(m)

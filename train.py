@@ -35,7 +35,7 @@ from tqdm import tqdm
 import data
 from data import PRESETS
 from eval import evaluate, load_run, plans_of, save_scores, summary
-from model import PROJECTIONS, Config, Model, sequences
+from model import PROJECTIONS, Config, Model, refuse_long, sequences
 from prune import PLANS, ROUTED, whole
 from tokenizer import (Tokenizer, default_preset, default_tokenizer_path, load_tokenizer,
                        score_tokenizer, train_tokenizer)
@@ -163,16 +163,14 @@ def text_lengths(tokenizer, splits, limit):
     for task, split in splits:
         for questions in split.questions:
             lengths = [len(tokenizer.ids(q.text) + tokenizer.ids(q.answer)) for q in questions]
-            if task == "und" and lengths[0] > limit:
-                raise ValueError(f"a question and its answer have {lengths[0]} tokens, the model "
-                                 f"takes {limit}: {questions[0].text[:60]!r}")
+            if task == "und":
+                refuse_long("a question and its answer have", lengths[0], limit, questions[0].text)
             und_text = max(und_text, sum(lengths))
         for caption in split.captions:
-            length = len(tokenizer.ids(caption.text)) + 2
-            if task == "gen" and length > limit:
-                raise ValueError(f"a caption has {length - 2} tokens, the model takes {limit - 2}: "
-                                 f"{caption.text[:60]!r}")
-            gen_text = max(gen_text, length)
+            length = len(tokenizer.ids(caption.text))
+            if task == "gen":
+                refuse_long("a caption has", length, limit - 2, caption.text)
+            gen_text = max(gen_text, length + 2)
     return min(und_text, limit), min(gen_text, limit)
 
 

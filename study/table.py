@@ -125,6 +125,18 @@ CLAIMS = [
 ]
 
 
+# Differences that the table shows beside those of the claims: (row, other row).
+COMPARED = [("joint", "u"), ("joint", "g"), ("u-himix", "u"), ("g-hmgen", "g"),
+            ("share-all", "joint"), ("share-partial", "joint"), ("share-all", "u-himix"),
+            ("share-all", "g-hmgen"), ("share-partial", "u-himix"), ("share-partial", "g-hmgen"),
+            ("share-partial", "share-all"), ("freeze-hmgen", "joint"),
+            ("freeze-hmgen", "share-all"), ("joint-shuffled", "u"), ("u-describe", "u"),
+            ("joint-no-image-loss", "joint"), ("joint-no-image-loss", "u"),
+            ("joint-no-image-loss", "g"), ("share-all", "g"), ("share-partial", "g"),
+            ("freeze-hmgen", "g"), ("freeze", "joint"), ("u-himix", "u-image"),
+            ("g-hmgen", "g-image")]
+
+
 class Described(data.Shapes):
     """Understanding's first question on each training picture asks for all that is in it."""
 
@@ -273,16 +285,23 @@ def p_values(differences, kind):
     return max(above[-MARGIN], 1 - above[MARGIN]), min(1 - above[-MARGIN], above[MARGIN])
 
 
-def differences_of(found, path, row, other_row):
+def differences_of(found, path, row, other_row, first_seed=1):
     """Row less other row, in points, of one seed after the other: runs of one seed share data and
     order. Of the first SEEDS that count."""
     one, other, differences = found.get(row, {}), found.get(other_row, {}), []
-    seeds = sorted(seed for seed in one.keys() & other.keys() if seed >= FIRST_SEED.get(row, 1))
+    seeds = sorted(seed for seed in one.keys() & other.keys() if seed >= first_seed)
     for seed in seeds[:SEEDS]:
         a, b = value(one[seed], path), value(other[seed], path)
         if a is not None and b is not None:
             differences.append(100 * (a - b))
     return differences
+
+
+def spread(differences):
+    """Mean ± standard deviation, with signs; "–" of fewer than two."""
+    if len(differences) < 2:
+        return "–"
+    return f"{statistics.mean(differences):+.1f} ± {statistics.stdev(differences):.1f}"
 
 
 def answer_claims(found):
@@ -291,7 +310,7 @@ def answer_claims(found):
     all SEEDS yet counts there as the last, and has neither p nor answer."""
     answers = []
     for claim, kind, *rows in CLAIMS:
-        differences = differences_of(found, *rows)
+        differences = differences_of(found, *rows, FIRST_SEED.get(rows[1], 1))
         n = len(differences)
         if n < 2:
             continue
@@ -362,6 +381,13 @@ def make_table(folder):
             if set(cells) != {"–"}:
                 rows.append([titles[name], *cells])
         parts.append(markdown([f"right by kind, {task}, %", *kinds], rows))
+    rows = []
+    for one, other in COMPARED:
+        each = [differences_of(found, path, one, other) for _, path, *_ in COLUMNS[:4]]
+        if any(len(differences) > 1 for differences in each):
+            rows.append([f"{one} less {other}", max(map(len, each)), *map(spread, each)])
+    if rows:
+        parts.append(markdown(["points", "seeds", *(column[0] for column in COLUMNS[:4])], rows))
     answers = []
     for claim, mean, deviation, n, p, answer in answer_claims(found):
         p = "–" if p is None else f"{p:.1g}"
