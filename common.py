@@ -6,6 +6,8 @@ import math
 import os
 import platform
 import re
+import shutil
+import subprocess
 import sys
 import textwrap
 import time
@@ -39,6 +41,9 @@ def run_script(main):
     except KeyboardInterrupt:
         tqdm.write("stopped", file=sys.stderr)
         raise SystemExit(130)
+    except torch.OutOfMemoryError:
+        fail("out of memory: train.py takes more --parts or a smaller --batch-size; every script "
+             "takes --device cpu")
     except OSError as error:
         file = error.filename or "a file"
         fail(f"{file} cannot be read or written: {error.strerror or error}")
@@ -113,39 +118,67 @@ def build_network(make, state):
 # ---------------------------------------------------------------------- the device
 
 def pick_device(name):
-    """--device -> torch.device; "auto" takes the best there is, and says which."""
+    """--device -> torch.device; "auto" takes the best there is, and says which and why."""
     major, minor = re.findall(r"\d+", torch.__version__)[:2]
     if (int(major), int(minor)) < (2, 11):
         fail(f"PyTorch {torch.__version__} is too old: expected 2.11 (see requirements.txt)")
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                 "cpu": True}
+    problem = why_no_gpu()
+    available = {"cuda": torch.cuda.is_available() and not problem,
+                 "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device in available if available[device])
-        print(f"device: {name}, the best that PyTorch {torch.__version__} finds here")
+        print(f"device: {name}, the best that PyTorch {torch.__version__} finds here"
+              + (f". {problem}" if problem else ""))
     elif not available[name]:
-        fail(f"--device {name}: PyTorch {torch.__version__} finds no such device here")
+        reason = problem if problem and name == "cuda" else "there is none that it can use"
+        fail(f"--device {name}: PyTorch {torch.__version__} finds no such device here: {reason}")
     torch.set_float32_matmul_precision("high")              # TF32 where a GPU has it
     return torch.device(name)
 
 
-def synchronize(device):
-    """Wait until the device has done all that it was given: before a clock is read."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+def why_no_gpu():
+    """One sentence where an NVIDIA GPU is there but PyTorch cannot use it; else None."""
+    if torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        numbers = re.findall(r"sm_(\d+)", " ".join(torch.cuda.get_arch_list()))
+        built_for = [divmod(int(number), 10) for number in numbers]         # sm_86 -> (8, 6)
+        if not built_for or capability >= min(built_for):
+            return None
+        return (f"{torch.cuda.get_device_name()} is too old for it: compute capability "
+                "{}.{}, expected {}.{}".format(*capability, *min(built_for)))
+    if not shutil.which("nvidia-smi"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if found.returncode or not found.stdout.strip():
+        return None
+    card, driver = found.stdout.splitlines()[0].rsplit(", ", 1)
+    if torch.version.cuda is None:
+        return (f"{card} is not used: this PyTorch is a CPU build; pytorch.org says how to install "
+                "one for CUDA")
+    return (f"{card} is not used: its driver, {driver}, is too old for CUDA {torch.version.cuda} "
+            "(CUDA 13 needs 580): update it, or install a PyTorch for an older CUDA")
 
 
-def time_each(work, device, repeats):
-    """{name: function} -> {name: [seconds]}. One round warms up; then the functions take turns, so
-    that what else the machine does hits all alike."""
-    seconds = {name: [] for name in work}
-    for i in range(1 + repeats):
-        for name, function in work.items():
-            synchronize(device)
-            start = time.perf_counter()
-            function()
-            synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: of_name[1:] for name, of_name in seconds.items()}
+def has_bfloat16(device):
+    """Whether a GPU computes in bfloat16 itself: from Ampere (2020) on. Before, PyTorch emulates
+    it, which is slower than float32."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def mixed_precision(device):
+    """Around a forward pass: matmuls in bfloat16 where the GPU has it, else all in float32."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=has_bfloat16(device))
+
+
+def memory_bytes(device):
+    """Of a GPU in all; of other devices what one may expect to be left to a program."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return 8 * 2 ** 30
 
 
 def hardware(device):

@@ -7,15 +7,13 @@
 """
 import json
 import math
-import statistics
 import time
 from collections import Counter, defaultdict
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from common import (build_network, contact_sheet, fail, hardware, open_picture, pick_device,
-                    read_checkpoint, refuse_errors, run_script, script_parser, time_each,
+                    read_checkpoint, refuse_errors, memory_bytes, run_script, script_parser,
                     write_file)
 
 import numpy as np
@@ -27,7 +25,7 @@ from tqdm import tqdm
 import data
 from data import CAPTION_FIELDS, PRESETS, QUESTION_KINDS, Question
 from model import Config, Model, generation, sequences, understanding
-from prune import can_generate, make_plan, over_training, paper_cost, predicting, whole
+from prune import can_generate, make_plan, paper_cost, predicting
 from tokenizer import FIRST_CODE, Tokenizer
 
 BATCH = 64                                          # sequences that are scored at a time
@@ -90,10 +88,14 @@ def draw(model, tokenizer, captions, plan, guidance=1., temperature=1., seed=0):
     return tokens[:n, c.gen_text:] - c.first_code
 
 
-def draw_pictures(model, tokenizer, texts, plan, source, sampling=None, batch=200):
+def draw_pictures(model, tokenizer, texts, plan, source, sampling=None, batch=None):
     """Captions (strings) -> pictures (N, H, W, 3) uint8. source: --data, which decides SAMPLING,
-    unless `sampling` is given."""
+    unless `sampling` is given. batch: how many are drawn at a time, by default up to 200."""
+    c = model.config
     sampling = sampling or SAMPLING["shapes" if source == "shapes" else "folder"]
+    # Keys and values of all tokens, with caption and without, in a quarter of the memory.
+    cache = 2 * 2 * 4 * c.layers * c.width * sum(c.layout("gen"))           # bytes a picture
+    batch = batch or max(1, min(200, memory_bytes(model.device) // 4 // cache))
     pictures = []
     for i in tqdm(range(0, len(texts), batch), desc="drawing", leave=False):
         codes = draw(model, tokenizer, texts[i:i + batch], plan, *sampling, seed=i)
@@ -225,74 +227,61 @@ def generation_loss(model, batch, plan):
 
 # ---------------------------------------------------------------------- cost
 
-def cost(model, batches, plans):
-    """What forward and backward of these batches cost under the plans, as a mean over all steps of
-    training: FLOPs as counted, and the time of uncompiled code, beside the dense plan's. batches,
-    plans: {task: ...}."""
-    c, device = model.config, model.device
-    plans_of_phase = {"plan": plans, "last": {task: whole(plan) for task, plan in plans.items()},
-                      "dense": {task: make_plan("dense", c.layers) for task in plans}}
-
-    def step(plans):
-        for task, plan in plans.items():
-            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-                _, loss = model(batches[task], plan)
-            loss.backward()
-
-    # Most plans have no shares, and many are dense: what is the same is timed once. So the work
-    # has the plans themselves as its keys.
-    work = {tuple(of_phase.values()): partial(step, of_phase)
-            for of_phase in plans_of_phase.values()}
-    seconds = time_each(work, device, 5)
-    model.zero_grad()
-    ms, counted, by_paper = {}, Counter(), Counter()
-    for phase, of_phase in plans_of_phase.items():
-        ms[phase] = 1e3 * statistics.median(seconds[tuple(of_phase.values())])
-        for task, plan in of_phase.items():
-            n = len(batches[task].tokens)
-            counted[phase] += n * c.flops(task, plan)
-            by_paper[phase] += n * paper_cost(plan, c.layout(task), c.width)
-
-    def mean_step(of):
-        return over_training(of["plan"], of["last"])
-
-    return {"flops_per_step": mean_step(counted),
-            "flops_ratio": mean_step(counted) / counted["dense"],
-            "paper_flops_ratio": mean_step(by_paper) / by_paper["dense"],
-            "step_ms": mean_step(ms), "step_ratio": mean_step(ms) / ms["dense"]}
+def cost(c, plans, batch_size):
+    """What a training step costs, forward and backward, by exact FLOPs and by the paper's formula,
+    beside the dense plan's. plans: {task: plan}."""
+    dense = make_plan("dense", c.layers)
+    flops = sum(c.flops(task, plan) for task, plan in plans.items())
+    dense_flops = sum(c.flops(task, dense) for task in plans)
+    by_paper = sum(paper_cost(plan, c.layout(task), c.width) for task, plan in plans.items())
+    dense_by_paper = sum(paper_cost(dense, c.layout(task), c.width) for task in plans)
+    return {"flops_per_step": batch_size * flops, "flops_ratio": flops / dense_flops,
+            "paper_flops_ratio": by_paper / dense_by_paper}
 
 
 # ---------------------------------------------------------------------- all scores of a run
 
-def score_understanding(model, tokenizer, dataset, plan, n, seed):
-    """Scores on n validation pictures, what to show of them, and their sequences."""
-    def score(part):
-        split = dataset.split("und", part, n, seed)
+def validation_splits(dataset, tasks, preset, seed):
+    """{task: {"val": Split, and in the shapes world "transfer": Split}}: what a run is scored on.
+    preset: one of data.PRESETS."""
+    splits = {}
+    for task in tasks:
+        n = {"und": preset.und_val, "gen": preset.gen_val}[task]
+        splits[task] = {"val": dataset.split(task, "val", n, seed)}
+        if splits[task]["val"].scenes:
+            held_out = n if task == "und" else n // 2
+            splits[task]["transfer"] = dataset.split(task, "transfer", held_out, seed)
+    return splits
+
+
+def score_understanding(model, tokenizer, plan, splits):
+    """Scores on validation pictures, and what to show of them."""
+    def score(split):
         batch = sequences("und", tokenizer, split, model.config).to(model.device)
         answers, loss = answer_all(model, tokenizer, split, batch, plan)
-        return split, answers, {**understanding_scores(answers), "loss": loss}, batch
+        return answers, {**understanding_scores(answers), "loss": loss}
 
-    split, answers, scores, batch = score("val")
+    answers, scores = score(splits["val"])
     shown = []                                              # (picture, text, is it wrong?)
-    for picture, of_picture in zip(split.pixels[:SHOWN], answers):
+    for picture, of_picture in zip(splits["val"].pixels[:SHOWN], answers):
         lines = []
         for a in of_picture[:4]:
             comment = "" if a.right else f" (no: {a.question.answer})"
             lines.append(f"{a.question.text} {a.said}{comment}")
         shown.append((picture, "\n".join(lines), False))
-    if split.scenes:
-        _, _, held_out, _ = score("transfer")
+    if "transfer" in splits:
+        _, held_out = score(splits["transfer"])
         scores |= {f"transfer_{name}": held_out[name] for name in ("accuracy", "chance", "n")}
-    return scores, shown, batch
+    return scores, shown
 
 
-def score_generation(model, tokenizer, dataset, plan, n, seed):
-    """Scores on n validation captions, what to show of them, and their sequences."""
+def score_generation(model, tokenizer, plan, splits, dataset, seed):
+    """Scores on validation captions, and what to show of them."""
     def draw_split(split):
         texts = [caption.text for caption in split.captions]
         return draw_pictures(model, tokenizer, texts, plan, dataset.identity)
 
-    split = dataset.split("gen", "val", n, seed)
+    split = splits["val"]
     batch = sequences("gen", tokenizer, split, model.config).to(model.device)
     drawn, decoded = draw_split(split), tokenizer.decode(tokenizer.encode(split.pixels))
     real = colour_features(split.pixels)
@@ -300,11 +289,11 @@ def score_generation(model, tokenizer, dataset, plan, n, seed):
               "frechet": frechet(colour_features(drawn), real),
               "ceiling": {"frechet": frechet(colour_features(decoded), real)}}
     wrong = []
-    if split.scenes:
+    if "transfer" in splits:
         rates, wrong = check_pictures(dataset, split, drawn)
         scores |= rates
         scores["ceiling"] |= check_pictures(dataset, split, decoded)[0]
-        held_out = dataset.split("gen", "transfer", n // 2, seed)
+        held_out = splits["transfer"]
         scenes = [[thing for thing in scene if thing.pair in dataset.held_out["gen"]]
                   for scene in held_out.scenes]             # only objects of held-out pairs count
         held_out = held_out._replace(scenes=scenes)
@@ -315,38 +304,33 @@ def score_generation(model, tokenizer, dataset, plan, n, seed):
         known = dataset.split("gen", "train", SHOWN, seed)
         shown += [(picture, f"{caption.text} (trained on)", False)
                   for picture, caption in zip(draw_split(known), known.captions)]
-    return scores, shown, batch
+    return scores, shown
 
 
-def evaluate(model, tokenizer, options, step, dataset, plans):
+def evaluate(model, tokenizer, options, step, dataset, plans, validation=None):
     """All scores of a run under the plans {task: plan}, on validation pictures that its seed draws.
 
-    options: of train.py. step: how far it was trained. Returns what eval.json holds, and what to
-    show: [(picture, text, is it wrong?)].
+    options: of train.py. step: how far it was trained. validation: validation_splits, where they
+    are there already. Returns what eval.json holds, and what to show: [(picture, text, is it
+    wrong?)].
     """
-    start, device = time.time(), model.device
-    preset, seed = PRESETS[options["preset"]], options["seed"]
+    start, preset, seed = time.time(), PRESETS[options["preset"]], options["seed"]
+    validation = validation or validation_splits(dataset, plans, preset, seed)
     model.eval()
     config = {**options, "step": step, "examples": step * options["batch_size"],
               "parameters": sum(p.numel() for p in model.parameters())}
-    scores, shown, batches = {"config": config}, [], {}
+    scores, shown = {"config": config}, []
     for task, plan in plans.items():
-        score, n = ((score_understanding, preset.und_val) if task == "und"
-                    else (score_generation, preset.gen_val))
-        scores[task], new, batches[task] = score(model, tokenizer, dataset, plan, n, seed)
+        if task == "und":
+            result = score_understanding(model, tokenizer, plan, validation["und"])
+        else:
+            result = score_generation(model, tokenizer, plan, validation["gen"], dataset, seed)
+        scores[task], new = result
         scores[task]["bits_per_token"] = scores[task]["loss"] / math.log(2)
         shown += new
     scores["n"] = {task: scores[task]["n"] for task in plans}
-    n = min(BATCH, options["batch_size"])               # of a step, which may not fit as a whole
-    rows = {}
-    for task, batch in batches.items():
-        chosen = batch.rows(torch.arange(n, device=device) % len(batch.tokens))
-        order = torch.randperm(batch.layout.image, device=device)       # as in a training step
-        rows[task] = chosen._replace(image_order=order)
-    scores["cost"] = cost(model, rows, plans)
-    for key in ("flops_per_step", "step_ms"):
-        scores["cost"][key] *= options["batch_size"] / n
-    scores |= {"seconds": time.time() - start, "hardware": hardware(device)}
+    scores["cost"] = cost(model.config, plans, options["batch_size"])
+    scores |= {"seconds": time.time() - start, "hardware": hardware(model.device)}
     return scores, shown
 
 

@@ -1,11 +1,11 @@
 """The unified model: one causal transformer over text and image tokens, for both tasks.
 
-From top to bottom: the configuration, how sequences are built, the transformer block, the model
-with its two forwards and cached decoding.
+From top to bottom: the configuration, how sequences are built, the transformer block, the model.
+It goes through its layers in three ways, which the tests hold equal, gradients included:
 
-`Model.forward_masked` computes everything and hides what the plan drops: read this one.
-`Model.forward` never computes what the plan drops: it is the fast one, and the default. The tests
-hold the two equal: logits, loss and every gradient.
+`Model.reference`   computes everything and hides what the plan drops: read this one
+`Model.gathered`    never computes what the plan drops: fast, used in training
+`Model.generate`    the same for one new token after the other, with a KV cache
 """
 import math
 from dataclasses import dataclass
@@ -15,10 +15,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import (BlockMask, create_block_mask,
-                                               flex_attention)
 
-from prune import FFN, FULL, Layout, flops, positions, predicting
+from prune import FFN, FULL, Layout, Positions, flops, positions, predicting
 
 # The weight in the loss of what is no answer: tokens of questions, of pictures that are looked at,
 # and the ends of answers. The paper's eq. 1 counts every token alike (set it to 1.); here answers
@@ -68,7 +66,6 @@ class Batch(NamedTuple):
     task: str                       # "und" or "gen"
     layout: Layout
     image_loss: bool                # image tokens of understanding have targets
-    image_order: torch.Tensor       # (M,) of a training step, see prune.positions; or None
     tokens: torch.Tensor            # (B, N)
     position_ids: torch.Tensor      # (B, N, 2) for the rotary embedding: row and column
     segment_ids: torch.Tensor       # (B, N) 0: seen by all that follow; k: question k; -1: padding
@@ -81,10 +78,7 @@ class Batch(NamedTuple):
         return self._replace(**{name: getattr(self, name)[index] for name in PER_SEQUENCE})
 
     def to(self, device):
-        moved = {name: getattr(self, name).to(device) for name in PER_SEQUENCE}
-        if self.image_order is not None:
-            moved["image_order"] = self.image_order.to(device)
-        return self._replace(**moved)
+        return self._replace(**{name: getattr(self, name).to(device) for name in PER_SEQUENCE})
 
     def is_image(self):
         """(N,) bool: which tokens are image tokens."""
@@ -103,24 +97,14 @@ class Batch(NamedTuple):
         causal = keys <= queries[:, None]
         return (causal & ((seen == 0) | (seen == asker)))[:, None]
 
-    def block_mask(self, queries, keys):
-        """The same for FlexAttention, which leaves out blocks of 128 x 128 that nobody sees."""
-        def is_seen(row, head, i, j):
-            query, key = queries[i], keys[j]
-            asker, seen = self.segment_ids[row, query], self.segment_ids[row, key]
-            return (key <= query) & ((seen == 0) | (seen == asker))
-
-        return create_block_mask(is_seen, len(self.tokens), None, len(queries), len(keys),
-                                 self.tokens.device)
-
 
 def make_batch(task, layout, image_loss, end, tokens, position_ids, segment_ids, targets,
                is_output):
     """A Batch from its tensors. end: the token that ends an answer."""
     counts_fully = is_output & (targets != end)
     weights = counts_fully + GIVEN_WEIGHT * (~counts_fully & (targets >= 0))
-    return Batch(task, layout, image_loss, None, tokens, position_ids, segment_ids, targets,
-                 weights, is_output)
+    return Batch(task, layout, image_loss, tokens, position_ids, segment_ids, targets, weights,
+                 is_output)
 
 
 def padding(rows, length, pad):
@@ -239,12 +223,13 @@ def sequences(task, tokenizer, split, c):
 
 # ---------------------------------------------------------------------- the block
 
-class RotaryPart(NamedTuple):
-    """The tokens that are queries, or keys, in a layer: a prune.Part with their rotary angles."""
-    index: torch.Tensor     # (n,)
-    layout: Layout
-    cos: torch.Tensor       # (B, 1, n, Dh)
-    sin: torch.Tensor
+class Kind(NamedTuple):
+    """What all layers with one Rule have in common. It is made once, outside of them."""
+    queries: Positions      # the tokens that a layer updates
+    keys: Positions         # the tokens that they attend to
+    query_rotary: tuple     # (cos, sin) of the queries, each (B, 1, q, Dh)
+    key_rotary: tuple       # (cos, sin) of the keys, each (B, 1, k, Dh)
+    mask: torch.Tensor      # (B, 1, q, k) bool: what each query sees
 
 
 def rotate(x, cos, sin):
@@ -272,27 +257,27 @@ class Block(nn.Module):
         self.out = nn.Linear(d, d, bias=False)
         self.up, self.down = nn.Linear(d, FFN * d, bias=False), nn.Linear(FFN * d, d, bias=False)
 
-    def forward(self, x, source, queries, keys, mask, task, fused=True, cache=None):
-        """One layer. x: (B, q, d), the tokens that it updates. source: (B, k, d), those whose keys
-        and values they attend to. queries, keys: RotaryParts. mask: (B, 1, q, k) bool. Returns x
-        after the layer, and the attention weights (B, H, q, k), or None where fused.
+    def forward(self, x, source, kind, task, fused=True, cache=None):
+        """One layer. x: (B, q, d), the queries. source: (B, k, d), what keys and values are made
+        of. Returns x after the layer, and the attention weights (B, H, q, k), or None where fused.
 
         cache: (keys, values) of all tokens, each (B, H, N, Dh), which take in those of `source`;
-        then x attends to all of them, and the mask is (B, 1, q, N).
+        then x attends to all of them, and kind.mask is (B, 1, q, N).
         """
         h = self.attention_norm(x)
         h_source = h if source is x else self.attention_norm(source)
-        q = self.split_heads(self.project(self.query, h, queries.layout, task))
-        kv = self.project(self.key_value, h_source, keys.layout, task)
+        q = self.split_heads(self.project(self.query, h, kind.queries.layout, task))
+        kv = self.project(self.key_value, h_source, kind.keys.layout, task)
         k, v = map(self.split_heads, kv.chunk(2, dim=-1))               # (B, H, k, Dh)
         # In float32 under autocast, too.
         q = self.query_norm(q.float() if q.dtype == torch.bfloat16 else q)
         k = self.key_norm(k.float() if k.dtype == torch.bfloat16 else k)
-        q, k = rotate(q, queries.cos, queries.sin), rotate(k, keys.cos, keys.sin)
+        q, k = rotate(q, *kind.query_rotary), rotate(k, *kind.key_rotary)
         if cache:
-            cache[0][:, :, keys.index], cache[1][:, :, keys.index] = k, v.type_as(k)
+            index = kind.keys.index
+            cache[0][:, :, index], cache[1][:, :, index] = k, v.type_as(k)
             k, v = cache
-        attended, weights = attention(q, k, v, mask, fused)             # (B, H, q, Dh)
+        attended, weights = attention(q, k, v, kind.mask, fused)        # (B, H, q, Dh)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         # In place, and no .square(): on a CPU that saves a quarter of the FFN's time.
         up = F.relu(self.up(self.ffn_norm(x)), inplace=True)
@@ -313,20 +298,29 @@ class Block(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)        # (B, n, d) -> (B, H, n, Dh)
 
 
-def uses_flex_attention(x):
-    """FlexAttention is fast on a GPU when compiled. Elsewhere it is slow, or has no backward."""
-    return x.is_cuda and torch.compiler.is_compiling()
-
-
 def attention(q, k, v, mask, fused):
     """softmax(q k^T / sqrt(Dh)) v, (B, H, q, Dh), and its weights, which no fused kernel gives."""
-    if isinstance(mask, BlockMask):
-        return flex_attention(q.type_as(v), k.type_as(v), v, block_mask=mask), None
     if fused:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask), None
     scores = q @ k.mT / math.sqrt(q.size(-1))                           # (B, H, q, k)
     weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
     return weights @ v, weights
+
+
+def key_source(rule, x, original, is_image):
+    """What the keys and values of a layer are made of, (B, n, d): hidden states x, but in HiMix the
+    original embeddings of image tokens (sec. 5.1). is_image: (n,) bool."""
+    return torch.where(is_image[:, None], original, x) if rule.keys == "embedding" else x
+
+
+def take(x, index):
+    """x (B, N, d) at the positions `index`. All of it is not copied: that is 5 % of a layer."""
+    return x if len(index) == x.size(1) else x[:, index]
+
+
+def put(x, index, updated):
+    """x (B, N, d) with `updated` at the positions `index`: the others are passed on."""
+    return updated if len(index) == x.size(1) else x.index_copy(1, index, updated)
 
 
 # ---------------------------------------------------------------------- the model
@@ -372,17 +366,19 @@ class Model(nn.Module):
         grid = F.pad(grid, (0, 0, before, after))                               # (N, d), 0 for text
         return self.token_embedding(batch.tokens[:, start:stop]) + grid[start:stop]
 
-    def queries_and_keys(self, rule, batch, start=0, stop=None):
-        """What takes part in a layer, as RotaryParts. See prune.positions."""
-        parts = []
-        for index, layout in positions(rule, batch.layout, start, stop, batch.tokens.device,
-                                       batch.image_order):
-            ids = batch.position_ids[:, None, index]                            # (B, 1, n, 2)
-            angles = ids[..., self.row_or_column] * self.frequencies            # (B, 1, n, Dh / 2)
-            cos, sin = angles.cos(), angles.sin()
-            parts.append(RotaryPart(index, layout, torch.cat([cos, cos], -1),
-                                    torch.cat([-sin, sin], -1)))
-        return parts
+    def rotary(self, batch, index):
+        """(cos, sin) of the rotary angles at the positions `index`, each (B, 1, n, Dh)."""
+        ids = batch.position_ids[:, None, index]                                # (B, 1, n, 2)
+        angles = ids[..., self.row_or_column] * self.frequencies                # (B, 1, n, Dh / 2)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+    def kind(self, rule, batch):
+        """The Kind of the layers with this Rule."""
+        queries, keys = positions(rule, batch.layout, device=batch.tokens.device)
+        return Kind(queries, keys, self.rotary(batch, queries.index),
+                    self.rotary(batch, keys.index),
+                    batch.attention_mask(queries.index, keys.index))
 
     def loss(self, x, batch):
         """The logits of the positions that `predicting` names, and the loss of eq. 1: cross-entropy
@@ -393,64 +389,54 @@ class Model(nn.Module):
         each = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-1, reduction="none")
         return logits, (each * weights).sum() / batch.is_output.sum()
 
-    def forward_masked(self, batch, plan):
-        """The reference: everything is computed, and what the plan drops is hidden by masks.
+    def reference(self, batch, plan):
+        """Every layer computes all tokens; masks hide what the plan drops.
 
         plan: one prune.Rule for each layer. Returns logits, loss, and the attention weights of
         every layer, (B, H, N, N). Dropped queries have weights, too, which change nothing.
         """
         x = original = self.embed(batch)                                        # (B, N, d)
-        everything, _ = self.queries_and_keys(FULL, batch)
-        every_position = everything.index                                       # (N,)
-        is_image = batch.is_image()[:, None]                                    # (N, 1)
-        causal = batch.attention_mask(every_position, every_position)
+        is_image = batch.is_image()                                             # (N,)
+        full = self.kind(FULL, batch)
+        every_position = full.queries.index                                     # (N,)
         all_weights = []
         for block, rule in zip(self.blocks, plan):
-            queries, keys = self.queries_and_keys(rule, batch)
+            queries, keys = positions(rule, batch.layout, device=x.device)
             is_query = torch.isin(every_position, queries.index)                # (N,)
             is_key = torch.isin(every_position, keys.index)
-            source = torch.where(is_image, original, x) if rule.keys == "embedding" else x
-            updated, weights = block(x, source, everything, everything, causal & is_key, batch.task,
+            source = key_source(rule, x, original, is_image)
+            updated, weights = block(x, source, full._replace(mask=full.mask & is_key), batch.task,
                                      fused=False)
             x = torch.where(is_query[:, None], updated, x)
             all_weights.append(weights)
         return *self.loss(x, batch), all_weights
 
-    def hidden(self, batch, plan):
-        """Final hidden states (B, N, d): as in `forward_masked`, but only queries and keys are
-        taken into a layer, so that dropped tokens enter no matmul."""
+    def gathered(self, batch, plan):
+        """The same, but only queries and keys are taken into a layer, so that dropped tokens enter
+        no matmul. Returns the last hidden states, (B, N, d)."""
         x = original = self.embed(batch)
-        before, m, _ = batch.layout
-        parts = {}                                          # of each kind of layer
-        for rule in set(plan):
-            queries, keys = self.queries_and_keys(rule, batch)
-            make_mask = batch.block_mask if uses_flex_attention(x) else batch.attention_mask
-            parts[rule] = queries, keys, make_mask(queries.index, keys.index)
+        is_image = batch.is_image()
+        kinds = {rule: self.kind(rule, batch) for rule in set(plan)}
         for block, rule in zip(self.blocks, plan):
-            queries, keys, mask = parts[rule]
-            if rule == FULL:                                # to index all of x is 5 % of its time
-                x, _ = block(x, x, queries, keys, mask, batch.task)
-                continue
-            source = x
-            if rule.keys == "embedding":
-                image = original[:, before:before + m]
-                source = torch.cat([x[:, :before], image, x[:, before + m:]], 1)
-            updated, _ = block(x[:, queries.index], source[:, keys.index], queries, keys, mask,
+            kind = kinds[rule]
+            source = key_source(rule, x, original, is_image)
+            updated, _ = block(take(x, kind.queries.index), take(source, kind.keys.index), kind,
                                batch.task)
-            x = x.index_copy(1, queries.index, updated)
+            x = put(x, kind.queries.index, updated)
         return x
 
     def forward(self, batch, plan):
         """Logits (B, n, vocab) of the n positions that prune.predicting names, and the loss."""
-        return self.loss(self.hidden(batch, plan), batch)
+        return self.loss(self.gathered(batch, plan), batch)
 
     @torch.no_grad()
     def generate(self, batch, plan, start, choose):
-        """Fills in batch.tokens from position `start` on, one after the other, with a KV cache.
+        """Fills in batch.tokens from position `start` on, one after the other. As `gathered`, but
+        a layer reads new tokens only; keys and values of earlier ones are in its cache.
         choose: a function, logits (B, vocab) -> ids (B,). Returns batch.tokens."""
         rows, n = batch.tokens.shape
-        every_position = torch.arange(n, device=self.device)
-        is_image = batch.is_image()[:, None]                                    # (N, 1)
+        device, is_image = self.device, batch.is_image()
+        every_position = torch.arange(n, device=device)
         shape = rows, self.config.heads, n, self.config.width // self.config.heads
         # Room for the keys and values of all tokens. What is not there yet lies in the future,
         # where the causal mask hides it; what is no key of a layer is hidden, too.
@@ -458,24 +444,24 @@ class Model(nn.Module):
         caches = [(room(shape), room(shape)) for _ in plan]
         is_key = {}                                         # of each kind of layer: (N,)
         for rule in set(plan):
-            _, keys = self.queries_and_keys(rule, batch)
+            _, keys = positions(rule, batch.layout, device=device)
             is_key[rule] = torch.isin(every_position, keys.index)
         read = 0                                            # so many tokens have been read
         for write in range(start, n):
             x = original = self.embed(batch, read, write)   # all of the prompt, then token by token
-            parts = {}                                      # of each kind of layer
+            kinds = {}
             for rule in set(plan):
-                queries, keys = self.queries_and_keys(rule, batch, read, write)
+                queries, keys = positions(rule, batch.layout, read, write, device)
                 mask = batch.attention_mask(queries.index, every_position) & is_key[rule]
-                parts[rule] = queries, keys, mask
+                kinds[rule] = Kind(queries, keys, self.rotary(batch, queries.index),
+                                   self.rotary(batch, keys.index), mask)
             for block, rule, cache in zip(self.blocks, plan, caches):
-                queries, keys, mask = parts[rule]
-                source = x
-                if rule.keys == "embedding":
-                    source = torch.where(is_image[read:write], original, x)
-                updated, _ = block(x[:, queries.index - read], source[:, keys.index - read],
-                                   queries, keys, mask, batch.task, cache=cache)
-                x = x.index_copy(1, queries.index - read, updated)
+                kind = kinds[rule]
+                queries, keys = kind.queries.index - read, kind.keys.index - read
+                source = key_source(rule, x, original, is_image[read:write])
+                updated, _ = block(take(x, queries), take(source, keys), kind, batch.task,
+                                   cache=cache)
+                x = put(x, queries, updated)
             batch.tokens[:, write] = choose(self.head(self.norm(x[:, -1])))
             read = write
         return batch.tokens

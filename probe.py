@@ -4,7 +4,7 @@ model.
     python probe.py out/joint               attention.json, attention.png, heatmaps.png
     python probe.py out/joint --untrained   the same network before training, as a control
 
-Fused attention returns no weights. So this goes through `Model.forward_masked`, which the tests
+Fused attention returns no weights. So this goes through `Model.reference`, which the tests
 hold equal to the path of training. One question stands on each picture, as in the paper's
 sequences. """
 import json
@@ -56,7 +56,7 @@ def allocation(model, batch, plan, chunk=16):
     first = None
     for i in range(0, len(batch.tokens), chunk):
         rows = batch.rows(slice(i, i + chunk))
-        _, _, attention = model.forward_masked(rows, plan)
+        _, _, attention = model.reference(rows, plan)
         if first is None:
             first = [(a[0].mean(0) * asks[:, None]).cpu() for a, asks in zip(attention, is_query)]
         keys = torch.stack(list(segments(rows).values()), 2)            # (B, N, segments)

@@ -23,78 +23,53 @@ class Rule(NamedTuple):
     query: bool = True      # updated by attention and FFN; if not, passed on unchanged
     keys: str = "hidden"    # what others see of them: their "hidden" state, their original
                             # "embedding", or "none"
-    share: float = 1.       # the fraction of image tokens that the rule applies to, drawn anew in
-                            # each training step; the rest skip the layer. See `whole`
 
 
 FULL = Rule()
 HIMIX = Rule(query=False, keys="embedding")     # sec. 5.1: never updated, seen in every layer
 SHALLOW = Rule(query=False, keys="none")        # sec. 5.2: HMGen's shallow layers
-NAIVE = Rule(query=True, keys="none")           # sec. 5.2: the control that saves little and fails
-# Not in the paper:
-ROUTE = Rule(share=.5)                          # TREAD (Krause et al. 2025)
+NAIVE = Rule(query=True, keys="none")           # sec. 5.2: the control, updated but never seen
 FROZEN = Rule(query=False, keys="hidden")       # seen as they are: ShortV (Yuan et al. 2025)
 
-EVERY_LAYER = {"dense": FULL, "himix": HIMIX, "naive-all": NAIVE, "freeze": FROZEN}
-SOME_LAYERS = {"hmgen": SHALLOW, "naive": NAIVE, "skip": SHALLOW, "route": ROUTE,
-               "fastv": SHALLOW}                                                # others: FULL
-PLANS = (*EVERY_LAYER, *SOME_LAYERS)
+LETTERS = {FULL: "F", HIMIX: "h", SHALLOW: "s", NAIVE: "n", FROZEN: "f"}     # as printed
 
 
-def make_plan(name, layers, shallow=1):
-    """The plan of that name: a tuple of `layers` Rules. `shallow` is HMGen's K.
-
-    "hmgen" and "naive" (sec. 5.2): K layers in the middle alternate with full ones, the first and
-    the last layer are full. K = 2 of 6 layers is F S F S F F.
-    "skip" and "route" (not in the paper): 2 K layers in the middle, one after the other.
-    "fastv" (not in the paper): the last 2 K layers. FastV (Chen et al. 2024) drops the image tokens
-    that get the least attention; a plan knows no attention, so here all go.
-    "freeze" (not in the paper): all layers but the first, in which image tokens see each other.
-    All others: the same Rule in every layer.
-
-    ValueError for an unknown name, and for a K outside 0 to (layers - 1) // 2 where K counts.
-    """
-    if name in EVERY_LAYER:
-        first = FULL if name == "freeze" else EVERY_LAYER[name]
-        return first, *(EVERY_LAYER[name],) * (layers - 1)
-    if name not in SOME_LAYERS:
-        raise ValueError(f"unknown plan {name!r}: expected one of {', '.join(PLANS)}")
+def alternating(rule, layers, shallow):
+    """`shallow` layers in the middle have this rule and alternate with full ones; the first and the
+    last layer are full (sec. 5.2). 2 of 6 layers: F s F s F F. ValueError where they do not fit."""
     most = (layers - 1) // 2
     if not 0 <= shallow <= most:
         raise ValueError(f"{shallow} shallow layers do not fit into {layers}: expected 0 to "
                          f"{most}: in HMGen the first, the last and every other one are full")
     first = (layers - 2 * shallow + 1) // 2
-    if name == "fastv":
-        chosen = range(layers - 2 * shallow, layers)
-    elif name in ("skip", "route"):
-        chosen = range(first, first + 2 * shallow)
-    else:
-        chosen = range(first, first + 2 * shallow, 2)
-    return tuple(SOME_LAYERS[name] if layer in chosen else FULL for layer in range(layers))
+    chosen = range(first, first + 2 * shallow, 2)
+    return tuple(rule if layer in chosen else FULL for layer in range(layers))
+
+
+# A plan is one Rule for each layer, by the number of layers and HMGen's K.
+PLANS = {
+    "dense": lambda layers, shallow: (FULL,) * layers,
+    "himix": lambda layers, shallow: (HIMIX,) * layers,
+    "hmgen": lambda layers, shallow: alternating(SHALLOW, layers, shallow),
+    "naive": lambda layers, shallow: alternating(NAIVE, layers, shallow),
+    # Not in the paper: image tokens see each other in the first layer and rest in all others.
+    "freeze": lambda layers, shallow: (FULL,) + (FROZEN,) * (layers - 1),
+}
+
+
+def make_plan(name, layers, shallow=1):
+    """The plan of that name: a tuple of `layers` Rules. `shallow` is HMGen's K.
+
+    ValueError for an unknown name, and for a K that does not fit.
+    """
+    if name not in PLANS:
+        raise ValueError(f"unknown plan {name!r}: expected one of {', '.join(PLANS)}")
+    return PLANS[name](layers, shallow)
 
 
 def can_generate(plan):
     """Image tokens that are updated in no layer cannot predict the next one."""
     return any(rule.query for rule in plan)
-
-
-# As print_costs shows them.
-LETTERS = {FULL: "F", HIMIX: "h", SHALLOW: "s", NAIVE: "n", ROUTE: "r", FROZEN: "f"}
-
-# Of all training steps, how many take the shares of a plan's rules. See `whole`.
-ROUTED = .8
-
-
-def whole(plan):
-    """The plan with all image tokens instead of shares: what it is at inference, and in the last
-    steps of training, so that a model has met all tokens at once before it is asked for them."""
-    return tuple(rule._replace(share=1.) for rule in plan)
-
-
-def over_training(first, last):
-    """The mean over all steps of what is `first` in a step with shares, and `last` in a later
-    one."""
-    return last + ROUTED * (first - last)
 
 
 class Layout(NamedTuple):
@@ -104,19 +79,15 @@ class Layout(NamedTuple):
     after: int      # 0 in generation, where the image is the output
 
 
-class Part(NamedTuple):
+class Positions(NamedTuple):
     """The tokens of a sequence that are queries, or keys, in a layer."""
     index: torch.Tensor     # (n,) their positions, in order
     layout: Layout          # how many of them stand before, in and after the image
 
 
-def positions(rule, layout, start=0, stop=None, device=None, image_order=None):
-    """What takes part in a layer with this rule: its queries and its keys, as Parts. Masks, FLOP
-    counts and both forwards of the model come from here.
-
-    start, stop: only those that lie there, for decoding. image_order: (M,) a permutation, for
-    training; its first ones are the rule's share of the image tokens. One or the other, not both.
-    """
+def positions(rule, layout, start=0, stop=None, device=None):
+    """What takes part in a layer with this rule: (queries, keys), as Positions. Masks, FLOP counts
+    and every forward of the model come from here. start, stop: only those there, for decoding."""
     stop = sum(layout) if stop is None else stop
     edges = 0, layout.before, layout.before + layout.image, sum(layout)
     spans = []                                  # positions before, in and after the image
@@ -124,15 +95,12 @@ def positions(rule, layout, start=0, stop=None, device=None, image_order=None):
         first, end = max(start, first), min(stop, end)
         spans.append(torch.arange(first, max(first, end), device=device))
     before, image, after = spans
-    if rule.share < 1 and image_order is not None:
-        chosen = image_order[:round(rule.share * layout.image)]
-        image = layout.before + chosen.sort().values
 
-    def part(with_image):
-        chosen = before, image if with_image else image[:0], after
-        return Part(torch.cat(chosen), Layout(*map(len, chosen)))
+    def with_image(takes_part):
+        chosen = before, image if takes_part else image[:0], after
+        return Positions(torch.cat(chosen), Layout(*map(len, chosen)))
 
-    return part(rule.query), part(rule.keys != "none")
+    return with_image(rule.query), with_image(rule.keys != "none")
 
 
 def predicting(layout, image_loss=False):
@@ -150,7 +118,7 @@ def predicting(layout, image_loss=False):
 def mask(rule, layout):
     """(N, N) bool, [query, key]: what each query sees. A token that is no query has an empty
     row."""
-    queries, keys = (part.index for part in positions(rule, layout))
+    queries, keys = (tokens.index for tokens in positions(rule, layout))
     seen = torch.zeros(sum(layout), sum(layout), dtype=torch.bool)
     seen[queries[:, None], keys] = keys <= queries[:, None]
     return seen
@@ -163,9 +131,8 @@ FFN = 4
 
 
 def count_tokens(rule, layout):
-    """How many queries and how many keys a layer has in a training step."""
-    any_order = torch.arange(layout.image)      # which tokens a share takes, does not matter here
-    queries, keys = positions(rule, layout, image_order=any_order)
+    """How many queries and how many keys a layer has."""
+    queries, keys = positions(rule, layout)
     return len(queries.index), len(keys.index)
 
 
@@ -213,23 +180,20 @@ def print_costs(preset):
               f"{'plan':12}{'layers':>{p.layers + 2}}{'GFLOP':>10}{'of dense':>10}{'by paper':>10}")
         dense, image_loss = make_plan("dense", p.layers), task == "und"
         for name in PLANS:
-            numbers = range(1, (p.layers + 1) // 2) if name in SOME_LAYERS else [0]
+            numbers = range(1, (p.layers + 1) // 2) if name in ("hmgen", "naive") else [0]
             for shallow in numbers:
                 plan = make_plan(name, p.layers, shallow)
                 if task == "gen" and not can_generate(plan):
                     continue
                 letters = "".join(LETTERS.get(rule, "?") for rule in plan)
-                first, last = (flops(of_step, layout, p.width, vocab, image_loss)
-                               for of_step in (plan, whole(plan)))
-                exact = over_training(first, last)
+                exact = flops(plan, layout, p.width, vocab, image_loss)
                 of_dense = exact / flops(dense, layout, p.width, vocab, image_loss)
-                first, last = (paper_cost(of_step, layout, p.width)
-                               for of_step in (plan, whole(plan)))
-                by_paper = over_training(first, last) / paper_cost(dense, layout, p.width)
+                by_paper = (paper_cost(plan, layout, p.width)
+                            / paper_cost(dense, layout, p.width))
                 title = f"{name} K={shallow}" if shallow else name
                 print(f"{title:12}{letters:>{p.layers + 2}}{exact / 1e9:10.3f}"
                       f"{of_dense:10.2f}{by_paper:10.2f}")
-    print("\nlayers: F full, h HiMix, s shallow, n naive, r random share, f frozen")
+    print("\nlayers: F full, h HiMix, s shallow, n naive, f frozen")
 
 
 # ---------------------------------------------------------------------- the masks' picture
@@ -259,7 +223,7 @@ def draw_plans(path, cell=10):
     PNG."""
     font = ImageFont.load_default(13)
     understanding, generation = Layout(2, 9, 6), Layout(6, 9, 0)
-    columns = [("full layer", FULL), ("HiMix", HIMIX), ("shallow layer (hmgen, skip)", SHALLOW),
+    columns = [("full layer", FULL), ("HiMix", HIMIX), ("shallow layer of HMGen", SHALLOW),
                ("naive control", NAIVE), ("frozen (not the paper's)", FROZEN)]
     step = 17 * cell + 40
     sheet = Image.new("RGB", (20 + step * len(columns), 2 * step + 30), "white")

@@ -15,8 +15,8 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
-from common import (build_network, contact_sheet, fail, pick_device, read_checkpoint,
-                    refuse_errors, run_script, save_checkpoint, script_parser)
+from common import (build_network, contact_sheet, fail, has_bfloat16, pick_device,
+                    read_checkpoint, refuse_errors, run_script, save_checkpoint, script_parser)
 from data import PATCH, PRESETS, load
 
 import torch                            # after common.py, which sets an environment variable
@@ -289,7 +289,9 @@ def score_tokenizer(tokenizer, dataset, n=1000):
 
 
 def default_preset(device):
-    return "gpu" if device.type == "cuda" else "cpu"
+    """The size of everything that suits a device. Cards from before Ampere are slow at the larger
+    one."""
+    return "gpu" if has_bfloat16(device) else "cpu"
 
 
 def default_tokenizer_path(data):

@@ -18,25 +18,26 @@ import signal
 import statistics
 import sys
 import time
+import traceback
 import zlib
 from argparse import SUPPRESS, BooleanOptionalAction
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
-from common import (fail, join_processes, leave_processes, line_chart, peak_flops, peak_memory_mb,
-                    pick_device, rank, refuse_errors, run_script, save_checkpoint, script_parser,
-                    sum_over_processes, wait_for_processes, world, write_file)
+from common import (fail, has_bfloat16, join_processes, leave_processes, line_chart, memory_bytes,
+                    mixed_precision, peak_flops, peak_memory_mb, pick_device, rank, refuse_errors,
+                    run_script, save_checkpoint, script_parser, sum_over_processes,
+                    wait_for_processes, world, write_file)
 
 import torch
 from tqdm import tqdm
 
 import data
 from data import PRESETS
-from eval import evaluate, load_run, plans_of, save_scores, summary
+from eval import evaluate, load_run, plans_of, save_scores, summary, validation_splits
 from model import PROJECTIONS, Config, Model, refuse_long, sequences
-from prune import PLANS, ROUTED, whole
+from prune import PLANS
 from tokenizer import (Tokenizer, default_preset, default_tokenizer_path, load_tokenizer,
                        score_tokenizer, train_tokenizer)
 
@@ -53,6 +54,7 @@ CLIP = 1.               # largest gradient norm of AdamW's part; Muon's steps ha
 MOMENTUM = .95          # Muon's
 BETAS = (.9, .99)       # AdamW's
 LOG_EVERY = 10          # steps
+SAVE_EVERY = 120        # seconds: a checkpoint of the gpu preset takes 2 of them
 # How many steps, and how many pictures in a step, stand in data.PRESETS.
 
 
@@ -83,7 +85,6 @@ class Muon(torch.optim.Optimizer):
                     state["average"] = torch.zeros_like(gradient)
                 average = state["average"].lerp_(gradient, 1 - MOMENTUM)
                 update = orthogonal(gradient.lerp(average, MOMENTUM))               # Nesterov
-                update = update.type_as(gradient)
                 # An orthogonal update moves each output alike, however many inputs it has.
                 scale = group["lr"] * max(1, rows / columns) ** .5
                 torch._foreach_add_(matrices, list(update.unbind()), alpha=-scale)
@@ -95,7 +96,6 @@ def orthogonal(x, steps=5):
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    x = x.bfloat16() if x.is_cuda else x                    # exact enough, and twice as fast there
     for _ in range(steps):
         a = x @ x.mT
         x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
@@ -174,19 +174,17 @@ def text_lengths(tokenizer, splits, limit):
     return min(und_text, limit), min(gen_text, limit)
 
 
-def prepare(options, dataset, tokenizer, device):
+def prepare(options, dataset, tokenizer, validation, device):
     """The model's Config, which has to fit all splits, and the training sequences, {task: Batch}:
-    all of a task are one Batch that stays on the device."""
+    all of a task are one Batch that stays on the device. validation: see
+    eval.validation_splits."""
     preset, seed = PRESETS[options["preset"]], options["seed"]
-    sizes = {"und": (preset.und_scenes, preset.und_val), "gen": (preset.gen_scenes, preset.gen_val)}
+    scenes = {"und": preset.und_scenes, "gen": preset.gen_scenes}
     training, splits = {}, []
     for task in OBJECTIVES[options["objective"]]:
-        n, n_val = sizes[task]
         questions = preset.questions if task == "und" else 0
-        training[task] = dataset.split(task, "train", n, seed, questions)
-        splits.append((task, training[task]))
-        for part in ("val", "transfer") if training[task].scenes else ("val",):
-            splits.append((task, dataset.split(task, part, n_val, seed)))
+        training[task] = dataset.split(task, "train", scenes[task], seed, questions)
+        splits += [(task, split) for split in (training[task], *validation[task].values())]
     with refuse_errors(f"--data {options['data']}"):        # a text that is too long
         und_text, gen_text = text_lengths(tokenizer, splits, preset.max_text)
     c = Config(vocab=tokenizer.vocab, layers=preset.layers, width=preset.width, heads=preset.heads,
@@ -198,30 +196,39 @@ def prepare(options, dataset, tokenizer, device):
     return c, examples
 
 
-class Order(NamedTuple):
-    """What is random in each step, drawn beforehand: no step waits for it, and a resumed run needs
-    nothing else to go on as if nothing had happened."""
-    rows: torch.Tensor      # (steps, batch_size) which sequences a step takes
-    images: torch.Tensor    # (steps, M) which image tokens a plan's share takes: see prune.Rule
-
-
 def draw_order(task, examples, options):
+    """Which sequences each step takes, (steps, batch_size). Drawn beforehand: no step waits for it,
+    and a resumed run needs nothing else to go on as if nothing had happened."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{options['seed']} {task}".encode()))
-    steps, device = options["steps"], examples.tokens.device
-    shape = steps, options["batch_size"]
-    rows = torch.randint(len(examples.tokens), shape, generator=generator)
-    images = torch.rand(steps, examples.layout.image, generator=generator).argsort()
-    return Order(rows.to(device), images.to(device))
+    shape = options["steps"], options["batch_size"]
+    order = torch.randint(len(examples.tokens), shape, generator=generator)
+    return order.to(examples.tokens.device)
 
 
-def get_batch(examples, order, step):
-    """The sequences that a step takes: this process's part of them, and its fraction of the output
-    tokens of the whole step."""
-    index = order.rows[step]
-    batch = examples.rows(index[rank()::world()])._replace(image_order=order.images[step])
-    if world() == 1:
-        return batch, 1.
-    return batch, batch.is_output.sum() / examples.is_output[index].sum()
+def get_batches(examples, order, step, parts):
+    """The sequences that a step takes, of which this process has a fraction: as many Batches as
+    there are parts, each with its fraction of all output tokens of the step."""
+    index = order[step]
+    outputs = examples.is_output[index].sum()
+    for part in index[rank()::world()].chunk(parts):
+        batch = examples.rows(part)
+        yield batch, batch.is_output.sum() / outputs
+
+
+def parts_that_fit(options, c, device):
+    """Into how many parts a step's sequences have to be split to fit into a GPU's memory. One part
+    after the other leaves its gradients, so that a step learns the same, whatever this number."""
+    rows = options["batch_size"] // world()
+    if device.type != "cuda":
+        return 1
+    # A backward pass needs so many bytes of each number in each layer's hidden states. Measured by
+    # compiling for a card; 3 GB are for weights, optimizers and training sequences.
+    bytes_each = 45 if options["compile"] else 70
+    tokens = max(sum(c.layout(task)) for task in OBJECTIVES[options["objective"]])
+    room = memory_bytes(device) - 3e9
+    fitting = room / (bytes_each * c.layers * tokens * c.width)             # rows
+    return next(parts for parts in range(1, rows + 1)
+                if rows % parts == 0 and (rows / parts <= fitting or parts == rows))
 
 
 # ---------------------------------------------------------------------- one run
@@ -233,7 +240,6 @@ def train(options, device, resumed=None):
     preset, steps, seed = PRESETS[options["preset"]], options["steps"], options["seed"]
     tasks = OBJECTIVES[options["objective"]]
     plans = plans_of(tasks, options, preset.layers)
-    last_plans = {task: whole(plan) for task, plan in plans.items()}    # after ROUTED of all steps
     out.mkdir(parents=True, exist_ok=True)      # fails now where it cannot be, not after training
 
     # ---- data
@@ -244,8 +250,10 @@ def train(options, device, resumed=None):
     tokenizer = (Tokenizer.from_state(resumed["tokenizer"]) if resumed
                  else get_tokenizer(options, dataset, device))
     tokenizer.vq.to(device)
-    c, examples = prepare(options, dataset, tokenizer, device)
+    validation = validation_splits(dataset, tasks, preset, seed)
+    c, examples = prepare(options, dataset, tokenizer, validation, device)
     order = {task: draw_order(task, examples[task], options) for task in tasks}
+    parts = options["parts"] or parts_that_fit(options, c, device)
 
     # ---- model and optimizers
     torch.manual_seed(seed)
@@ -259,22 +267,21 @@ def train(options, device, resumed=None):
             for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
         start = resumed["step"]
-    forward = model
     if options["compile"]:
-        first = {task: get_batch(examples[task], order[task], 0)[0] for task in tasks}
-        forward = compiled(model, first, [plans, last_plans])
+        first = {task: next(get_batches(examples[task], order[task], 0, parts))[0]
+                 for task in tasks}
+        compile_blocks(model, first, plans, out / "compile-error.txt")
     rows = begin_log(out / "log.jsonl", start)
 
     # ---- what a step costs
     tokens = options["batch_size"] * sum(sum(c.layout(task)) for task in tasks)
     peak = peak_flops(device)
 
-    def step_flops(plans):
-        return options["batch_size"] * sum(c.flops(task, plans[task]) for task in tasks)
-
+    flops = options["batch_size"] * sum(c.flops(task, plans[task]) for task in tasks)
     if rank() == 0:
+        in_parts = f" in {parts} parts" if parts > 1 else ""
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {tokens} "
-              f"tokens and {step_flops(plans) / 1e9:.0f} GFLOP a step; before the first one "
+              f"tokens and {flops / 1e9:.0f} GFLOP a step{in_parts}; before the first one "
               f"{time.time() - began:.0f} s")
 
     # ---- training
@@ -285,18 +292,18 @@ def train(options, device, resumed=None):
             signal.signal(number, lambda number, _: stopped.append(number))
     training_began = time.time()
     bar = tqdm(total=steps, initial=start, desc=out.name, unit="step", disable=rank() > 0)
-    clock, clock_step = time.perf_counter(), start
+    clock, clock_step, saved = time.perf_counter(), start, time.perf_counter()
     for step in range(start, steps):
         for optimizer, lr in zip(optimizers, highest):
             optimizer.param_groups[0]["lr"] = lr * learning_rate(step, steps)
-        step_plans = plans if step < ROUTED * steps else last_plans
-        losses = {}
+        losses = dict.fromkeys(tasks, 0.)
         for task in tasks:
-            batch, fraction = get_batch(examples[task], order[task], step)
-            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-                _, loss = forward(batch, step_plans[task])
-            losses[task] = fraction * loss
-            (LOSS_WEIGHT[task] * losses[task]).backward()
+            for batch, fraction in get_batches(examples[task], order[task], step, parts):
+                with mixed_precision(device):
+                    _, loss = model(batch, plans[task])
+                loss = fraction * loss
+                (LOSS_WEIGHT[task] * loss).backward()
+                losses[task] += loss.detach()
         apply_gradients(optimizers)
         bar.update()
 
@@ -307,7 +314,7 @@ def train(options, device, resumed=None):
             values = dict(zip(tasks, values.tolist()))                  # waits for the device
             check_finite(values.values(), out, step)
             seconds = (time.perf_counter() - clock) / (step + 1 - clock_step)
-            mfu = step_flops(step_plans) / seconds / peak / world() if peak else None
+            mfu = flops / seconds / peak / world() if peak else None
             row = {"step": step + 1, "loss": sum(values.values()),
                    "loss_und": values.get("und"), "loss_gen": values.get("gen"),
                    "lr": optimizers[0].param_groups[0]["lr"], "tokens_per_s": tokens / seconds,
@@ -318,7 +325,7 @@ def train(options, device, resumed=None):
                     log.write(json.dumps(row) + "\n")
             bar.set_postfix_str(f"loss {row['loss']:.3f}, {tokens / seconds / 1e3:.1f}k tokens/s"
                                 + (f", MFU {mfu:.0%}" if mfu else ""))
-        if stopped or last_step or (step + 1) % options["save_every"] == 0:
+        if stopped or last_step or time.perf_counter() - saved >= options["save_every"]:
             check_finite([p.sum().item() for p in model.parameters()], out, step)
             if rank() == 0:
                 save_checkpoint({
@@ -326,6 +333,7 @@ def train(options, device, resumed=None):
                     "identity": dataset.identity, "tokenizer": tokenizer.state(),
                     "config": asdict(c), "model": model.state_dict(),
                     "optimizers": [o.state_dict() for o in optimizers]}, out / "checkpoint.pt")
+            saved = time.perf_counter()
         if (step + 1) % LOG_EVERY == 0:         # the next interval begins after a save
             clock, clock_step = time.perf_counter(), step + 1
         if stopped:
@@ -342,7 +350,8 @@ def train(options, device, resumed=None):
 
     # ---- scores and pictures
     draw_losses(rows, out / "loss.png")
-    scores, shown = evaluate(model, tokenizer, options, steps, dataset, plans)
+    with torch.compiler.set_stance("force_eager"):          # its batches have other sizes
+        scores, shown = evaluate(model, tokenizer, options, steps, dataset, plans, validation)
     save_scores(scores, shown, out)
     seconds = time.time() - began
     print(f"{summary(scores)}\n{seconds:.0f} s in all, {training_seconds / seconds:.0%} of them in "
@@ -351,21 +360,30 @@ def train(options, device, resumed=None):
           f"{out}/samples.png, {out}/eval.json, {out}/loss.png; then: python probe.py {out}")
 
 
-def compiled(model, batches, plans_of_steps):
-    """The model with torch.compile, tried on a batch of each task under all plans that come. What
-    this machine cannot compile runs as it is."""
-    forward = torch.compile(model, dynamic=False)
+def compile_blocks(model, batches, plans, log):
+    """torch.compile for each block, in place: layers of one Kind share their code. Tried at once;
+    what this machine cannot compile runs as it is. batches, plans: {task: ...}; log: a path for
+    the compiler's complaint."""
+    def step(batch, plan):
+        with mixed_precision(model.device):
+            _, loss = model(batch, plan)
+        loss.backward()
+
+    for task, batch in batches.items():     # a mistake in the forward pass itself ends here
+        step(batch.rows(slice(0, 2)), plans[task])
+    torch.compiler.set_stance("default")
+    for block in model.blocks:
+        block.compile(dynamic=False)
     try:
-        for plans in plans_of_steps:
-            for task, batch in batches.items():
-                with torch.autocast("cuda", torch.bfloat16, enabled=batch.tokens.is_cuda):
-                    _, loss = forward(batch, plans[task])
-                loss.backward()
+        for task, batch in batches.items():
+            step(batch, plans[task])
     except Exception as error:                              # compilers raise nearly anything
-        print(f"torch.compile failed here ({type(error).__name__}), going on without it")
-        forward = model
+        write_file(log, traceback.format_exc())
+        lines = [line for line in str(error).splitlines() if line and "raised:" not in line]
+        reason = lines[0][:300] if lines else type(error).__name__
+        print(f"torch.compile failed here, going on without it: {reason} (more in {log})")
+        torch.compiler.set_stance("force_eager")
     model.zero_grad()
-    return forward
 
 
 def begin_log(path, start):
@@ -401,12 +419,13 @@ def complete(given, device):
     suggest."""
     options = {"objective": "joint", "und_plan": "dense", "gen_plan": "dense",
                "projections": "shared", "image_loss": True, "data": "shapes", "seed": 0,
-               "lr": LEARNING_RATE, "save_every": 200, "preset": default_preset(device), **given}
+               "lr": LEARNING_RATE, "save_every": SAVE_EVERY, "parts": None,
+               "preset": default_preset(device), **given}
     preset = PRESETS[options["preset"]]
     tokenizer = default_tokenizer_path(options["data"])
     usual = {"steps": preset.steps, "batch_size": preset.batch_size,
              "shallow": max(1, preset.layers // 4),         # the paper's higher K / L
-             "compile": device.type == "cuda" and find_spec("triton") is not None,
+             "compile": has_bfloat16(device) and find_spec("triton") is not None,
              "tokenizer": tokenizer,
              # out/joint, or out/joint-FOLDER
              "out": tokenizer.replace("tokenizer", options["objective"], 1).removesuffix(".pt")}
@@ -421,11 +440,14 @@ def check(options):
             fail(f"--{key} {options[key]}: expected one of {', '.join(choices)}")
     tasks = OBJECTIVES[options["objective"]]
     for key, least, most in (("steps", 1, 10 ** 9), ("batch_size", 1, 10 ** 6), ("lr", 1e-9, 10),
-                             ("save_every", 1, 10 ** 9), ("seed", 0, 2 ** 32 - 1)):
+                             ("save_every", 0, 10 ** 9), ("seed", 0, 2 ** 32 - 1)):
         if not least <= options[key] <= most:
             fail(f"--{key.replace('_', '-')} {options[key]}: expected {least} to {most}")
     if options["batch_size"] % world():
         fail(f"--batch-size {options['batch_size']}: expected a multiple of {world()} processes")
+    parts, rows = options["parts"], options["batch_size"] // world()
+    if parts is not None and (parts < 1 or rows % parts):
+        fail(f"--parts {parts}: expected a divisor of {rows}, the pictures of each task in a step")
     if options["projections"] == "task" and len(tasks) == 1:
         fail("--projections task: a run of one task has one kind of image tokens; expected image")
     for task in {"und", "gen"} - set(tasks):
@@ -444,9 +466,9 @@ def resume(given, options):
     checkpoint = load_run(out, "cpu")[2]
     kept = checkpoint["options"]
     for key, value in options.items():
-        if type(kept.get(key)) is not type(value):
+        if key != "parts" and type(kept.get(key)) is not type(value):
             fail(f"{out}/checkpoint.pt: its option {key} is {kept.get(key)!r}")
-        if key in ("out", "compile", "save_every"):
+        if key in ("out", "compile", "save_every", "parts"):
             kept[key] = value
         elif key in given and value != kept[key]:
             fail(f"--{key.replace('_', '-')} {value}: the run in {out} has {kept[key]}")
@@ -463,14 +485,16 @@ def main():
         "own, or their own for each task (default: shared)")
     add("--image-loss", action=BooleanOptionalAction,
         help="understanding predicts its image tokens, too, as eq. 1 has it (default: yes)")
-    add("--shallow", type=int, metavar="K", help="so many layers are shallow in hmgen and naive, "
-        "twice as many in skip, route and fastv (default: a quarter of all)")
+    add("--shallow", type=int, metavar="K", help="so many layers are shallow in hmgen and naive "
+        "(default: a quarter of all)")
     add("--preset", choices=PRESETS, help="size of everything (default: what fits the device)")
     add("--data", help="shapes, or a folder of captioned images (default: shapes)")
     add("--steps", type=int)
     add("--batch-size", type=int, help="pictures of each task in a step, over all processes")
     add("--lr", type=float, help="Muon's highest learning rate; AdamW's goes along")
-    add("--save-every", type=int, metavar="STEPS", help="default: 200")
+    add("--parts", type=int, metavar="N", help="take a step's pictures one Nth after the other: "
+        "less memory, the same result (default: what the GPU's memory needs)")
+    add("--save-every", type=float, metavar="SECONDS", help=f"default: {SAVE_EVERY}")
     add("--seed", type=int, help="of data, weights and order (default: 0)")
     add("--compile", action=BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     add("--tokenizer", metavar="PATH", help="trained if there is no such file")

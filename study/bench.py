@@ -8,12 +8,13 @@ the machine does hits all alike; times are medians.
 import json
 import statistics
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "study"))
-from common import (hardware, line_chart, pick_device, run_script, script_parser, time_each,
+from common import (hardware, line_chart, mixed_precision, pick_device, run_script, script_parser,
                     write_file)
 
 import torch
@@ -24,6 +25,26 @@ from prune import PLANS, can_generate, make_plan, paper_cost
 from table import RESULTS, markdown
 from tokenizer import FIRST_CODE, default_preset
 from train import apply_gradients, optimizers_of
+
+
+def synchronize(device):
+    """Wait until the device has done all that it was given: before a clock is read."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def time_each(work, device, repeats):
+    """{name: function} -> {name: [seconds]}. One round warms up; then the functions take turns, so
+    that what else the machine does hits all alike."""
+    seconds = {name: [] for name in work}
+    for i in range(1 + repeats):
+        for name, function in work.items():
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: of_name[1:] for name, of_name in seconds.items()}
 
 
 def bench_config(preset, side=None, projections="shared"):
@@ -40,8 +61,8 @@ def random_batch(task, c, rows):
     tokens[:, before:before + m] = torch.randint(FIRST_CODE, c.vocab, (rows, m))
     position_ids = torch.arange(sum(layout))[:, None].expand(rows, -1, 2)
     everywhere = torch.ones(tokens.shape)
-    return Batch(task, layout, False, torch.randperm(m), tokens, position_ids,
-                 torch.zeros_like(tokens), tokens.roll(-1, 1), everywhere, everywhere.bool())
+    return Batch(task, layout, False, tokens, position_ids, torch.zeros_like(tokens),
+                 tokens.roll(-1, 1), everywhere, everywhere.bool())
 
 
 def bench_step(task, plan, c, rows, device, compiled, muon=True):
@@ -49,15 +70,17 @@ def bench_step(task, plan, c, rows, device, compiled, muon=True):
     matrices, too."""
     torch.manual_seed(0)
     model = Model(c).to(device)
-    forward = torch.compile(model, dynamic=False) if compiled else model
+    if compiled:
+        for block in model.blocks:
+            block.compile(dynamic=False)
     batch, optimizers = random_batch(task, c, rows).to(device), optimizers_of(model, 1e-3)
     if not muon:
         matrices = optimizers[0].param_groups[0]["params"]
         optimizers = torch.optim.AdamW(matrices, 1e-3, fused=True), optimizers[1]
 
     def step():
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            _, loss = forward(batch, plan)
+        with mixed_precision(device):
+            _, loss = model(batch, plan)
         loss.backward()
         apply_gradients(optimizers)
 
@@ -129,8 +152,8 @@ def time_drawing(name, c, shallow, device, rows=8):
         """The readable twin of `generate`: for each token, all before it once more."""
         for stop in range(start, batch.tokens.size(1)):
             so_far = batch.layout._replace(image=stop - start)
-            part = Batch("gen", so_far, False, None, *(x[:, :stop] for x in batch[4:]))
-            logits = model.head(model.norm(model.hidden(part, plan)[:, -1]))
+            part = Batch("gen", so_far, False, *(x[:, :stop] for x in batch[3:]))
+            logits = model.head(model.norm(model.gathered(part, plan)[:, -1]))
             batch.tokens[:, stop] = logits.argmax(-1)
         codes["uncached"] = batch.tokens.clone()
 

@@ -85,5 +85,5 @@ def trained(tmp_path_factory):
     """A folder with a tokenizer and a joint run of 40 steps."""
     folder = tmp_path_factory.mktemp("out")
     run("tokenizer.py", "--preset", "tiny", "--out", folder / "tokenizer.pt", "--device", "cpu")
-    run("train.py", *train_args(folder, "joint", "--steps", 40, "--save-every", 10))
+    run("train.py", *train_args(folder, "joint", "--steps", 40))
     return folder

@@ -48,7 +48,7 @@ def test_killed_at_twenty_random_moments_a_run_ends_as_if_nothing_had_happened(t
     """SIGKILL while the tokenizer or the model is trained or scored; then --resume, or the same
     command again where there is no checkpoint yet."""
     def start():
-        args = train_args(tmp_path, "cut", "--steps", 40, "--save-every", 2)
+        args = train_args(tmp_path, "cut", "--steps", 40, "--save-every", 0)
         resume = ["--resume"] if (tmp_path / "cut" / "checkpoint.pt").exists() else []
         return Script("train.py", *args, *resume, folder=tmp_path)
 
@@ -73,7 +73,7 @@ def test_killed_at_twenty_random_moments_a_run_ends_as_if_nothing_had_happened(t
 def test_ctrl_c_saves_and_says_how_to_go_on(trained, number, code):
     """... at whatever step it is, and the resumed run ends as an unbroken one."""
     folder = trained / f"stopped{code}"
-    args = train_args(trained, folder.name, "--steps", 40, "--save-every", 40)
+    args = train_args(trained, folder.name, "--steps", 40)
     script = Script("train.py", *args, folder=trained)
     wait_for_log(script, folder, 1)
     script.send(number)
@@ -94,7 +94,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(trained):
     """No file may grow beyond 100 kB, as if the disk were full: one line, and what was there is
     whole."""
     folder = trained / "full"
-    script = Script("train.py", *train_args(trained, "full", "--steps", 40, "--save-every", 10),
+    script = Script("train.py", *train_args(trained, "full", "--steps", 40, "--save-every", 0),
                     folder=trained)
     wait_for_log(script, folder, 2)
     script.send(signal.SIGKILL)
@@ -135,13 +135,13 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(trained, capsy
 
     monkeypatch.setattr(trainer, "apply_gradients", apply_gradients)
     given = {"preset": "tiny", "tokenizer": str(trained / "tokenizer.pt"), "out": str(folder),
-             "save_every": 10}
+             "save_every": 0.}
     with pytest.raises(SystemExit) as stop:
         trainer.train(trainer.complete(given, torch.device("cpu")), torch.device("cpu"))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "not finite at step 20" in error and str(folder) in error
     kept = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert kept["step"] == 10 and all(x.isfinite().all() for x in kept["model"].values())
+    assert kept["step"] == 19 and all(x.isfinite().all() for x in kept["model"].values())
 
 
 # ---------------------------------------------------------------------- files of strangers
