@@ -35,8 +35,8 @@ PRESETS = dict(
     # the tokenizer
     codes=          (32,      256,     512),    # size of the codebook
     vq_width=       (32,      96,      128),    # channels of the image tokenizer
-    vq_pictures=    (500,     6000,    20_000), # that it is trained on
-    vq_steps=       (150,     1200,    3000),
+    vq_pictures=    (500,     6000,    8000),   # that it is trained on
+    vq_steps=       (150,     1200,    1500),
     vq_batch_size=  (16,      16,      128),
     # the transformer
     layers=         (3,       4,       12),
@@ -44,14 +44,14 @@ PRESETS = dict(
     heads=          (2,       4,       8),      # attention heads
     max_text=       (40,      90,      192),    # most text tokens that a sequence may have
     # training
-    steps=          (100,     1400,    5000),
-    batch_size=     (8,       16,      128),    # pictures of each task in a step
-    und_scenes=     (300,     8000,    40_000), # training pictures with questions (understanding)
+    steps=          (100,     1400,    3000),
+    batch_size=     (8,       16,      64),     # pictures of each task in a step
+    und_scenes=     (300,     8000,    20_000), # training pictures with questions (understanding)
     questions=      (6,       12,      24),     # on each of them, at most
-    gen_scenes=     (300,     20_000,  60_000), # training pictures with captions (generation)
+    gen_scenes=     (300,     20_000,  40_000), # training pictures with captions (generation)
     # evaluation
-    und_val=        (40,      1000,    2000),   # pictures with questions; of held-out pairs, too
-    gen_val=        (21,      700,     1400),   # captions to draw; of held-out pairs half
+    und_val=        (40,      1000,    1000),   # pictures with questions; of held-out pairs, too
+    gen_val=        (21,      700,     700),    # captions to draw; of held-out pairs half
 )
 PRESETS = {name: SimpleNamespace(**{key: values[column] for key, values in PRESETS.items()})
            for column, name in enumerate(("tiny", "cpu", "gpu"))}

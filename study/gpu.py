@@ -1,159 +1,234 @@
-"""One visit to a GPU: all that is to be measured there, in order of worth, within a time limit.
+"""One visit to a GPU: what is to be measured there, in order of worth, in one command.
 
-    python study/gpu.py --minutes 28                        everything, into out/gpu/
-    python study/gpu.py --minutes 9 --only kernels train    some of it
+    python study/gpu.py --minutes 9.5 --out DIR     everything; DIR gets report.json, visit.tar.gz
+    python study/gpu.py --only right fast           some of it
     python study/gpu.py --minutes 5 --preset tiny --device cpu      a rehearsal without a GPU
 
-Each part is a command of its own with a log, and leaves its results as soon as it has them, so that
-a visit that is cut short keeps what it had. A part that fails, or runs out of time, does not keep
-the others from being done. report.json says how each ended.
+Each part is a process of its own with a limit of its own. What it finds goes to stdout as lines of
+JSON and into the archive, which is packed anew after each part, so that a visit that is cut short
+keeps what it had. A part that fails does not keep the others from being done. Checkpoints stay in
+out/gpu.
 """
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "study"))
-from common import hardware, pick_device, run_script, script_parser, time_each, write_file
+from common import (fail, hardware, mixed_precision, peak_flops, pick_device, run_script,
+                    script_parser, write_file)
 
 import torch
 
-import model as model_module
-from bench import bench_config, random_batch
+from bench import (bench_config, bench_step, memory_of, random_batch, time_drawing, time_each)
+from compare import GPT, Llama, usual_step
 from data import PRESETS
 from model import Model
 from prune import make_plan
-from table import RESULTS
 from tokenizer import default_preset
 
-
-PARTS = ("kernels", "train", "tests", "bench", "compare", "quality", "table")   # by their worth
-
-
-def commands(preset, device, out):
-    """{part of PARTS: (command, results to bring back)}."""
-    shared = ["--preset", preset, "--device", device]
-    tokenizer = ["--tokenizer", out / "tokenizer.pt"]
-    compiling = ["--compile"] if device == "cuda" else []
-    run = out / "joint"
-    resume = ["--resume"] if (run / "checkpoint.pt").exists() else []
-    table_rows = ["u", "g", "share-all", "share-partial", "u-himix", "g-hmgen", "joint"]
-    if preset == "tiny":
-        table_rows = ["u"]
-    return {
-        "kernels": ([__file__, "--kernels", *shared, "--out", out], []),
-        "train": (["train.py", *shared, *tokenizer, "--out", run, *resume],
-                  [run / name for name in ("eval.json", "log.jsonl", "samples.png", "loss.png")]),
-        "tests": (["-m", "pytest", "-q", "-x", "tests/test_model.py"], []),
-        "bench": (["study/bench.py", *shared, *compiling], [RESULTS / f"bench-{preset}.json",
-                                                           RESULTS / f"bench-{preset}.png"]),
-        "compare": (["study/compare.py", *shared, *compiling],
-                    [RESULTS / f"compare-{preset}.json"]),
-        "quality": (["study/compare.py", "--train", "--seeds", "1", "--usual-lr", ".003",
-                     *shared, *tokenizer, *compiling, "--results", out / "quality"],
-                    []),                                    # they lie in `out` already
-        "table": (["study/table.py", out / "table", *shared, *tokenizer, "--rows", *table_rows],
-                  [RESULTS / f"table-{preset}{end}" for end in (".md", ".json", ".png")]),
-    }
+# Seconds that a part may take. The default run has what is left, but for SCORING.
+PARTS = {"versions": 20, "scripts": 100, "right": 80, "fast": 100, "train": None, "table": None}
+SCORING = 70            # seconds kept to score a run that its limit has stopped
+METHODS = [("und", "dense"), ("und", "himix"), ("gen", "dense"), ("gen", "hmgen")]
+WORK = ROOT / "out" / "gpu"
+SMALL = 2 ** 20         # bytes: larger files stay where they are
 
 
-def kernels(preset, device, out):
-    """Is what a GPU does for speed also right, and is it faster? FlexAttention beside the mask, the
-    compiled step beside the plain one, at the preset's size: losses and milliseconds."""
-    c, n = bench_config(preset), PRESETS[preset].batch_size
-    torch.manual_seed(0)
-    model, result = Model(c).to(device), {"hardware": hardware(device), "preset": preset}
-    for p in model.parameters():
-        p.data.add_(.02 * torch.randn_like(p))              # zeros would hide mistakes
+def emit(**result):
+    """One result, as a line of JSON."""
+    print(json.dumps(result), flush=True)
 
-    def make_step(forward, uses_flex, batch):
-        def step():
-            model_module.uses_flex_attention = lambda x: uses_flex
-            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-                _, loss = forward(batch, make_plan("dense", c.layers))
+
+# ---------------------------------------------------------------------- parts in this process
+
+def versions(preset, device):
+    emit(torch=torch.__version__, cuda=torch.version.cuda, hardware=hardware(device),
+         preset=preset)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        emit(capability=torch.cuda.get_device_capability(), memory=properties.total_memory,
+             architectures=torch.cuda.get_arch_list(), peak_flops=peak_flops(device))
+        subprocess.run(["nvidia-smi"], check=False)
+
+
+def right(preset, device):
+    """Is what a GPU does for speed also right? Loss and gradient norm of one step in float32, in
+    mixed precision and compiled; and cached beside uncached drawing."""
+    c, rows = bench_config(preset, projections="task"), PRESETS[preset].batch_size
+    for task, name in METHODS:
+        batch, plan = random_batch(task, c, rows).to(device), make_plan(name, c.layers)
+
+        def measure(precision):
+            torch.manual_seed(0)
+            model = Model(c).to(device)
+            for p in model.parameters():
+                p.data.add_(.02 * torch.randn_like(p))      # zeros would hide mistakes
+            if precision == "compiled":
+                for block in model.blocks:
+                    block.compile(dynamic=False)
+            exact = precision == "float32"
+            torch.set_float32_matmul_precision("highest" if exact else "high")
+            with torch.autocast("cuda", enabled=False) if exact else mixed_precision(device):
+                _, loss = model(batch, plan)
             loss.backward()
-            return loss.item()
-        return step
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            return {"loss": loss.item(), "norm": torch.nn.utils.get_total_norm(gradients).item()}
 
-    for task in ("und", "gen"):
-        batch = random_batch(task, c, n).to(device)
-        kinds = {"plain": make_step(model, False, batch),
-                 "compiled": make_step(torch.compile(model, dynamic=False), False, batch)}
-        if device.type != "cpu":                            # where FlexAttention has no backward
-            flex = make_step(torch.compile(model, dynamic=False), True, batch)
-            kinds["compiled, FlexAttention"] = flex
-        losses, steps = {}, {}
-        for name, step in kinds.items():
-            torch._dynamo.reset()
-            try:
-                losses[name] = step()
-                steps[name] = step
-            except Exception as error:                      # the others are still worth knowing
-                losses[name] = f"{type(error).__name__}: {str(error)[:300]}"
-        ms = {}
-        for name, step in steps.items():
-            torch._dynamo.reset()
-            ms[name] = 1e3 * statistics.median(time_each({name: step}, device, 10)[name])
-        result[task] = {"loss": losses, "ms": ms}
-        write_file(out / "kernels.json", json.dumps(result, indent=1))
-    print(json.dumps(result, indent=1))
+        found = {precision: measure(precision) for precision in ("float32", "mixed", "compiled")}
+        emit(task=task, plan=name, **found)
+    emit(drawing=time_drawing("hmgen", bench_config(preset), 1, device))
+
+
+def fast(preset, device):
+    """Milliseconds of compiled training steps, MFU, time over FLOPs, memory; others' steps."""
+    compiled, peak = device.type == "cuda", peak_flops(device)
+    size, c = PRESETS[preset], bench_config(preset)
+    shallow, dense_ms, dense = max(1, size.layers // 4), {}, make_plan("dense", size.layers)
+    torch._dynamo.config.recompile_limit = 1000             # the code of every step stays
+
+    def milliseconds(step, repeats=15):
+        (seconds,) = time_each({"": step}, device, repeats).values()
+        return 1e3 * statistics.median(seconds)
+
+    for task, name in METHODS:
+        plan = make_plan(name, c.layers, shallow)
+        ms = milliseconds(bench_step(task, plan, c, size.batch_size, device, compiled))
+        dense_ms.setdefault(task, ms)
+        flops = size.batch_size * c.flops(task, plan)
+        emit(task=task, plan=name, batch=size.batch_size, ms=ms, flops=flops,
+             mfu=flops / ms * 1e3 / peak if peak else None, time_ratio=ms / dense_ms[task],
+             flops_ratio=c.flops(task, plan) / c.flops(task, dense))
+    for rows in (size.batch_size // 2, size.batch_size, 2 * size.batch_size):
+        step = bench_step("und", dense, c, rows, device, compiled)
+        emit(batch=rows, ms=milliseconds(step), memory_mb=memory_of(step, device))
+    step = bench_step("und", dense, c, size.batch_size, device, False)
+    emit(uncompiled_ms=milliseconds(step), memory_mb=memory_of(step, device))
+    length = sum(c.layout("und"))
+    ids = torch.randint(c.vocab, (size.batch_size, length), device=device)
+    for kind in (GPT, Llama):
+        try:
+            other = kind(c.vocab, c.layers, c.width, c.heads, length).to(device)
+            emit(beside=kind.__name__, ms=milliseconds(usual_step(other, ids, compiled)))
+        except ImportError as error:
+            emit(beside=kind.__name__, missing=str(error))
+
+
+# ---------------------------------------------------------------------- parts by other scripts
+
+def script_commands(device):
+    """Every script once, with the smallest preset: a traceback in the first minute is worth more
+    than any speed."""
+    tiny = ["--preset", "tiny", "--device", device]
+    run, here = WORK / "tiny", ["--device", device]
+    train = ["train.py", *tiny, "--tokenizer", WORK / "tiny.pt", "--out", run, "--steps", 20]
+    return [train, ["train.py", *here, "--resume", "--out", run],
+            ["eval.py", run, *here, "--gen-plan", "hmgen"],
+            ["eval.py", run, *here, "--draw", "a red circle", "--n", 2],
+            ["eval.py", run, *here, "--ask", run / "draw-0.png", "what colour is the circle?"],
+            ["probe.py", run, *here, "--n", 16],
+            ["prune.py", "--out", WORK / "masks.png"]]
+
+
+def run_commands(commands, seconds, log):
+    """One after the other, each at most until the seconds are over: [(command, how it ended)]."""
+    end, ended = time.time() + seconds, []
+    for command in commands:
+        began, command = time.time(), list(map(str, command))
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=log,
+                                   stderr=subprocess.STDOUT,
+                                   env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        try:
+            how = f"exit status {process.wait(max(1, end - time.time()))}"
+        except subprocess.TimeoutExpired:
+            process.terminate()                             # train.py saves at this
+            process.wait()
+            how = "time ran out"
+        ended.append((" ".join(command), how, round(time.time() - began, 1)))
+    return ended
+
+
+def commands_of(name, preset, device):
+    """The commands of a part."""
+    shared = ["--preset", preset, "--device", device]
+    tokenizer, run = ["--tokenizer", WORK / "tokenizer.pt"], WORK / "joint"
+    if name == "scripts":
+        return script_commands(device)
+    if name == "train":
+        resume = ["--resume"] if (run / "checkpoint.pt").exists() else []
+        return [["train.py", *shared, *tokenizer, "--out", run, *resume]]
+    if name == "table":
+        return [["study/table.py", WORK / "table", *shared, *tokenizer, "--rows", "u", "u-himix"]]
+    return [[Path(__file__).relative_to(ROOT), *shared, "--part", name]]
+
+
+def pack(out, report):
+    """report.json, and everything small that the visit has left, in one archive."""
+    write_file(out / "report.json", json.dumps(report, indent=1))
+    with tarfile.open(out / "visit.tar.gz", "w:gz") as archive:
+        archive.add(out / "report.json", "report.json")
+        for file in sorted(WORK.rglob("*")):
+            wanted = file.suffix in (".json", ".jsonl", ".log", ".txt", ".png")
+            if wanted and file.stat().st_size < SMALL:
+                archive.add(file, file.relative_to(WORK))
 
 
 def visit(minutes, only, preset, device, out):
-    """Runs the parts one after the other, as long as there is time."""
     end, report = time.time() + 60 * minutes, {"hardware": hardware(device)}
-    every = commands(preset, device.type, out)
-    for name in PARTS:
-        command, results = every[name]
-        left = end - time.time()
+    for name, limit in PARTS.items():
+        left = end - time.time() - 5                        # to pack
+        if name == "train":
+            limit = left - SCORING
+        seconds = min(left, left if limit is None else limit)
         if only and name not in only:
             continue
-        if left < 5:
-            report[name] = {"ended": "no time left"}
+        if seconds < 5:
+            report[name] = "no time left"
             continue
-        print(f"\n=== {name}, {left:.0f} s left", flush=True)
-        began = time.time()
-        with (out / f"{name}.log").open("w") as log:
-            process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=log,
-                                       stderr=subprocess.STDOUT,
-                                       env={**os.environ, "PYTHONUNBUFFERED": "1"})
-            try:
-                ended = f"exit status {process.wait(left)}"
-            except subprocess.TimeoutExpired:
-                process.terminate()                         # train.py saves at this
-                process.wait()
-                ended = "time ran out"
-        for file in results:
-            if file.exists() and file.stat().st_mtime > began - 2:      # not an earlier result
-                shutil.copy(file, out / file.name)
-        report[name] = {"ended": ended, "seconds": time.time() - began}
-        write_file(out / "report.json", json.dumps(report, indent=1))
-        lines = (out / f"{name}.log").read_text(errors="replace").replace("\r", "\n").splitlines()
-        print("\n".join(lines[-15:]) + f"\n=== {name}: {ended} after {time.time() - began:.0f} s")
+        print(f"\n=== {name}, at most {seconds:.0f} s", flush=True)
+        path = WORK / f"{name}.log"
+        with path.open("w") as log:
+            ended = run_commands(commands_of(name, preset, device.type), seconds, log)
+            run = WORK / "joint"
+            if name == "train" and (run / "checkpoint.pt").exists() \
+                    and not (run / "eval.json").exists():
+                score = ["eval.py", run, "--device", device.type]
+                ended += run_commands([score], SCORING, log)
+        report[name] = ended
+        text = path.read_text(errors="replace").replace("\r", "\n")
+        lines = [line for line in text.splitlines() if "it/s" not in line and "step/s" not in line]
+        print("\n".join(lines[-40:]), flush=True)
+        for command, how, took in ended:
+            print(f"=== {command}: {how} after {took:.0f} s", flush=True)
+        pack(out, report)
+    print(f"\n{out}/report.json, {out}/visit.tar.gz")
 
 
 def main():
     parser = script_parser(__doc__)
-    parser.add_argument("--minutes", type=float, default=28)
+    parser.add_argument("--minutes", type=float, default=9.5)
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART",
-                        help=f"some of: {' '.join(PARTS)}")
-    parser.add_argument("--kernels", action="store_true", help="only that part, in this process")
+                        help=f"some of: {', '.join(PARTS)}")
+    parser.add_argument("--part", choices=("versions", "right", "fast"),
+                        help="that part, in this process")
     parser.add_argument("--preset", choices=PRESETS, help="default: what fits the device")
-    parser.add_argument("--out", type=Path, default=Path("out/gpu"))
+    parser.add_argument("--out", type=Path, default=WORK / "results")
     args = parser.parse_args()
+    if args.minutes <= 0:
+        fail(f"--minutes {args.minutes}: expected more than 0")
     device = pick_device(args.device)
     preset = args.preset or default_preset(device)
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.kernels:
-        kernels(preset, device, args.out)
-    else:
-        visit(args.minutes, args.only, preset, device, args.out.resolve())
+    if args.part:
+        {"versions": versions, "right": right, "fast": fast}[args.part](preset, device)
+        return
+    WORK.mkdir(parents=True, exist_ok=True)
+    visit(args.minutes, args.only, preset, device, args.out.resolve())
 
 
 if __name__ == "__main__":

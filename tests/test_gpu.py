@@ -1,6 +1,10 @@
 """What a GPU does, as far as a machine without one can show it."""
+import json
 import random
+import tarfile
 from functools import partialmethod
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +12,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import common
+import gpu
 import train
 from eval import answer, draw
 from model import Block, Model, generation, understanding
@@ -167,3 +173,46 @@ def test_no_operation_mixes_devices():
             loss.backward()
             apply_gradients(optimizers)
             model.generate(batch, plan, sum(batch.layout) - 3, lambda logits: logits.argmax(-1))
+
+
+def test_a_visit_to_a_gpu_can_be_rehearsed(tmp_path, monkeypatch):
+    """Each part leaves what it found in one archive, without checkpoints. A run that its limit has
+    stopped is scored all the same."""
+    monkeypatch.setattr(gpu, "WORK", tmp_path)
+    monkeypatch.setattr(gpu, "SCORING", 60)
+    long_run = ["train.py", "--preset", "tiny", "--device", "cpu", "--steps", 50_000, "--tokenizer",
+                tmp_path / "tokenizer.pt", "--out", tmp_path / "joint"]
+    versions = gpu.commands_of("versions", "tiny", "cpu")
+    monkeypatch.setattr(gpu, "commands_of",
+                        lambda name, *_: [long_run] if name == "train" else versions)
+    gpu.visit(80 / 60, ["versions", "train"], "tiny", torch.device("cpu"), tmp_path / "results")
+    report = json.loads((tmp_path / "results" / "report.json").read_text())
+    assert [how for _, how, _ in report["versions"]] == ["exit status 0"]
+    assert [how for _, how, _ in report["train"]] == ["time ran out", "exit status 0"]
+    with tarfile.open(tmp_path / "results" / "visit.tar.gz") as archive:
+        names = set(archive.getnames())
+        found = archive.extractfile("versions.log").read().decode()
+    assert {"report.json", "versions.log", "joint/eval.json", "joint/log.jsonl"} <= names
+    assert not any(name.endswith(".pt") for name in names)
+    assert json.loads(found.splitlines()[-1])["torch"] == torch.__version__
+
+
+
+@pytest.mark.parametrize("capability, built_for, driver, complaint", [
+    ((9, 0), ["sm_75", "sm_90"], None, None),
+    ((8, 6), ["sm_75", "sm_80", "compute_80"], None, None),
+    ((6, 1), ["sm_75", "sm_80"], None, "compute capability 6.1, expected 7.5"),
+    (None, [], None, None),
+    (None, [], "535.183.01", "CPU build" if torch.version.cuda is None else "535.183.01"),
+])
+def test_a_gpu_that_cannot_be_used_is_told(capability, built_for, driver, complaint, monkeypatch):
+    cuda = torch.cuda
+    monkeypatch.setattr(cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(cuda, "get_arch_list", lambda: built_for)
+    monkeypatch.setattr(cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(common.shutil, "which", lambda name: driver)
+    monkeypatch.setattr(common.subprocess, "run", lambda *_, **__: SimpleNamespace(
+        returncode=0, stdout=f"a card, {driver}\n"))
+    found = common.why_no_gpu()
+    assert (found is None) == (complaint is None) and (not complaint or complaint in found)
