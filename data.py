@@ -107,8 +107,7 @@ PHRASINGS = {"colour": ("what colour is {}?", "which colour does {} have?"),
              "existence": ("is there a {}?", "do you see a {}?"),
              "count": ("how many {} are there?", "what is the number of {}?"),
              "place": ("where is {}?", "in which place is {}?"),
-             "relation": ("is {} {} {}?", "does {} lie {} {}?"),
-             "neighbour": ("what shape is {} {}?", "which shape lies {} {}?")}
+             "relation": ("is {} {} {}?", "does {} lie {} {}?")}
 QUESTION_KINDS = tuple(PHRASINGS)
 # Which fields may name the object that a question of this kind is about: not the answer itself.
 NAMED_BY = {"colour": [("shape",), ("size", "shape"), ("cell",)],
@@ -121,13 +120,6 @@ CAPTION_FIELDS = {"scene": ("size", "colour", "shape", "cell"), "single object":
                   "two objects": ("shape",), "counting": ("shape",),
                   "colours": ("colour", "shape"), "position": ("shape",),
                   "attribute binding": ("colour", "shape")}
-
-# Held-out pairs: what a task never sees in training, while the other task does.
-HELD_OUT = {"tiny": {"und": ["red circle"], "gen": ["green circle"]},
-            "cpu": {"und": ["red circle", "blue square", "purple triangle"],
-                    "gen": ["green circle", "yellow square", "cyan triangle"]},
-            "gpu": {"und": ["red circle", "blue square", "purple triangle", "black cross"],
-                    "gen": ["green circle", "yellow square", "cyan triangle", "orange cross"]}}
 
 
 class Thing(NamedTuple):
@@ -162,10 +154,13 @@ class Shapes:
         # One word, and so one token: the second of two would have to look for the object once more.
         cells = [f"{row}-{column}" for row in rows for column in columns]
         self.cell_names = [cell.replace("middle-middle", "middle") for cell in cells]
-        self.held_out = {}                                  # task -> {(colour, shape)}
-        for task, names in HELD_OUT[preset].items():
-            words = [name.split() for name in names]
-            self.held_out[task] = {(COLOUR_NAMES.index(c), SHAPES.index(s)) for c, s in words}
+        # Pairs of (colour, shape) that a task never sees in training, while the other task does: one
+        # of each shape for each task. Colours take turns: red and green circle, blue and yellow
+        # square, ...
+        self.held_out = {"und": set(), "gen": set()}
+        for shape in range(p.shapes):
+            self.held_out["und"].add((2 * shape % p.colours, shape))
+            self.held_out["gen"].add(((2 * shape + 1) % p.colours, shape))
         self.draw_cells()
 
     def draw_cells(self):
@@ -352,20 +347,14 @@ class Shapes:
             answer, *parts = self.existence(rng, scene, thing, avoid, required)
         elif kind == "count":
             answer, *parts = self.count(rng, scene)
-        elif kind in ("relation", "neighbour") and len(scene) > 1:
+        elif kind == "relation" and len(scene) > 1:
             other = rng.choice([t for t in scene if t is not thing])
             # Named as for "place", so not by their cells, which would tell the answer.
             names = [self.refer(rng, scene, t, "place") for t in (thing, other)]
-            if kind == "relation":
-                r = rng.choice(self.related(thing, other))
-                answer = rng.choice(("no", "yes"))
-                # The opposite of something true: knowing which two are meant is not enough.
-                parts = [names[0], RELATIONS[r if answer == "yes" else OPPOSITE[r]], names[1]]
-            else:
-                for r in rng.sample(range(4), 4):
-                    there = [t for t in scene if r in self.related(t, other)]
-                    if there == [thing]:                    # else several answers were right
-                        answer, parts = SHAPES[thing.shape], [RELATIONS[r], names[1]]
+            r = rng.choice(self.related(thing, other))
+            answer = rng.choice(("no", "yes"))
+            # The opposite of something true: knowing which two are meant is not enough.
+            parts = [names[0], RELATIONS[r if answer == "yes" else OPPOSITE[r]], names[1]]
         if answer is None or None in parts:
             return None
         return Question(rng.choice(PHRASINGS[kind]).format(*parts), answer, kind)
@@ -413,16 +402,17 @@ class Shapes:
         Not every scene has one of every kind: without this, relations would be one in twenty.
         """
         questions = []
-        # To stop at n would be faster, but would give each seed other scenes than those of study/.
         for kind in sorted(kinds, key=counts.get) * 4:      # in turn
+            if len(questions) == n:
+                break
             question = self.question(rng, scene, kind, avoid, required)
-            if question and question not in questions and len(questions) < n:
+            if question and question not in questions:
                 questions.append(question)
                 counts[kind] += 1 / kinds.count(kind)
         return questions
 
     def split(self, task, part, n, seed=0, questions=10):
-        """n scenes for a task ("und", "gen" or None: neither) of a part.
+        """n scenes for a task ("und" or "gen") of a part, with up to so many questions on each.
 
         A scene's part depends on what it shows alone (not on where in the cell an object lies, nor
         on the seed), so no picture of a training scene is ever in another part.
@@ -431,11 +421,11 @@ class Shapes:
             "transfer"  each with at least one pair held out from this task
         Captions of all kinds are equally frequent in "val", questions as far as scenes have them.
         Training has more of those that take longer to learn, and for understanding more scenes with
-        many objects: with one object there is nothing to choose. Another number of questions means
-        other scenes.
+        many objects: with one object there is nothing to choose.
         """
         rng = random.Random(f"{seed} {task} {part}")
-        held_out = self.held_out.get(task, set())
+        question_rng = random.Random(f"{seed} {task} {part} questions")
+        held_out = self.held_out[task]
         every_pair = self.held_out["und"] | self.held_out["gen"]
         avoid = {"train": held_out, "val": every_pair, "transfer": set()}[part]
         required = held_out if part == "transfer" else None
@@ -468,8 +458,8 @@ class Shapes:
             tries = 0
             scenes.append(scene)
             captions.append(self.caption(rng, scene, kind))
-            asked.append(self.questions(rng, scene, questions, question_kinds, counts, avoid,
-                                        required))
+            asked.append(self.questions(question_rng, scene, questions, question_kinds, counts,
+                                        avoid, required))
         return Split(self.render(scenes), captions, asked, scenes)
 
 

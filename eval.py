@@ -35,18 +35,17 @@ SHOWN = 18          # pictures of each task in samples.png; of a folder's traini
 # ---------------------------------------------------------------------- answering and drawing
 
 @torch.no_grad()
-def answer(model, tokenizer, codes, question, plan, longest=24):
+def answer(model, tokenizer, codes, question, plan, longest=None):
     """One picture's codes (M,) and a question -> the answer, a string: the likeliest text token,
-    again and again, up to the end token or `longest` tokens. ValueError for too long a question."""
+    again and again, up to the end token or `longest` tokens, by default as many as all questions on
+    a picture had in training."""
     c, device = model.config, model.device
-    n, first = len(tokenizer.ids(question)), 2 + c.side ** 2
-    if not 0 < n < c.und_text:
-        raise ValueError(f"a question has {n} tokens, the model takes 1 to {c.und_text - 1}: "
-                         f"{question[:60]!r}")
-    length, start = min(n + longest, c.und_text), first + n
-    batch = understanding(tokenizer, codes[None], [[(question, "")]], length)
+    first = 2 + c.side ** 2                         # the position after the image
+    start = first + len(tokenizer.ids(question))
+    stop = start + (longest or c.und_text)
+    batch = understanding(tokenizer, codes[None], [[(question, "")]], stop - first)
     batch.segment_ids[:, first:] = 1                # what is to come belongs to the question
-    batch.position_ids[:, first:] = first + torch.arange(length)[:, None]
+    batch.position_ids[:, first:] = torch.arange(first, stop)[:, None]
     tokens = model.generate(batch.to(device), plan, start,
                             lambda logits: logits[:, :c.first_code].argmax(-1))
     ids = tokens[0, start:].tolist()
@@ -61,34 +60,35 @@ SAMPLING = {"shapes": (1.5, .7), "folder": (1., .1)}
 
 
 @torch.no_grad()
-def draw(model, tokenizer, captions, plan, guidance=1., temperature=1., seed=0):
-    """Captions -> sampled codes (B, M).
+def draw(model, tokenizer, captions, plan, uniform, guidance=1., temperature=1.):
+    """Captions -> sampled codes (B, M). uniform: (B, M) random numbers from 0 to 1, which decide.
 
     guidance: classifier-free (Ho & Salimans 2022): logits of no caption + guidance * (those of the
     caption - those of no caption). 1 draws from the model's own distribution; more follows the
-    caption more closely, for twice the cost. ValueError for a caption that is too long.
+    caption more closely, for twice the cost.
     """
     c, device = model.config, model.device
-    generator = torch.Generator(device).manual_seed(seed)
     n = len(captions)
     texts = list(captions) + ([""] * n if guidance != 1 else [])
     codes = torch.zeros(len(texts), c.side ** 2, dtype=torch.long)
-    batch = generation(tokenizer, codes, texts, c.gen_text).to(device)
+    batch = generation(tokenizer, codes, texts).to(device)
+    luck = iter(uniform.T.to(device))                               # (n,) for one token after the other
 
     def choose(logits):
         logits = logits[:, c.first_code:].float()
         if guidance != 1:
             with_caption, without = logits.chunk(2)
             logits = without + guidance * (with_caption - without)
-        probabilities = (logits / temperature).softmax(-1)
-        code = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        up_to = (logits / temperature).softmax(-1).cumsum(-1)       # of all codes up to each one
+        code = (up_to < next(luck)[:, None]).sum(-1).clamp(max=logits.size(-1) - 1)
         return c.first_code + code.repeat(len(texts) // n)
 
-    tokens = model.generate(batch, plan, c.gen_text, choose)
-    return tokens[:n, c.gen_text:] - c.first_code
+    start = batch.layout.before
+    tokens = model.generate(batch, plan, start, choose)
+    return tokens[:n, start:] - c.first_code
 
 
-def draw_pictures(model, tokenizer, texts, plan, source, sampling=None, batch=None):
+def draw_pictures(model, tokenizer, texts, plan, source, sampling=None, batch=None, seed=0):
     """Captions (strings) -> pictures (N, H, W, 3) uint8. source: --data, which decides SAMPLING,
     unless `sampling` is given. batch: how many are drawn at a time, by default up to 200."""
     c = model.config
@@ -96,9 +96,12 @@ def draw_pictures(model, tokenizer, texts, plan, source, sampling=None, batch=No
     # Keys and values of all tokens, with caption and without, in a quarter of the memory.
     cache = 2 * 2 * 4 * c.layers * c.width * sum(c.layout("gen"))           # bytes a picture
     batch = batch or max(1, min(200, memory_bytes(model.device) // 4 // cache))
+    # Drawn at once, so that a picture does not depend on how many others are drawn beside it.
+    uniform = torch.rand(len(texts), c.side ** 2, generator=torch.Generator().manual_seed(seed))
     pictures = []
     for i in tqdm(range(0, len(texts), batch), desc="drawing", leave=False):
-        codes = draw(model, tokenizer, texts[i:i + batch], plan, *sampling, seed=i)
+        rows = slice(i, i + batch)
+        codes = draw(model, tokenizer, texts[rows], plan, uniform[rows], *sampling)
         pictures.append(tokenizer.decode(codes))
     return np.concatenate(pictures)
 
@@ -149,7 +152,7 @@ def mean(numbers):
 
 def understanding_scores(answers):
     """Accuracy, also by kind of question. `chance`: the accuracy of who knows the most frequent
-    answer to each kind of question and no more. `pope`: of yes/no questions (Li et al. 2023)."""
+    answer to each kind of question and no more."""
     answers = [a for of_picture in answers for a in of_picture]
     by_type, guessed = {}, 0
     for kind in (*QUESTION_KINDS, "question"):
@@ -161,14 +164,6 @@ def understanding_scores(answers):
                              "chance": most / len(of_kind), "n": len(of_kind)}
     scores = {"n": len(answers), "accuracy": mean(a.right for a in answers),
               "chance": guessed / len(answers), "by_type": by_type}
-    existence = [a for a in answers if a.question.kind == "existence"]
-    if existence:
-        yes = sum(a.question.answer == "yes" for a in existence)
-        said_yes = sum(a.said == "yes" for a in existence)
-        hits = sum(a.said == a.question.answer == "yes" for a in existence)
-        scores["pope"] = {"accuracy": mean(a.right for a in existence),
-                          "precision": hits / max(1, said_yes), "recall": hits / max(1, yes),
-                          "f1": 2 * hits / max(1, said_yes + yes)}
     return scores
 
 
@@ -193,26 +188,6 @@ def check_pictures(dataset, split, pixels):
     by_type = {kind: rates(by_kind[kind]) for kind in CAPTION_FIELDS if kind in by_kind}
     everything = [row for checked in by_kind.values() for row in checked]
     return {**rates(everything), "by_type": by_type}, wrong
-
-
-def colour_features(pixels):
-    """(N, H, W, 3) uint8 -> (N, 96): mean and standard deviation, over 255, of each colour in each
-    of 4 x 4 squares. Distances are not comparable with those in the features of a network."""
-    s = pixels.shape[1] // 4
-    squares = pixels.reshape(len(pixels), 4, s, 4, s, 3) / 255
-    features = np.concatenate([squares.mean((2, 4)), squares.std((2, 4))], -1)
-    return features.reshape(len(pixels), -1)
-
-
-def frechet(a, b):
-    """Frechet distance of two sets of features, arrays (N, d): |mean - mean|^2 + tr(A + B -
-    2 sqrt(AB)) of their means and covariances A, B."""
-    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
-    values, vectors = np.linalg.eigh(cov_a)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
-    means = ((a.mean(0) - b.mean(0)) ** 2).sum()
-    return float(means + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
 
 
 @torch.no_grad()
@@ -241,59 +216,44 @@ def cost(c, plans, batch_size):
 
 # ---------------------------------------------------------------------- all scores of a run
 
-def validation_splits(dataset, tasks, preset, seed):
-    """{task: {"val": Split, and in the shapes world "transfer": Split}}: what a run is scored on.
-    preset: one of data.PRESETS."""
-    splits = {}
-    for task in tasks:
-        n = {"und": preset.und_val, "gen": preset.gen_val}[task]
-        splits[task] = {"val": dataset.split(task, "val", n, seed)}
-        if splits[task]["val"].scenes:
-            held_out = n if task == "und" else n // 2
-            splits[task]["transfer"] = dataset.split(task, "transfer", held_out, seed)
-    return splits
-
-
-def score_understanding(model, tokenizer, plan, splits):
-    """Scores on validation pictures, and what to show of them."""
-    def score(split):
-        batch = sequences("und", tokenizer, split, model.config).to(model.device)
+def score_understanding(model, tokenizer, dataset, plan, n, seed):
+    """Scores on n validation pictures, and what to show of them."""
+    def score(part):
+        split = dataset.split("und", part, n, seed)
+        batch = sequences("und", tokenizer, split, model.config.und_text).to(model.device)
         answers, loss = answer_all(model, tokenizer, split, batch, plan)
-        return answers, {**understanding_scores(answers), "loss": loss}
+        return split, answers, {**understanding_scores(answers), "loss": loss}
 
-    answers, scores = score(splits["val"])
+    split, answers, scores = score("val")
     shown = []                                              # (picture, text, is it wrong?)
-    for picture, of_picture in zip(splits["val"].pixels[:SHOWN], answers):
+    for picture, of_picture in zip(split.pixels[:SHOWN], answers):
         lines = []
         for a in of_picture[:4]:
             comment = "" if a.right else f" (no: {a.question.answer})"
             lines.append(f"{a.question.text} {a.said}{comment}")
         shown.append((picture, "\n".join(lines), False))
-    if "transfer" in splits:
-        _, held_out = score(splits["transfer"])
+    if split.scenes:
+        _, _, held_out = score("transfer")
         scores |= {f"transfer_{name}": held_out[name] for name in ("accuracy", "chance", "n")}
     return scores, shown
 
 
-def score_generation(model, tokenizer, plan, splits, dataset, seed):
-    """Scores on validation captions, and what to show of them."""
+def score_generation(model, tokenizer, dataset, plan, n, seed):
+    """Scores on n validation captions, and what to show of them."""
     def draw_split(split):
         texts = [caption.text for caption in split.captions]
         return draw_pictures(model, tokenizer, texts, plan, dataset.identity)
 
-    split = splits["val"]
-    batch = sequences("gen", tokenizer, split, model.config).to(model.device)
+    split = dataset.split("gen", "val", n, seed, questions=0)
+    batch = sequences("gen", tokenizer, split).to(model.device)
     drawn, decoded = draw_split(split), tokenizer.decode(tokenizer.encode(split.pixels))
-    real = colour_features(split.pixels)
-    scores = {"n": len(drawn), "loss": generation_loss(model, batch, plan),
-              "frechet": frechet(colour_features(drawn), real),
-              "ceiling": {"frechet": frechet(colour_features(decoded), real)}}
+    scores = {"n": len(drawn), "loss": generation_loss(model, batch, plan), "ceiling": {}}
     wrong = []
-    if "transfer" in splits:
+    if split.scenes:
         rates, wrong = check_pictures(dataset, split, drawn)
         scores |= rates
         scores["ceiling"] |= check_pictures(dataset, split, decoded)[0]
-        held_out = splits["transfer"]
+        held_out = dataset.split("gen", "transfer", n // 2, seed, questions=0)
         scenes = [[thing for thing in scene if thing.pair in dataset.held_out["gen"]]
                   for scene in held_out.scenes]             # only objects of held-out pairs count
         held_out = held_out._replace(scenes=scenes)
@@ -307,25 +267,21 @@ def score_generation(model, tokenizer, plan, splits, dataset, seed):
     return scores, shown
 
 
-def evaluate(model, tokenizer, options, step, dataset, plans, validation=None):
+def evaluate(model, tokenizer, options, step, dataset, plans):
     """All scores of a run under the plans {task: plan}, on validation pictures that its seed draws.
 
-    options: of train.py. step: how far it was trained. validation: validation_splits, where they
-    are there already. Returns what eval.json holds, and what to show: [(picture, text, is it
-    wrong?)].
+    options: of train.py. step: how far it was trained. Returns what eval.json holds, and what to
+    show: [(picture, text, is it wrong?)].
     """
     start, preset, seed = time.time(), PRESETS[options["preset"]], options["seed"]
-    validation = validation or validation_splits(dataset, plans, preset, seed)
     model.eval()
     config = {**options, "step": step, "examples": step * options["batch_size"],
               "parameters": sum(p.numel() for p in model.parameters())}
     scores, shown = {"config": config}, []
     for task, plan in plans.items():
-        if task == "und":
-            result = score_understanding(model, tokenizer, plan, validation["und"])
-        else:
-            result = score_generation(model, tokenizer, plan, validation["gen"], dataset, seed)
-        scores[task], new = result
+        score, n = ((score_understanding, preset.und_val) if task == "und"
+                    else (score_generation, preset.gen_val))
+        scores[task], new = score(model, tokenizer, dataset, plan, n, seed)
         scores[task]["bits_per_token"] = scores[task]["loss"] / math.log(2)
         shown += new
     scores["n"] = {task: scores[task]["n"] for task in plans}

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 
 from prune import FFN, FULL, Layout, Positions, flops, positions, predicting
 
-# The weight in the loss of what is no answer: tokens of questions, of pictures that are looked at,
-# and the ends of answers. The paper's eq. 1 counts every token alike (set it to 1.); here answers
-# are one target in fifteen, and their gradient would drown in that of the others.
-GIVEN_WEIGHT = .05
+# Each task predicts its own output: understanding its answers, generation its image. Tokens of
+# questions and the ends of answers are predicted, too, with this weight: with a loss on answers alone
+# understanding learned less. See Model.loss for the whole loss.
+AUXILIARY_WEIGHT = .05
+TASK_WEIGHT = {"und": 1., "gen": 2.}        # of the tasks in the gradient; logged losses are without it
 
 # Which sets of Q, K, V weights a block has. Text tokens always use "text".
 PROJECTIONS = {"shared": ["text"],                  # image tokens use those of text, too
@@ -41,8 +42,7 @@ class Config:
     und_text: int                   # tokens after the image in understanding: questions, answers
     gen_text: int                   # tokens before the image in generation: bos, gen, a caption
     projections: str = "shared"
-    image_loss: bool = True         # understanding predicts its image tokens, too (eq. 1); with
-                                    # HiMix from embeddings alone, as it never updates them
+    image_loss: bool = False        # a control: understanding predicts its image tokens, too
 
     def layout(self, task):
         """Tokens before, in and after the image."""
@@ -102,7 +102,7 @@ def make_batch(task, layout, image_loss, end, tokens, position_ids, segment_ids,
                is_output):
     """A Batch from its tensors. end: the token that ends an answer."""
     counts_fully = is_output & (targets != end)
-    weights = counts_fully + GIVEN_WEIGHT * (~counts_fully & (targets >= 0))
+    weights = counts_fully + AUXILIARY_WEIGHT * (~counts_fully & (targets >= 0))
     return Batch(task, layout, image_loss, tokens, position_ids, segment_ids, targets, weights,
                  is_output)
 
@@ -120,32 +120,29 @@ def grid_positions(m):
     return torch.stack([torch.arange(m) // side, torch.arange(m) % side], 1)
 
 
-def refuse_long(what, tokens, most, text):
-    """ValueError where a text has more tokens than the model takes."""
-    if tokens > most:
-        raise ValueError(f"{what} {tokens} tokens, the model takes {most}: {text[:60]!r}")
-
-
-def understanding(tokenizer, codes, questions, length, image_loss=True):
-    """[bos] [und] image, then as many questions with answers as fit into `length` tokens.
-
-    codes: (B, M). questions: for each picture a list of (question, answer) strings. image_loss:
-    also predict the image tokens. ValueError where not even one question fits.
+def understanding(tokenizer, codes, questions, length=None, image_loss=False):
+    """[bos] [und] image, then as many questions with answers as fit into `length` tokens, by default
+    all. codes: (B, M). questions: for each picture a list of (question, answer) strings.
+    image_loss: also predict the image tokens.
 
     A picture of 4 tokens i0 to i3, two questions, and a length of 8; `-` is a target of -1, w is
-    GIVEN_WEIGHT:
+    AUXILIARY_WEIGHT:
 
         tokens         bos und i0 i1 i2 i3  what shape   ? ring  size   ? big  pad
         position_ids     0   1  2  2  3  3     6     7   8    9     6   7   8    0   (rows)
                          0   1  2  3  2  3     6     7   8    9     6   7   8    0   (columns)
         segment_ids      0   0  0  0  0  0     1     1   1    1     2   2   2   -1
-        targets          -  i0 i1 i2 i3  - shape     ? ring eos     ? big eos    -
-        loss_weights     0   w  w  w  w  0     w     w   1    w     w   1   w    0
+        targets          -   -  -  -  -  - shape     ? ring eos     ? big eos    -
+        loss_weights     0   0  0  0  0  0     w     w   1    w     w   1   w    0
         is_output        .   .  .  .  .  .     .     .   x    x     .   x   x    .
 
-    The end of an answer, eos, is a target, but no token: nothing follows it. Without image_loss, i0
-    to i3 are no targets.
+    The end of an answer, eos, is a target, but no token: nothing follows it. With image_loss, i0 to i3
+    are targets of weight w, too.
     """
+    encoded = [[(tokenizer.ids(question), tokenizer.ids(answer)) for question, answer in pairs]
+               for pairs in questions]
+    if length is None:
+        length = max(sum(len(q) + len(a) for q, a in pairs) for pairs in encoded)
     first = 2 + codes.size(1)                       # the position after the image
     fields = padding(len(codes), first + length, tokenizer.pad)
     tokens, position_ids, segment_ids, targets, is_output = fields
@@ -159,14 +156,11 @@ def understanding(tokenizer, codes, questions, length, image_loss=True):
 
     # From here on arrays of numpy on the same memory: they are faster to fill piece by piece.
     tokens, position_ids, segment_ids, targets, is_output = (x.numpy() for x in fields)
-    for row, pairs in enumerate(questions):
+    for row, pairs in enumerate(encoded):
         start = first
-        for number, (question, answer) in enumerate(pairs, 1):
-            answer_ids = tokenizer.ids(answer)
-            ids = tokenizer.ids(question) + answer_ids
+        for number, (question_ids, answer_ids) in enumerate(pairs, 1):
+            ids = question_ids + answer_ids
             stop = start + len(ids)
-            if number == 1:
-                refuse_long("a question and its answer have", len(ids), length, question)
             if stop > first + length:
                 break
             tokens[row, start:stop] = ids
@@ -179,12 +173,13 @@ def understanding(tokenizer, codes, questions, length, image_loss=True):
     return make_batch("und", Layout(2, codes.size(1), length), image_loss, tokenizer.eos, *fields)
 
 
-def generation(tokenizer, codes, captions, length):
-    """[bos] [gen] caption image, where all before the image is `length` tokens long: padding comes
-    first, so that the image stands at the same place in each sequence.
+def generation(tokenizer, codes, captions, length=None):
+    """[bos] [gen] caption image, where all before the image is `length` tokens long, by default the
+    least that fits: padding comes first, so that the image stands at the same place in each
+    sequence.
 
-    codes: (B, M), of any value where they are still to be sampled. ValueError for a caption that
-    does not fit. "a ring", a picture of 4 tokens i0 to i3, and a length of 5:
+    codes: (B, M), of any value where they are still to be sampled. "a ring", a picture of 4 tokens
+    i0 to i3, and a length of 5:
 
         tokens         pad bos gen  a ring i0 i1 i2 i3
         position_ids     0   0   1  2    3  4  4  5  5   (rows)
@@ -195,14 +190,14 @@ def generation(tokenizer, codes, captions, length):
         is_output        .   .   .  .    x  x  x  x  .
     """
     m = codes.size(1)
+    prefixes = [[tokenizer.bos, tokenizer.gen] + tokenizer.ids(caption) for caption in captions]
+    length = length or max(map(len, prefixes))
     fields = padding(len(codes), length + m, tokenizer.pad)
     tokens, position_ids, segment_ids, targets, is_output = fields
     image = codes + tokenizer.first_code
     tokens[:, length:], targets[:, length - 1:-1] = image, image
     is_output[:, length - 1:-1] = True
-    for row, caption in enumerate(captions):
-        text = [tokenizer.bos, tokenizer.gen] + tokenizer.ids(caption)
-        refuse_long("a caption has", len(text) - 2, length - 2, caption)
+    for row, text in enumerate(prefixes):
         start = length - len(text)
         tokens[row, start:length] = torch.tensor(text)
         position_ids[row, start:length] = torch.arange(len(text))[:, None]
@@ -211,14 +206,20 @@ def generation(tokenizer, codes, captions, length):
     return make_batch("gen", Layout(length, m, 0), False, tokenizer.eos, *fields)
 
 
-def sequences(task, tokenizer, split, c):
-    """All pictures of a data.Split as one Batch. ValueError where a text does not fit."""
+def sequences(task, tokenizer, split, most=None, image_loss=False):
+    """All pictures of a data.Split as one Batch. most: text tokens of several questions on one
+    picture; those that do not fit are left out."""
     codes = tokenizer.encode(split.pixels)
     if task == "gen":
-        captions = [caption.text for caption in split.captions]
-        return generation(tokenizer, codes, captions, c.gen_text)
-    pairs = [[(q.text, q.answer) for q in questions] for questions in split.questions]
-    return understanding(tokenizer, codes, pairs, c.und_text, c.image_loss)
+        return generation(tokenizer, codes, [caption.text for caption in split.captions])
+    pairs, longest, longest_one = [], 0, 0
+    for questions in split.questions:
+        pairs.append([(q.text, q.answer) for q in questions])
+        lengths = [len(tokenizer.ids(q) + tokenizer.ids(a)) for q, a in pairs[-1]]
+        longest = max(longest, sum(lengths))
+        longest_one = max([longest_one, *lengths])
+    length = longest if most is None else min(longest, max(most, longest_one))
+    return understanding(tokenizer, codes, pairs, length, image_loss)
 
 
 # ---------------------------------------------------------------------- the block
@@ -381,8 +382,21 @@ class Model(nn.Module):
                     batch.attention_mask(queries.index, keys.index))
 
     def loss(self, x, batch):
-        """The logits of the positions that `predicting` names, and the loss of eq. 1: cross-entropy
-        of each target, times its weight, over the number of output tokens. x: (B, N, d)."""
+        """The logits (B, n, vocab) of the positions that prune.predicting names, and the loss of eq. 1
+        with weights. x: (B, N, d).
+
+            loss  =  sum over all tokens of  weight * cross-entropy  /  number of output tokens
+
+            token                                   weight
+            answer                                  1
+            question, end of an answer              AUXILIARY_WEIGHT
+            image that understanding looks at       0; with --image-loss AUXILIARY_WEIGHT
+            caption                                 0
+            image that generation draws             1
+
+        Output tokens are those of answers, their ends included, or of drawn images. A training step
+        adds the losses of both tasks, times TASK_WEIGHT.
+        """
         span = predicting(batch.layout, batch.image_loss)
         logits = self.head(self.norm(x[:, span]))
         targets, weights = batch.targets[:, span].flatten(), batch.loss_weights[:, span].flatten()

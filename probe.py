@@ -79,7 +79,7 @@ def measure(model, tokenizer, checkpoint, n):
     shares, attention, batches = {}, {}, {}
     for task, plan in plans_of(checkpoint["tasks"], options, model.config.layers).items():
         split = dataset.split(task, "val", n, options["seed"], questions=1)
-        batches[task] = sequences(task, tokenizer, split, model.config).to(model.device)
+        batches[task] = sequences(task, tokenizer, split).to(model.device)
         shares[task], attention[task] = allocation(model, batches[task], plan)
     return shares, attention, batches
 

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import regex
 import tiktoken
 from tqdm import tqdm
@@ -232,14 +233,15 @@ def train_tokenizer(dataset, preset, device, steps=None):
     p = PRESETS[preset]
     steps = steps or p.vq_steps
     torch.manual_seed(0)
-    texts = []
+    texts, pixels = [], []
     for task in ("und", "gen"):
         split = dataset.split(task, "train", p.vq_pictures // 2)
+        pixels.append(split.pixels)
         texts += [caption.text for caption in split.captions]
         for questions in split.questions:
             for question in questions:
                 texts += [question.text, question.answer]
-    pixels = torch.tensor(dataset.split(None, "train", p.vq_pictures, questions=0).pixels)
+    pixels = torch.tensor(np.concatenate(pixels))
     images = pixels.to(device).permute(0, 3, 1, 2)      # (N, 3, H, W) uint8
 
     vq = VQ(p.image_size, p.vq_width, p.codes).to(device, memory_format=torch.channels_last)
@@ -279,7 +281,7 @@ def load_tokenizer(path, dataset, preset):
 def score_tokenizer(tokenizer, dataset, n=1000):
     """What is left of n validation pictures after encoding and decoding: PSNR (dB, over all
     pixels), and the share of the codebook in use. Returns scores, pictures, reconstructions."""
-    pixels = dataset.split(None, "val", n, questions=0).pixels
+    pixels = dataset.split("gen", "val", n, questions=0).pixels
     codes = tokenizer.encode(pixels)
     decoded = tokenizer.decode(codes)
     error = ((pixels.astype(float) - decoded) ** 2).mean()

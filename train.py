@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 import data
 from data import PRESETS
-from eval import evaluate, load_run, plans_of, save_scores, summary, validation_splits
-from model import PROJECTIONS, Config, Model, refuse_long, sequences
+from eval import evaluate, load_run, plans_of, save_scores, summary
+from model import PROJECTIONS, TASK_WEIGHT, Config, Model, sequences
 from prune import PLANS
 from tokenizer import (Tokenizer, default_preset, default_tokenizer_path, load_tokenizer,
                        score_tokenizer, train_tokenizer)
@@ -44,7 +44,6 @@ from tokenizer import (Tokenizer, default_preset, default_tokenizer_path, load_t
 # The switch between joint and isolated training. A step takes one batch of each task.
 OBJECTIVES = {"joint": ["und", "gen"], "und": ["und"], "gen": ["gen"]}
 
-LOSS_WEIGHT = {"und": 1., "gen": 2.}    # of the tasks in the gradient; logged losses are without it
 CAPTION_DROPOUT = .1    # of captions are empty in training, which classifier-free guidance needs
 LEARNING_RATE = .02     # Muon's highest, for the matrices in the layers
 EMBEDDING_RATE = .5     # AdamW's, relative to it, for embeddings, head, norms and positions
@@ -134,12 +133,18 @@ def apply_gradients(optimizers):
 
 # ---------------------------------------------------------------------- data
 
-def drop_captions(split, seed):
-    """Makes a part of the captions empty, for the whole run."""
+def drop_captions(split, seed, practice=None):
+    """Makes a part of the captions empty, for the whole run: that is what guidance subtracts.
+    practice: pictures (N, H, W, 3) that take the place of those without caption."""
     rng = random.Random(f"{seed} dropout")
-    captions = [caption._replace(text="") if rng.random() < CAPTION_DROPOUT else caption
-                for caption in split.captions]
-    return split._replace(captions=captions)
+    captions, pixels = [], split.pixels.copy()
+    for i, caption in enumerate(split.captions):
+        if rng.random() < CAPTION_DROPOUT:
+            caption = caption._replace(text="")
+            if practice is not None:
+                pixels[i] = practice[i % len(practice)]
+        captions.append(caption)
+    return split._replace(captions=captions, pixels=pixels)
 
 
 def get_tokenizer(options, dataset, device):
@@ -154,45 +159,40 @@ def get_tokenizer(options, dataset, device):
     return load_tokenizer(path, dataset, options["preset"])
 
 
-def text_lengths(tokenizer, splits, limit):
-    """How many text tokens the sequences of these splits, [(task, Split)], need: (all questions on
-    a picture with their answers, a caption with the two tokens before it). At most `limit`: of
-    several questions on a picture, those that do not fit are left out. ValueError where one text
-    alone does not fit: now, and not after training."""
-    und_text = gen_text = 0
-    for task, split in splits:
-        for questions in split.questions:
-            lengths = [len(tokenizer.ids(q.text) + tokenizer.ids(q.answer)) for q in questions]
-            if task == "und":
-                refuse_long("a question and its answer have", lengths[0], limit, questions[0].text)
-            und_text = max(und_text, sum(lengths))
-        for caption in split.captions:
-            length = len(tokenizer.ids(caption.text))
-            if task == "gen":
-                refuse_long("a caption has", length, limit - 2, caption.text)
-            gen_text = max(gen_text, length + 2)
-    return min(und_text, limit), min(gen_text, limit)
+def refuse_long_texts(tokenizer, split, limit, data):
+    """Ends with one line where a caption, or a question with its answer, has more than `limit`
+    tokens."""
+    texts = [caption.text for caption in split.captions]
+    for questions in split.questions:
+        texts += [f"{question.text} {question.answer}" for question in questions]
+    for text in texts:
+        if len(tokenizer.ids(text)) > limit:
+            fail(f"--data {data}: a text has {len(tokenizer.ids(text))} tokens, expected at most "
+                 f"{limit}: {text[:60]!r}")
 
 
-def prepare(options, dataset, tokenizer, validation, device):
-    """The model's Config, which has to fit all splits, and the training sequences, {task: Batch}:
-    all of a task are one Batch that stays on the device. validation: see
-    eval.validation_splits."""
+def prepare(options, dataset, tokenizer, device):
+    """The model's Config and the training sequences, {task: Batch}: all of a task are one Batch
+    that stays on the device."""
     preset, seed = PRESETS[options["preset"]], options["seed"]
-    scenes = {"und": preset.und_scenes, "gen": preset.gen_scenes}
-    training, splits = {}, []
+    examples = {}
     for task in OBJECTIVES[options["objective"]]:
-        questions = preset.questions if task == "und" else 0
-        training[task] = dataset.split(task, "train", scenes[task], seed, questions)
-        splits += [(task, split) for split in (training[task], *validation[task].values())]
-    with refuse_errors(f"--data {options['data']}"):        # a text that is too long
-        und_text, gen_text = text_lengths(tokenizer, splits, preset.max_text)
+        if task == "und":
+            split = dataset.split("und", "train", preset.und_scenes, seed, preset.questions)
+        else:
+            split = dataset.split("gen", "train", preset.gen_scenes, seed, questions=0)
+            others = None
+            if options["practice"]:
+                others = dataset.split("und", "train", preset.und_scenes, seed, questions=0).pixels
+            split = drop_captions(split, seed, others)
+        refuse_long_texts(tokenizer, split, preset.max_text, options["data"])
+        batch = sequences(task, tokenizer, split, preset.max_text, options["image_loss"])
+        examples[task] = batch.to(device)
     c = Config(vocab=tokenizer.vocab, layers=preset.layers, width=preset.width, heads=preset.heads,
-               side=tokenizer.vq.side, first_code=tokenizer.first_code, und_text=und_text,
-               gen_text=gen_text, projections=options["projections"],
-               image_loss=options["image_loss"])
-    examples = {task: sequences(task, tokenizer, drop_captions(split, seed), c).to(device)
-                for task, split in training.items()}
+               side=tokenizer.vq.side, first_code=tokenizer.first_code,
+               und_text=examples["und"].layout.after if "und" in examples else 0,
+               gen_text=examples["gen"].layout.before if "gen" in examples else 0,
+               projections=options["projections"], image_loss=options["image_loss"])
     return c, examples
 
 
@@ -250,8 +250,7 @@ def train(options, device, resumed=None):
     tokenizer = (Tokenizer.from_state(resumed["tokenizer"]) if resumed
                  else get_tokenizer(options, dataset, device))
     tokenizer.vq.to(device)
-    validation = validation_splits(dataset, tasks, preset, seed)
-    c, examples = prepare(options, dataset, tokenizer, validation, device)
+    c, examples = prepare(options, dataset, tokenizer, device)
     order = {task: draw_order(task, examples[task], options) for task in tasks}
     parts = options["parts"] or parts_that_fit(options, c, device)
 
@@ -302,7 +301,7 @@ def train(options, device, resumed=None):
                 with mixed_precision(device):
                     _, loss = model(batch, plans[task])
                 loss = fraction * loss
-                (LOSS_WEIGHT[task] * loss).backward()
+                (TASK_WEIGHT[task] * loss).backward()
                 losses[task] += loss.detach()
         apply_gradients(optimizers)
         bar.update()
@@ -351,7 +350,7 @@ def train(options, device, resumed=None):
     # ---- scores and pictures
     draw_losses(rows, out / "loss.png")
     with torch.compiler.set_stance("force_eager"):          # its batches have other sizes
-        scores, shown = evaluate(model, tokenizer, options, steps, dataset, plans, validation)
+        scores, shown = evaluate(model, tokenizer, options, steps, dataset, plans)
     save_scores(scores, shown, out)
     seconds = time.time() - began
     print(f"{summary(scores)}\n{seconds:.0f} s in all, {training_seconds / seconds:.0%} of them in "
@@ -418,7 +417,8 @@ def complete(given, device):
     """The options of a run: those given; for the others what the device and the objective
     suggest."""
     options = {"objective": "joint", "und_plan": "dense", "gen_plan": "dense",
-               "projections": "shared", "image_loss": True, "data": "shapes", "seed": 0,
+               "projections": "shared", "image_loss": False, "practice": False,
+               "data": "shapes", "seed": 0,
                "lr": LEARNING_RATE, "save_every": SAVE_EVERY, "parts": None,
                "preset": default_preset(device), **given}
     preset = PRESETS[options["preset"]]
@@ -483,8 +483,10 @@ def main():
     add("--gen-plan", help="the same when generating; himix is impossible there (default: dense)")
     add("--projections", choices=PROJECTIONS, help="Q, K, V of image tokens: those of text, their "
         "own, or their own for each task (default: shared)")
-    add("--image-loss", action=BooleanOptionalAction,
-        help="understanding predicts its image tokens, too, as eq. 1 has it (default: yes)")
+    add("--image-loss", action="store_true", help="a control: understanding predicts the image that "
+        "it looks at, too")
+    add("--practice", action="store_true", help="generation's pictures without caption, a tenth of "
+        "all, are understanding's")
     add("--shallow", type=int, metavar="K", help="so many layers are shallow in hmgen and naive "
         "(default: a quarter of all)")
     add("--preset", choices=PRESETS, help="size of everything (default: what fits the device)")
