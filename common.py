@@ -1,7 +1,6 @@
 """What every script needs and no reader has to know: errors in one line, files, devices, charts."""
 import argparse
 import io
-import json
 import math
 import os
 import platform
@@ -10,13 +9,11 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import time
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 
@@ -35,7 +32,7 @@ import torch.distributed as dist                            # noqa: E402
 
 
 def run_script(main):
-    """Run a script's main; Ctrl-C and a full disk end it with one line, too."""
+    """Run a script's main; Ctrl-C and too little memory end it with one line."""
     try:
         main()
     except KeyboardInterrupt:
@@ -44,9 +41,6 @@ def run_script(main):
     except torch.OutOfMemoryError:
         fail("out of memory: train.py takes more --parts or a smaller --batch-size; every script "
              "takes --device cpu")
-    except OSError as error:
-        file = error.filename or "a file"
-        fail(f"{file} cannot be read or written: {error.strerror or error}")
 
 
 def script_parser(doc, device=True, **settings):
@@ -61,7 +55,7 @@ def script_parser(doc, device=True, **settings):
 
 @contextmanager
 def refuse_errors(message):
-    """Around work with a stranger's file: whatever goes wrong inside is told in one line."""
+    """Around the reading of a file that may be anyone's: what goes wrong is told in one line."""
     try:
         yield
     except Exception as error:
@@ -71,10 +65,17 @@ def refuse_errors(message):
 
 # ---------------------------------------------------------------------- files and checkpoints
 
+def make_folder(path):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"{path} cannot be a folder: {error.strerror}")
+
+
 def write_file(path, content):
     """Write bytes or text; whatever happens, `path` holds either all of the old or of the new."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     # The process id, because two runs may want to write the same tokenizer.
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -85,8 +86,13 @@ def write_file(path, content):
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        # A full disk does not say for which file: name it.
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        fail(f"{path} cannot be written: {error.strerror}")
+
+
+def save_picture(image, path):
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    write_file(path, buffer.getvalue())
 
 
 def save_checkpoint(contents, path):
@@ -96,23 +102,13 @@ def save_checkpoint(contents, path):
 
 
 def read_checkpoint(path, kind):
-    """Read a checkpoint of this project, whose "kind" is `kind`; refuse anything else."""
+    """Read a checkpoint of this project, whose "kind" is `kind`; refuse anything else. It may be
+    anyone's: weights_only runs no code of it."""
     with refuse_errors(f"{path} is not a {kind} checkpoint of this project"):
         contents = torch.load(path, map_location="cpu", weights_only=True)
         if contents["kind"] != kind:
             raise ValueError(f"it is a {contents['kind']} checkpoint")
     return contents
-
-
-def build_network(make, state):
-    """make(), a network, with the weights `state`; an error where the two do not fit."""
-    # First without memory, so that a file which claims huge sizes costs nothing. The dict is
-    # copied, because `assign` leaves a note in it.
-    with torch.device("meta"):
-        make().load_state_dict(dict(state), assign=True)
-    network = make()
-    network.load_state_dict(state)
-    return network
 
 
 # ---------------------------------------------------------------------- the device
@@ -252,81 +248,6 @@ def sum_over_processes(tensors):
             dist.all_reduce(tensor)
 
 
-# ---------------------- people's own image files; `where` is how an error message begins
-
-def open_picture(path, size, where):
-    """Any image that Pillow reads -> (size, size, 3) uint8: upright, on white, cut to a square."""
-    with refuse_errors(f"{where}: {path} cannot be used as an image"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)          # of an animation: the first frame
-            if image.mode.startswith("I"):                  # 16 bits and more
-                levels = np.asarray(image, np.float64)
-                levels = levels / max(255, levels.max()) * 255
-                image = Image.fromarray(levels.astype(np.uint8))
-            image = image.convert("RGBA")
-            paper = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(paper, image).convert("RGB")
-            return np.array(ImageOps.fit(image, (size, size)))
-
-
-def check_text(text):
-    """ValueError unless this is a caption, question, answer or name that can be used."""
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError("file_name, text, question and answer must be strings, not empty")
-    if len(text) > 2000:                        # characters; a sequence takes far fewer
-        raise ValueError(f"{text[:40]!r} ... has {len(text)} characters, expected at most 2000")
-    text.encode()                               # fails for lone surrogates, which JSON may hold
-
-
-def check_inside(path, root):
-    """ValueError unless it is a file below `root`, not reached by `..` or a link that leads out."""
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"{str(path)!r} leads out of {root}")
-    if not path.is_file():
-        raise ValueError(f"no file {path}")
-
-
-def read_folder(path):
-    """A folder of images -> [(image path, caption, [(question, answer)], where it says so)].
-
-    It has a metadata.jsonl, as Hugging Face's ImageFolder has, or a folder for each class, whose
-    name is the caption.
-    """
-    root, entries = Path(path), []
-    file = root / "metadata.jsonl"
-    if not root.is_dir():
-        fail(f"--data {path}: expected `shapes` or a folder of images")
-    if not file.exists():
-        for picture in sorted(root.glob("*/*")):
-            if picture.suffix.lower() in Image.registered_extensions():
-                name = picture.parent.name.replace("_", " ")
-                with refuse_errors(str(picture.parent)):
-                    check_text(name)
-                    check_inside(picture, root)
-                entries.append((picture, name, [], str(picture.parent)))
-        return entries
-    with refuse_errors(f"{file}: expected UTF-8 text"):
-        # Not splitlines(): a string may hold U+2028, which is no end of a line in JSON.
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{file} line {number}"
-        with refuse_errors(f"{where}: expected an object with file_name, text and, if you like, "
-                           "qa, a list of objects"):
-            entry = json.loads(line)
-            pairs = entry.get("qa", [entry] if "question" in entry else [])
-            pairs = [(pair.get("question"), pair.get("answer")) for pair in pairs]
-            for text in (entry.get("file_name"), entry.get("text"), *sum(pairs, ())):
-                check_text(text)
-            picture = root / entry["file_name"]
-            check_inside(picture, root)
-        entries.append((picture, entry["text"], pairs, where))
-    return entries
-
-
 # ---------------------------------------------------------------------- pictures for people
 
 RED, GREY, DARK = (220, 30, 30), (200, 200, 200), (60, 60, 60)
@@ -353,8 +274,7 @@ def contact_sheet(pixels, texts, path, columns=6, size=160, wrong=()):
         draw.rectangle((x - 2, y - 2, x + size + 1, y + size + 1), outline=frame, width=2)
         for j, line in enumerate(lines):
             draw.text((x, y + size + 4 + line_height * j), line, ink, font)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    save_picture(sheet, path)
 
 
 def line_chart(lines, title, x_label, top_y=None, size=(560, 360)):

@@ -6,7 +6,9 @@
 
 Both give the project the same: a `Split` of pixels, with a caption and questions for each picture.
 """
+import json
 import random
+import warnings
 import zlib
 from collections import Counter
 from itertools import product
@@ -16,9 +18,10 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from common import contact_sheet, fail, open_picture, read_folder, run_script, script_parser
+from common import contact_sheet, fail, refuse_errors, run_script, script_parser
 
 # All that has to fit together, and the machine. Options of the scripts override some of it.
 PATCH = 4           # pixels that an image token covers, height = width
@@ -471,6 +474,80 @@ def shape_mask(shape, diameter, size):
 
 
 # ---------------------------------------------------------------------- your own images
+# `where` is how an error message begins.
+
+def open_picture(path, size, where):
+    """Any image that Pillow reads -> (size, size, 3) uint8: upright, on white, cut to a square."""
+    with refuse_errors(f"{where}: {path} cannot be used as an image"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)          # of an animation: the first frame
+            if image.mode.startswith("I"):                  # 16 bits and more
+                levels = np.asarray(image, np.float64)
+                levels = levels / max(255, levels.max()) * 255
+                image = Image.fromarray(levels.astype(np.uint8))
+            image = image.convert("RGBA")
+            paper = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(paper, image).convert("RGB")
+            return np.array(ImageOps.fit(image, (size, size)))
+
+
+def check_text(text):
+    """ValueError unless this is a caption, question, answer or name that can be used."""
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("file_name, text, question and answer must be strings, not empty")
+    if len(text) > 2000:                        # characters; a sequence takes far fewer
+        raise ValueError(f"{text[:40]!r} ... has {len(text)} characters, expected at most 2000")
+    text.encode()                               # fails for lone surrogates, which JSON may hold
+
+
+def check_inside(path, root):
+    """ValueError unless it is a file below `root`, not reached by `..` or a link that leads out."""
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{str(path)!r} leads out of {root}")
+    if not path.is_file():
+        raise ValueError(f"no file {path}")
+
+
+def read_folder(path):
+    """A folder of images -> [(image path, caption, [(question, answer)], where it says so)].
+
+    It has a metadata.jsonl, as Hugging Face's ImageFolder has, or a folder for each class, whose
+    name is the caption.
+    """
+    root, entries = Path(path), []
+    file = root / "metadata.jsonl"
+    if not root.is_dir():
+        fail(f"--data {path}: expected `shapes` or a folder of images")
+    if not file.exists():
+        for picture in sorted(root.glob("*/*")):
+            if picture.suffix.lower() in Image.registered_extensions():
+                name = picture.parent.name.replace("_", " ")
+                with refuse_errors(str(picture.parent)):
+                    check_text(name)
+                    check_inside(picture, root)
+                entries.append((picture, name, [], str(picture.parent)))
+        return entries
+    with refuse_errors(f"{file}: expected UTF-8 text"):
+        # Not splitlines(): a string may hold U+2028, which is no end of a line in JSON.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{file} line {number}"
+        with refuse_errors(f"{where}: expected an object with file_name, text and, if you like, "
+                           "qa, a list of objects"):
+            entry = json.loads(line)
+            pairs = entry.get("qa", [entry] if "question" in entry else [])
+            pairs = [(pair.get("question"), pair.get("answer")) for pair in pairs]
+            for text in (entry.get("file_name"), entry.get("text"), *sum(pairs, ())):
+                check_text(text)
+            picture = root / entry["file_name"]
+            check_inside(picture, root)
+        entries.append((picture, entry["text"], pairs, where))
+    return entries
+
 
 class Folder:
     """Images with captions: a metadata.jsonl (Hugging Face's ImageFolder), or a folder for each

@@ -12,9 +12,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from common import (build_network, contact_sheet, fail, hardware, open_picture, pick_device,
-                    read_checkpoint, refuse_errors, memory_bytes, run_script, script_parser,
-                    write_file)
+from common import (contact_sheet, fail, hardware, memory_bytes, pick_device, run_script,
+                    save_picture, script_parser, write_file)
 
 import numpy as np
 import torch
@@ -23,10 +22,10 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-from data import CAPTION_FIELDS, PRESETS, QUESTION_KINDS, Question
-from model import Config, Model, generation, sequences, understanding
-from prune import can_generate, make_plan, paper_cost, predicting
-from tokenizer import FIRST_CODE, Tokenizer
+from data import CAPTION_FIELDS, PRESETS, QUESTION_KINDS, Question, open_picture
+from model import generation, load_run, sequences, understanding
+from prune import make_plan, paper_cost, plans_of, predicting
+from tokenizer import FIRST_CODE
 
 BATCH = 64                                          # sequences that are scored at a time
 SHOWN = 18          # pictures of each task in samples.png; of a folder's training pictures, too
@@ -47,7 +46,7 @@ def answer(model, tokenizer, codes, question, plan, longest=None):
     batch.segment_ids[:, first:] = 1                # what is to come belongs to the question
     batch.position_ids[:, first:] = torch.arange(first, stop)[:, None]
     tokens = model.generate(batch.to(device), plan, start,
-                            lambda logits: logits[:, :c.first_code].argmax(-1))
+                            lambda logits: logits[:, :FIRST_CODE].argmax(-1))
     ids = tokens[0, start:].tolist()
     if tokenizer.eos in ids:
         ids = ids[:ids.index(tokenizer.eos)]
@@ -75,17 +74,17 @@ def draw(model, tokenizer, captions, plan, uniform, guidance=1., temperature=1.)
     luck = iter(uniform.T.to(device))                               # (n,) for one token after the other
 
     def choose(logits):
-        logits = logits[:, c.first_code:].float()
+        logits = logits[:, FIRST_CODE:].float()
         if guidance != 1:
             with_caption, without = logits.chunk(2)
             logits = without + guidance * (with_caption - without)
         up_to = (logits / temperature).softmax(-1).cumsum(-1)       # of all codes up to each one
         code = (up_to < next(luck)[:, None]).sum(-1).clamp(max=logits.size(-1) - 1)
-        return c.first_code + code.repeat(len(texts) // n)
+        return FIRST_CODE + code.repeat(len(texts) // n)
 
     start = batch.layout.before
     tokens = model.generate(batch, plan, start, choose)
-    return tokens[:n, start:] - c.first_code
+    return tokens[:n, start:] - FIRST_CODE
 
 
 def draw_pictures(model, tokenizer, texts, plan, source, sampling=None, batch=None, seed=0):
@@ -130,7 +129,7 @@ def answer_all(model, tokenizer, split, batch, plan):
         targets, is_output = rows.targets[:, span], rows.is_output[:, span]
         loss += F.cross_entropy(logits[is_output].float(), targets[is_output],
                                 reduction="sum").item()
-        likeliest = logits[..., :model.config.first_code].argmax(-1)        # as `answer` decodes
+        likeliest = logits[..., :FIRST_CODE].argmax(-1)        # as `answer` decodes
         segments, targets, is_output, likeliest = (
             x.cpu() for x in (rows.segment_ids[:, span], targets, is_output, likeliest))
         for row, questions in enumerate(split.questions[i:i + BATCH]):
@@ -313,40 +312,7 @@ def save_scores(scores, shown, folder, suffix=""):
     write_file(Path(folder) / f"eval{suffix}.json", json.dumps(scores, indent=1))
 
 
-# ---------------------------------------------------------------------- trained runs
-
-def plans_of(tasks, options, layers):
-    """{task: plan} of a run with these options. ValueError for a plan that cannot work."""
-    plans = {task: make_plan(options[f"{task}_plan"], layers, options["shallow"])
-             for task in tasks}
-    if "gen" in plans and not can_generate(plans["gen"]):
-        raise ValueError(f"--gen-plan {options['gen_plan']}: image tokens that are never updated "
-                         "cannot predict the next one; expected another plan")
-    return plans
-
-
-def load_run(folder, device):
-    """A trained run, by its folder: the model, its tokenizer, the whole checkpoint (train.py says
-    what it holds). The file may be anyone's: what does not fit is refused in one line."""
-    path = Path(folder) / "checkpoint.pt"
-    checkpoint = read_checkpoint(path, "run")
-    with refuse_errors(f"{path}: its parts do not fit together"):
-        tokenizer = Tokenizer.from_state(checkpoint["tokenizer"])
-        c, options = Config(**checkpoint["config"]), checkpoint["options"]
-        tasks = checkpoint["tasks"]
-        for name, value in {**vars(c), "step": checkpoint["step"] + 1,
-                            "batch_size": options["batch_size"]}.items():
-            if type(value) is int and not 1 <= value < 10 ** 6:
-                raise ValueError(f"{name} {value}")
-        if (c.vocab, c.side, c.first_code) != (tokenizer.vocab, tokenizer.vq.side, FIRST_CODE):
-            raise ValueError("the model has another vocabulary than the tokenizer")
-        if tasks not in (["und", "gen"], ["und"], ["gen"]) or options["preset"] not in PRESETS:
-            raise ValueError(f"tasks {tasks!r}, preset {options['preset']!r}")
-        plans_of(tasks, options, c.layers)
-        model = build_network(lambda: Model(c), checkpoint["model"])
-    tokenizer.vq.to(device)
-    return model.to(device).eval(), tokenizer, checkpoint
-
+# ---------------------------------------------------------------------- the command line
 
 def main():
     parser = script_parser(__doc__)
@@ -382,7 +348,7 @@ def main():
             texts = [args.draw] * args.n
             pixels = draw_pictures(model, tokenizer, texts, plans["gen"], options["data"])
             contact_sheet(pixels, [""] * args.n, args.run / "draw.png", columns=min(args.n, 6))
-            Image.fromarray(pixels[0]).save(args.run / "draw-0.png")
+            save_picture(Image.fromarray(pixels[0]), args.run / "draw-0.png")
             print(f"{args.run}/draw.png: {args.n} pictures of {args.draw!r}; draw-0.png: the first")
         else:
             dataset = data.load(options["data"], options["preset"])

@@ -9,6 +9,7 @@ It goes through its layers in three ways, which the tests hold equal, gradients 
 """
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common import read_checkpoint
 from prune import FFN, FULL, Layout, Positions, flops, positions, predicting
+from tokenizer import FIRST_CODE, Tokenizer
 
 # Each task predicts its own output: understanding its answers, generation its image. Tokens of
 # questions and the ends of answers are predicted, too, with this weight: with a loss on answers alone
@@ -38,7 +41,6 @@ class Config:
     width: int                      # d
     heads: int
     side: int                       # a picture has side x side image tokens
-    first_code: int                 # image code c has the id first_code + c
     und_text: int                   # tokens after the image in understanding: questions, answers
     gen_text: int                   # tokens before the image in generation: bos, gen, a caption
     projections: str = "shared"
@@ -146,7 +148,7 @@ def understanding(tokenizer, codes, questions, length=None, image_loss=False):
     first = 2 + codes.size(1)                       # the position after the image
     fields = padding(len(codes), first + length, tokenizer.pad)
     tokens, position_ids, segment_ids, targets, is_output = fields
-    image = codes + tokenizer.first_code
+    image = codes + FIRST_CODE
     tokens[:, 0], tokens[:, 1], tokens[:, 2:first] = tokenizer.bos, tokenizer.und, image
     position_ids[:, 1] = 1
     position_ids[:, 2:first] = 2 + grid_positions(codes.size(1))
@@ -194,7 +196,7 @@ def generation(tokenizer, codes, captions, length=None):
     length = length or max(map(len, prefixes))
     fields = padding(len(codes), length + m, tokenizer.pad)
     tokens, position_ids, segment_ids, targets, is_output = fields
-    image = codes + tokenizer.first_code
+    image = codes + FIRST_CODE
     tokens[:, length:], targets[:, length - 1:-1] = image, image
     is_output[:, length - 1:-1] = True
     for row, text in enumerate(prefixes):
@@ -347,7 +349,7 @@ class Model(nn.Module):
                 nn.init.normal_(p, std=p.size(1) ** -.5)
         if codebook is not None:
             embedding = codebook @ torch.randn(codebook.size(1), c.width)
-            codes = slice(c.first_code, c.first_code + len(codebook))
+            codes = slice(FIRST_CODE, FIRST_CODE + len(codebook))
             self.token_embedding.weight.data[codes] = embedding / embedding.std()
         head_width = c.width // c.heads
         frequencies = 1e4 ** -(torch.arange(0, head_width, 2) / head_width)     # (Dh / 2)
@@ -479,3 +481,14 @@ class Model(nn.Module):
             batch.tokens[:, write] = choose(self.head(self.norm(x[:, -1])))
             read = write
         return batch.tokens
+
+
+def load_run(folder, device):
+    """A trained run, by its folder: the model, its tokenizer, the whole checkpoint (train.py says
+    what it holds)."""
+    checkpoint = read_checkpoint(Path(folder) / "checkpoint.pt", "run")
+    tokenizer = Tokenizer.from_state(checkpoint["tokenizer"])
+    model = Model(Config(**checkpoint["config"]))
+    model.load_state_dict(checkpoint["model"])
+    tokenizer.vq.to(device)
+    return model.to(device).eval(), tokenizer, checkpoint

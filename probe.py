@@ -10,16 +10,16 @@ sequences. """
 import json
 from pathlib import Path
 
-from common import fail, line_chart, pick_device, run_script, script_parser, write_file
+from common import (fail, line_chart, pick_device, run_script, save_picture, script_parser,
+                    write_file)
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import data
-from eval import load_run, plans_of
-from model import Model, sequences
-from prune import positions
+from model import Model, load_run, sequences
+from prune import plans_of, positions
 
 SEGMENTS = ("system", "image", "instruction", "output")
 TITLES = {"und": "understanding", "gen": "generation"}
@@ -29,7 +29,7 @@ def segments(batch):
     """{segment: (B, N) bool}, which tokens belong to it. Padding belongs to none. The image of
     generation is its output, as in the paper's fig. 3."""
     real, image = batch.segment_ids >= 0, batch.is_image()
-    system = real & (batch.position_ids[..., 0] < 2)        # bos and the task's token
+    system = real & (real.cumsum(1) <= 2)                   # bos and the task's token
     output = torch.zeros_like(real)
     output[:, 1:] = batch.is_output[:, :-1]     # output is what the token before it had to predict
     instruction = real & ~system & ~image & ~output
@@ -119,7 +119,7 @@ def draw_heatmaps(attention, batches, path, columns=4):
                 if len(where) > 5:                              # else there is no room for its name
                     middle = x + size * (where[0] + where[-1] + 1) / 2 / n
                     draw.text((middle, y + size + 4), name, ink, font, anchor="mt")
-    sheet.save(path)
+    save_picture(sheet, path)
 
 
 def draw_shares(shares, path):
@@ -132,7 +132,7 @@ def draw_shares(shares, path):
             title = f"{TITLES[task]}: attention share, {title}"
             chart = line_chart(points, title, "layer", 1., (460, 320))
             sheet.paste(chart, (460 * column, 320 * row))
-    sheet.save(path)
+    save_picture(sheet, path)
 
 
 def main():

@@ -7,15 +7,15 @@ A plan is data: one `Rule` for each layer. It knows nothing of weights. `model.p
 out in two ways: by computing everything and hiding what the plan drops (the reference, easy to
 read), and by taking dropped tokens out of every matmul (fast, the default).
 """
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from common import run_script, script_parser
+from common import run_script, save_picture, script_parser
 from data import PATCH, PRESETS
+from tokenizer import FIRST_CODE
 
 
 class Rule(NamedTuple):
@@ -65,6 +65,16 @@ def make_plan(name, layers, shallow=1):
     if name not in PLANS:
         raise ValueError(f"unknown plan {name!r}: expected one of {', '.join(PLANS)}")
     return PLANS[name](layers, shallow)
+
+
+def plans_of(tasks, options, layers):
+    """{task: plan} of a run with train.py's options. ValueError for a plan that cannot work."""
+    plans = {task: make_plan(options[f"{task}_plan"], layers, options["shallow"])
+             for task in tasks}
+    if "gen" in plans and not can_generate(plans["gen"]):
+        raise ValueError(f"--gen-plan {options['gen_plan']}: image tokens that are never updated "
+                         "cannot predict the next one; expected another plan")
+    return plans
 
 
 def can_generate(plan):
@@ -173,7 +183,7 @@ def print_costs(preset):
     image = (p.image_size // PATCH) ** 2
     # As many questions as fit, and a caption of two fifths of that: a run measures its own.
     layouts = {"und": Layout(2, image, p.max_text), "gen": Layout(p.max_text * 2 // 5, image, 0)}
-    vocab = 512 + p.codes                       # see tokenizer.FIRST_CODE
+    vocab = FIRST_CODE + p.codes
     for task, layout in layouts.items():
         print(f"\n{task}: {layout.before} + {image} image + {layout.after} tokens, {p.layers} "
               f"layers, width {p.width}; forward and backward of one sequence\n"
@@ -240,8 +250,7 @@ def draw_plans(path, cell=10):
         draw.rectangle((x, y, x + 12, y + 12), fill=MASK_COLOURS[name])
         draw.text((x + 18, y - 2), words, (40, 40, 40), font)
         x += 40 + font.getlength(words)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    save_picture(sheet, path)
 
 
 def main():

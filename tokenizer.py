@@ -16,8 +16,8 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
-from common import (build_network, contact_sheet, fail, has_bfloat16, pick_device,
-                    read_checkpoint, refuse_errors, run_script, save_checkpoint, script_parser)
+from common import (contact_sheet, fail, has_bfloat16, pick_device, read_checkpoint, run_script,
+                    save_checkpoint, script_parser)
 from data import PATCH, PRESETS, load
 
 import torch                            # after common.py, which sets an environment variable
@@ -181,7 +181,7 @@ class Tokenizer:
     """Text and images in one vocabulary. `text` is a tiktoken.Encoding, `vq` a VQ."""
 
     def __init__(self, ranks, vq):
-        self.ranks, self.vq, self.first_code = ranks, vq.eval(), FIRST_CODE
+        self.ranks, self.vq = ranks, vq.eval()
         special = {name: MAX_TEXT_IDS + i for i, name in enumerate(SPECIAL)}
         self.text = tiktoken.Encoding("text", pat_str=PATTERN, mergeable_ranks=ranks,
                                       special_tokens=special)
@@ -218,11 +218,11 @@ class Tokenizer:
 
     @staticmethod
     def from_state(state):
-        """From what `state` gave. An error of some kind where the parts do not fit together."""
+        """From what `state` gave."""
         ranks = {bytes.fromhex(token): rank for rank, token in enumerate(state["ranks"])}
-        if list(ranks)[:256] != [bytes([b]) for b in range(256)] or len(ranks) > MAX_TEXT_IDS:
-            raise ValueError("its ranks are not those of byte pairs")
-        return Tokenizer(ranks, build_network(lambda: VQ(**state["config"]), state["vq"]))
+        vq = VQ(**state["config"])
+        vq.load_state_dict(state["vq"])
+        return Tokenizer(ranks, vq)
 
 
 # ---------------------------------------------------------------------- training
@@ -274,8 +274,7 @@ def load_tokenizer(path, dataset, preset):
         fail(f"{path} was trained on {trained_on[0]} with preset {trained_on[1]}; expected "
              f"{dataset.identity} with preset {preset}: give another --tokenizer PATH (it is "
              "trained if there is no such file)")
-    with refuse_errors(f"{path}: its parts do not fit together"):
-        return Tokenizer.from_state(checkpoint)
+    return Tokenizer.from_state(checkpoint)
 
 
 def score_tokenizer(tokenizer, dataset, n=1000):
@@ -296,10 +295,14 @@ def default_preset(device):
     return "gpu" if has_bfloat16(device) else "cpu"
 
 
-def default_tokenizer_path(data):
-    """Where the tokenizer of a data set lies: out/tokenizer.pt or out/tokenizer-FOLDER.pt."""
-    folder = "" if data == "shapes" else "-" + Path(data).resolve().name
-    return f"out/tokenizer{folder}.pt"
+def default_path(name, data, preset, device, suffix=""):
+    """Where something is written if no path is given: out/NAME, and in the name the preset and the
+    folder of images, where these are not the default."""
+    if preset != default_preset(device):
+        name += f"-{preset}"
+    if data != "shapes":
+        name += f"-{Path(data).resolve().name}"
+    return f"out/{name}{suffix}"
 
 
 def main():
@@ -307,13 +310,13 @@ def main():
     parser.add_argument("--data", default="shapes", help="shapes, or a folder of captioned images")
     parser.add_argument("--preset", choices=PRESETS, help="default: what fits the device")
     parser.add_argument("--steps", type=int, help="training steps (default: the preset's)")
-    parser.add_argument("--out", type=Path, help="default: out/tokenizer.pt or tokenizer-FOLDER.pt")
+    parser.add_argument("--out", type=Path, help="default: out/tokenizer.pt")
     args = parser.parse_args()
     if args.steps is not None and args.steps < 1:
         fail(f"--steps {args.steps}: expected at least 1")
     device = pick_device(args.device)
     preset = args.preset or default_preset(device)
-    out = args.out or Path(default_tokenizer_path(args.data))
+    out = args.out or Path(default_path("tokenizer", args.data, preset, device, ".pt"))
     dataset = load(args.data, preset)
     tokenizer, checkpoint = train_tokenizer(dataset, preset, device, args.steps)
     save_checkpoint(checkpoint, out)

@@ -2,11 +2,11 @@
 
     python train.py                 everything: tokenizer, joint dense model, scores, pictures
     python train.py --objective und --und-plan himix --projections image    one task, accelerated
-    python train.py --und-plan himix --gen-plan hmgen --projections task --out out/share-partial
-    python train.py --data PATH             a folder of your own captioned images
-    python train.py --resume --out out/joint            goes on where that run stopped
-    python train.py --preset tiny --out out/tiny --tokenizer out/tiny.pt    every stage in a minute
-    torchrun --nproc_per_node=8 train.py    on several GPUs
+    python train.py --und-plan himix --gen-plan hmgen --projections task    the paper's share partial
+    python train.py --data PATH     a folder of your own captioned images
+    python train.py --resume --out out/joint        goes on where that run stopped
+    python train.py --preset tiny   every stage in a minute; too short to learn anything
+    torchrun --nproc_per_node=8 train.py            on several GPUs
 
 Finds the device and the size that fits it. `out/joint/` then holds checkpoint.pt, log.jsonl,
 loss.png, eval.json and samples.png.
@@ -15,7 +15,6 @@ import json
 import math
 import random
 import signal
-import statistics
 import sys
 import time
 import traceback
@@ -25,9 +24,9 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
-from common import (fail, has_bfloat16, join_processes, leave_processes, line_chart, memory_bytes,
-                    mixed_precision, peak_flops, peak_memory_mb, pick_device, rank, refuse_errors,
-                    run_script, save_checkpoint, script_parser, sum_over_processes,
+from common import (fail, has_bfloat16, join_processes, leave_processes, line_chart, make_folder,
+                    memory_bytes, mixed_precision, peak_flops, peak_memory_mb, pick_device, rank,
+                    run_script, save_checkpoint, save_picture, script_parser, sum_over_processes,
                     wait_for_processes, world, write_file)
 
 import torch
@@ -35,15 +34,17 @@ from tqdm import tqdm
 
 import data
 from data import PRESETS
-from eval import evaluate, load_run, plans_of, save_scores, summary
-from model import PROJECTIONS, TASK_WEIGHT, Config, Model, sequences
-from prune import PLANS
-from tokenizer import (Tokenizer, default_preset, default_tokenizer_path, load_tokenizer,
-                       score_tokenizer, train_tokenizer)
+from eval import evaluate, save_scores, summary
+from model import PROJECTIONS, TASK_WEIGHT, Config, Model, load_run, sequences
+from prune import PLANS, plans_of
+from tokenizer import (Tokenizer, default_path, default_preset, load_tokenizer, score_tokenizer,
+                       train_tokenizer)
 
 # The switch between joint and isolated training. A step takes one batch of each task.
 OBJECTIVES = {"joint": ["und", "gen"], "und": ["und"], "gen": ["gen"]}
 
+# How many steps, and how many pictures in a step, stand in data.PRESETS; the weights of the loss in
+# model.py.
 CAPTION_DROPOUT = .1    # of captions are empty in training, which classifier-free guidance needs
 LEARNING_RATE = .02     # Muon's highest, for the matrices in the layers
 EMBEDDING_RATE = .5     # AdamW's, relative to it, for embeddings, head, norms and positions
@@ -54,7 +55,176 @@ MOMENTUM = .95          # Muon's
 BETAS = (.9, .99)       # AdamW's
 LOG_EVERY = 10          # steps
 SAVE_EVERY = 120        # seconds: a checkpoint of the gpu preset takes 2 of them
-# How many steps, and how many pictures in a step, stand in data.PRESETS.
+
+
+# ---------------------------------------------------------------------- one run
+
+def train(options, device, resumed=None):
+    """Trains and scores one run, or goes on with the checkpoint `resumed`. Everything is written
+    into the folder options["out"]."""
+    began, out, steps = time.time(), Path(options["out"]), options["steps"]
+    tasks = OBJECTIVES[options["objective"]]
+    plans = plans_of(tasks, options, PRESETS[options["preset"]].layers)
+    make_folder(out)                            # fails now where it cannot be, not after training
+
+    # Data: all sequences of a task are one Batch that stays on the device.
+    dataset = data.load(options["data"], options["preset"])
+    tokenizer = get_tokenizer(options, dataset, device, resumed)
+    examples = {task: training_sequences(task, options, dataset, tokenizer).to(device)
+                for task in tasks}
+    order = {task: draw_order(task, examples[task], options) for task in tasks}
+
+    # The model and its optimizers.
+    config = make_config(options, tokenizer, examples)
+    torch.manual_seed(options["seed"])
+    model = Model(config, tokenizer.vq.codebook.cpu()).to(device)
+    optimizers = optimizers_of(model, options["lr"])
+    start = restore(resumed, dataset, model, optimizers, options) if resumed else 0
+    parts = options["parts"] or parts_that_fit(options, config, device)
+    if options["compile"]:
+        first = {task: next(get_batches(examples[task], order[task], 0, parts))[0]
+                 for task in tasks}
+        compile_blocks(model, first, plans, out / "compile-error.txt")
+
+    progress = Progress(options, config, plans, start, device)
+    progress.tell_size(model, parts, time.time() - began)
+    stop_requests = catch_stop_signals()
+    saved = time.monotonic()
+    model.train()
+    for step in range(start, steps):
+        for optimizer, highest in zip(optimizers, (options["lr"], EMBEDDING_RATE * options["lr"])):
+            optimizer.param_groups[0]["lr"] = highest * learning_rate(step, steps)
+        losses = dict.fromkeys(tasks, 0.)
+        for task in tasks:
+            for batch, fraction in get_batches(examples[task], order[task], step, parts):
+                with mixed_precision(device):
+                    _, loss = model(batch, plans[task])
+                loss = fraction * loss
+                (TASK_WEIGHT[task] * loss).backward()
+                losses[task] += loss.detach()
+        apply_gradients(optimizers)
+
+        last_step = step == steps - 1
+        progress.step(step, losses, optimizers[0].param_groups[0]["lr"], last_step)
+        if stop_requests or last_step or time.monotonic() - saved >= options["save_every"]:
+            save(out, options, dataset, tokenizer, model, optimizers, step)
+            saved = time.monotonic()
+            progress.restart_clock(step)        # saving takes no time of a step
+        if stop_requests:
+            progress.bar.close()
+            print(f"stopped after step {step + 1} and saved; python train.py --resume --out {out} "
+                  "goes on", file=sys.stderr)
+            raise SystemExit(128 + stop_requests[0])
+    progress.bar.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if rank() > 0:
+        return
+
+    draw_losses(progress.rows, out / "loss.png")
+    with torch.compiler.set_stance("force_eager"):          # its batches have other sizes
+        scores, shown = evaluate(model, tokenizer, options, steps, dataset, plans)
+    save_scores(scores, shown, out)
+    print(f"{summary(scores)}\n{time.time() - began:.0f} s in all, peak memory "
+          f"{peak_memory_mb(device) or math.nan:.0f} MB\nlook at {out}/samples.png, "
+          f"{out}/eval.json, {out}/loss.png; then: python probe.py {out}")
+
+
+def learning_rate(step, steps):
+    """The multiplier of the highest learning rate, from 0 to 1."""
+    if step < WARM_UP:
+        return (step + 1) / WARM_UP
+    if step < (1 - DECAY) * steps:
+        return 1.
+    return max(.02, (1 - step / steps) / DECAY)
+
+
+def get_batches(examples, order, step, parts):
+    """The sequences that a step takes, of which this process has a fraction: as many Batches as
+    there are parts, each with its fraction of all output tokens of the step."""
+    index = order[step]
+    outputs = examples.is_output[index].sum()
+    for part in index[rank()::world()].chunk(parts):
+        batch = examples.rows(part)
+        yield batch, batch.is_output.sum() / outputs
+
+
+# ---------------------------------------------------------------------- data
+
+def get_tokenizer(options, dataset, device, resumed=None):
+    """The run's own tokenizer where it is resumed, else the one that --tokenizer names. Trained and
+    saved there if there is none."""
+    path = Path(options["tokenizer"])
+    if not resumed and rank() == 0 and not path.exists():
+        tokenizer, checkpoint = train_tokenizer(dataset, options["preset"], device)
+        save_checkpoint(checkpoint, path)
+        scores, _, _ = score_tokenizer(tokenizer, dataset)
+        print(f"{path}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    wait_for_processes()
+    if resumed:
+        tokenizer = Tokenizer.from_state(resumed["tokenizer"])
+    else:
+        tokenizer = load_tokenizer(path, dataset, options["preset"])
+    tokenizer.vq.to(device)
+    return tokenizer
+
+
+def training_sequences(task, options, dataset, tokenizer):
+    """All that a task is trained on, as one Batch."""
+    preset, seed = PRESETS[options["preset"]], options["seed"]
+    if task == "und":
+        split = dataset.split("und", "train", preset.und_scenes, seed, preset.questions)
+    else:
+        split = dataset.split("gen", "train", preset.gen_scenes, seed, questions=0)
+        practice = None
+        if options["practice"]:
+            practice = dataset.split("und", "train", preset.und_scenes, seed, questions=0).pixels
+        split = drop_captions(split, seed, practice)
+    refuse_long_texts(tokenizer, split, preset.max_text, options["data"])
+    return sequences(task, tokenizer, split, preset.max_text, options["image_loss"])
+
+
+def drop_captions(split, seed, practice=None):
+    """Makes a part of the captions empty, for the whole run: that is what guidance subtracts.
+    practice: pictures (N, H, W, 3) that take the place of those without caption."""
+    rng = random.Random(f"{seed} dropout")
+    captions, pixels = [], split.pixels.copy()
+    for i, caption in enumerate(split.captions):
+        if rng.random() < CAPTION_DROPOUT:
+            caption = caption._replace(text="")
+            if practice is not None:
+                pixels[i] = practice[i % len(practice)]
+        captions.append(caption)
+    return split._replace(captions=captions, pixels=pixels)
+
+
+def refuse_long_texts(tokenizer, split, limit, source):
+    texts = [caption.text for caption in split.captions]
+    for questions in split.questions:
+        texts += [f"{question.text} {question.answer}" for question in questions]
+    for text in texts:
+        length = len(tokenizer.ids(text))
+        if length > limit:
+            fail(f"--data {source}: a text has {length} tokens, expected at most {limit}: "
+                 f"{text[:60]!r}")
+
+
+def draw_order(task, examples, options):
+    """Which sequences each step takes, (steps, batch_size). Drawn beforehand: no step waits for it,
+    and a resumed run needs nothing else to go on as if nothing had happened."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{options['seed']} {task}".encode()))
+    shape = options["steps"], options["batch_size"]
+    order = torch.randint(len(examples.tokens), shape, generator=generator)
+    return order.to(examples.tokens.device)
+
+
+def make_config(options, tokenizer, examples):
+    preset = PRESETS[options["preset"]]
+    return Config(vocab=tokenizer.vocab, layers=preset.layers, width=preset.width,
+                  heads=preset.heads, side=tokenizer.vq.side,
+                  und_text=examples["und"].layout.after if "und" in examples else 0,
+                  gen_text=examples["gen"].layout.before if "gen" in examples else 0,
+                  projections=options["projections"], image_loss=options["image_loss"])
 
 
 # ---------------------------------------------------------------------- optimizers
@@ -110,15 +280,6 @@ def optimizers_of(model, lr):
     return Muon(matrices, lr), adamw
 
 
-def learning_rate(step, steps):
-    """As a share of the highest."""
-    if step < WARM_UP:
-        return (step + 1) / WARM_UP
-    if step < (1 - DECAY) * steps:
-        return 1.
-    return max(.02, (1 - step / steps) / DECAY)
-
-
 def apply_gradients(optimizers):
     """One step of both optimizers, after which the gradients are gone."""
     matrices, others = ([p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
@@ -131,91 +292,113 @@ def apply_gradients(optimizers):
         optimizer.zero_grad()
 
 
-# ---------------------------------------------------------------------- data
+# ---------------------------------------------------------------------- what surrounds the loop
 
-def drop_captions(split, seed, practice=None):
-    """Makes a part of the captions empty, for the whole run: that is what guidance subtracts.
-    practice: pictures (N, H, W, 3) that take the place of those without caption."""
-    rng = random.Random(f"{seed} dropout")
-    captions, pixels = [], split.pixels.copy()
-    for i, caption in enumerate(split.captions):
-        if rng.random() < CAPTION_DROPOUT:
-            caption = caption._replace(text="")
-            if practice is not None:
-                pixels[i] = practice[i % len(practice)]
-        captions.append(caption)
-    return split._replace(captions=captions, pixels=pixels)
+class Progress:
+    """What people see of a run: a bar, log.jsonl."""
 
+    def __init__(self, options, config, plans, start, device):
+        self.path, self.device = Path(options["out"]) / "log.jsonl", device
+        batch_size = options["batch_size"]
+        self.tokens = batch_size * sum(sum(config.layout(task)) for task in plans)
+        self.flops = batch_size * sum(config.flops(task, plan) for task, plan in plans.items())
+        self.peak = peak_flops(device)
+        self.rows = begin_log(self.path, start)
+        self.bar = tqdm(total=options["steps"], initial=start, desc=self.path.parent.name,
+                        unit="step", disable=rank() > 0)
+        self.restart_clock(start - 1)
 
-def get_tokenizer(options, dataset, device):
-    """The tokenizer that --tokenizer names. Trained and saved there if there is none."""
-    path = Path(options["tokenizer"])
-    if rank() == 0 and not path.exists():
-        tokenizer, checkpoint = train_tokenizer(dataset, options["preset"], device)
-        save_checkpoint(checkpoint, path)
-        scores, _, _ = score_tokenizer(tokenizer, dataset)
-        print(f"{path}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-    wait_for_processes()
-    return load_tokenizer(path, dataset, options["preset"])
+    def tell_size(self, model, parts, seconds):
+        if rank() == 0:
+            in_parts = f" in {parts} parts" if parts > 1 else ""
+            self.bar.write(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+                           f"{self.tokens} tokens and {self.flops / 1e9:.0f} GFLOP a step"
+                           f"{in_parts}; before the first one {seconds:.0f} s")
 
+    def restart_clock(self, step):
+        self.clock, self.clock_step = time.perf_counter(), step
 
-def refuse_long_texts(tokenizer, split, limit, data):
-    """Ends with one line where a caption, or a question with its answer, has more than `limit`
-    tokens."""
-    texts = [caption.text for caption in split.captions]
-    for questions in split.questions:
-        texts += [f"{question.text} {question.answer}" for question in questions]
-    for text in texts:
-        if len(tokenizer.ids(text)) > limit:
-            fail(f"--data {data}: a text has {len(tokenizer.ids(text))} tokens, expected at most "
-                 f"{limit}: {text[:60]!r}")
-
-
-def prepare(options, dataset, tokenizer, device):
-    """The model's Config and the training sequences, {task: Batch}: all of a task are one Batch
-    that stays on the device."""
-    preset, seed = PRESETS[options["preset"]], options["seed"]
-    examples = {}
-    for task in OBJECTIVES[options["objective"]]:
-        if task == "und":
-            split = dataset.split("und", "train", preset.und_scenes, seed, preset.questions)
-        else:
-            split = dataset.split("gen", "train", preset.gen_scenes, seed, questions=0)
-            others = None
-            if options["practice"]:
-                others = dataset.split("und", "train", preset.und_scenes, seed, questions=0).pixels
-            split = drop_captions(split, seed, others)
-        refuse_long_texts(tokenizer, split, preset.max_text, options["data"])
-        batch = sequences(task, tokenizer, split, preset.max_text, options["image_loss"])
-        examples[task] = batch.to(device)
-    c = Config(vocab=tokenizer.vocab, layers=preset.layers, width=preset.width, heads=preset.heads,
-               side=tokenizer.vq.side, first_code=tokenizer.first_code,
-               und_text=examples["und"].layout.after if "und" in examples else 0,
-               gen_text=examples["gen"].layout.before if "gen" in examples else 0,
-               projections=options["projections"], image_loss=options["image_loss"])
-    return c, examples
+    def step(self, step, losses, lr, last_step):
+        """losses: {task: a tensor}. lr: Muon's."""
+        self.bar.update()
+        if (step + 1) % LOG_EVERY and not last_step:
+            return
+        values = torch.stack(list(losses.values()))
+        sum_over_processes([values])
+        values = dict(zip(losses, values.tolist()))                     # waits for the device
+        check_finite(values.values(), self.path.parent, step)
+        seconds = (time.perf_counter() - self.clock) / max(1, step - self.clock_step)
+        mfu = self.flops / seconds / self.peak / world() if self.peak else None
+        row = {"step": step + 1, "loss": sum(values.values()), "loss_und": values.get("und"),
+               "loss_gen": values.get("gen"), "lr": lr, "tokens_per_s": self.tokens / seconds,
+               "step_ms": 1e3 * seconds, "mfu": mfu, "peak_memory_mb": peak_memory_mb(self.device)}
+        self.rows.append(row)
+        if rank() == 0:
+            with self.path.open("a") as log:
+                log.write(json.dumps(row) + "\n")
+        speed = f"loss {row['loss']:.3f}, {row['tokens_per_s'] / 1e3:.1f}k tokens/s"
+        self.bar.set_postfix_str(speed + (f", MFU {mfu:.0%}" if mfu else ""))
+        self.restart_clock(step)
 
 
-def draw_order(task, examples, options):
-    """Which sequences each step takes, (steps, batch_size). Drawn beforehand: no step waits for it,
-    and a resumed run needs nothing else to go on as if nothing had happened."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{options['seed']} {task}".encode()))
-    shape = options["steps"], options["batch_size"]
-    order = torch.randint(len(examples.tokens), shape, generator=generator)
-    return order.to(examples.tokens.device)
+def begin_log(path, start):
+    """The rows of a run up to step `start`: what came after the checkpoint comes again."""
+    lines = path.read_text().splitlines() if start and path.exists() else []
+    whole_lines = [line for line in lines if line.endswith("}")]    # a full disk cuts the last one
+    rows = [row for row in map(json.loads, whole_lines) if row["step"] <= start]
+    if rank() == 0:
+        write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
 
 
-def get_batches(examples, order, step, parts):
-    """The sequences that a step takes, of which this process has a fraction: as many Batches as
-    there are parts, each with its fraction of all output tokens of the step."""
-    index = order[step]
-    outputs = examples.is_output[index].sum()
-    for part in index[rank()::world()].chunk(parts):
-        batch = examples.rows(part)
-        yield batch, batch.is_output.sum() / outputs
+def draw_losses(rows, path):
+    lines = {}
+    for key, name in (("loss_und", "understanding"), ("loss_gen", "generation")):
+        points = [(row["step"], row[key]) for row in rows if row[key] is not None]
+        if points:
+            lines[name] = points
+    title = "training loss (nats per output token, instructions added)"
+    save_picture(line_chart(lines, title, "step"), path)
 
 
-def parts_that_fit(options, c, device):
+def check_finite(values, out, step):
+    if not all(map(math.isfinite, values)):
+        fail(f"a loss or a weight is not finite at step {step + 1}: --resume goes on from the last "
+             f"checkpoint in {out}, if there is one; or begin again with a lower --lr")
+
+
+def catch_stop_signals():
+    """Ctrl-C and SIGTERM end the loop when it has saved: they are noted in the list that this
+    returns. Not under torchrun, which ends its processes itself."""
+    requests = []
+    if world() == 1:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: requests.append(number))
+    return requests
+
+
+def save(out, options, dataset, tokenizer, model, optimizers, step):
+    check_finite([p.sum().item() for p in model.parameters()], out, step)
+    if rank() == 0:
+        save_checkpoint({
+            "kind": "run", "options": options, "tasks": OBJECTIVES[options["objective"]],
+            "step": step + 1, "identity": dataset.identity, "tokenizer": tokenizer.state(),
+            "config": asdict(model.config), "model": model.state_dict(),
+            "optimizers": [o.state_dict() for o in optimizers]}, out / "checkpoint.pt")
+
+
+def restore(checkpoint, dataset, model, optimizers, options):
+    """Puts a checkpoint into model and optimizers; returns the step to go on with."""
+    if checkpoint["identity"] != dataset.identity:
+        fail(f"--data {options['data']}: the run to resume was trained on "
+             f"{checkpoint['identity']}, this is {dataset.identity}")
+    model.load_state_dict(checkpoint["model"])
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    return checkpoint["step"]
+
+
+def parts_that_fit(options, config, device):
     """Into how many parts a step's sequences have to be split to fit into a GPU's memory. One part
     after the other leaves its gradients, so that a step learns the same, whatever this number."""
     rows = options["batch_size"] // world()
@@ -224,139 +407,11 @@ def parts_that_fit(options, c, device):
     # A backward pass needs so many bytes of each number in each layer's hidden states. Measured by
     # compiling for a card; 3 GB are for weights, optimizers and training sequences.
     bytes_each = 45 if options["compile"] else 70
-    tokens = max(sum(c.layout(task)) for task in OBJECTIVES[options["objective"]])
+    tokens = max(sum(config.layout(task)) for task in OBJECTIVES[options["objective"]])
     room = memory_bytes(device) - 3e9
-    fitting = room / (bytes_each * c.layers * tokens * c.width)             # rows
+    fitting = room / (bytes_each * config.layers * tokens * config.width)       # rows
     return next(parts for parts in range(1, rows + 1)
                 if rows % parts == 0 and (rows / parts <= fitting or parts == rows))
-
-
-# ---------------------------------------------------------------------- one run
-
-def train(options, device, resumed=None):
-    """Trains and scores one run, or goes on with the checkpoint `resumed`. Everything is written
-    into the folder options["out"]."""
-    began, out = time.time(), Path(options["out"])
-    preset, steps, seed = PRESETS[options["preset"]], options["steps"], options["seed"]
-    tasks = OBJECTIVES[options["objective"]]
-    plans = plans_of(tasks, options, preset.layers)
-    out.mkdir(parents=True, exist_ok=True)      # fails now where it cannot be, not after training
-
-    # ---- data
-    dataset = data.load(options["data"], options["preset"])
-    if resumed and resumed["identity"] != dataset.identity:
-        fail(f"--data {options['data']}: the run to resume was trained on {resumed['identity']}, "
-             f"this is {dataset.identity}")
-    tokenizer = (Tokenizer.from_state(resumed["tokenizer"]) if resumed
-                 else get_tokenizer(options, dataset, device))
-    tokenizer.vq.to(device)
-    c, examples = prepare(options, dataset, tokenizer, device)
-    order = {task: draw_order(task, examples[task], options) for task in tasks}
-    parts = options["parts"] or parts_that_fit(options, c, device)
-
-    # ---- model and optimizers
-    torch.manual_seed(seed)
-    model = Model(c, tokenizer.vq.codebook.cpu()).to(device)
-    optimizers = optimizers_of(model, options["lr"])
-    highest = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    start = 0
-    if resumed:
-        with refuse_errors(f"{out}/checkpoint.pt does not fit these options and data"):
-            model.load_state_dict(resumed["model"])
-            for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-        start = resumed["step"]
-    if options["compile"]:
-        first = {task: next(get_batches(examples[task], order[task], 0, parts))[0]
-                 for task in tasks}
-        compile_blocks(model, first, plans, out / "compile-error.txt")
-    rows = begin_log(out / "log.jsonl", start)
-
-    # ---- what a step costs
-    tokens = options["batch_size"] * sum(sum(c.layout(task)) for task in tasks)
-    peak = peak_flops(device)
-
-    flops = options["batch_size"] * sum(c.flops(task, plans[task]) for task in tasks)
-    if rank() == 0:
-        in_parts = f" in {parts} parts" if parts > 1 else ""
-        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {tokens} "
-              f"tokens and {flops / 1e9:.0f} GFLOP a step{in_parts}; before the first one "
-              f"{time.time() - began:.0f} s")
-
-    # ---- training
-    model.train()
-    stopped = []                        # by Ctrl-C or SIGTERM: ends the loop when it has saved
-    if world() == 1:                    # torchrun ends its processes itself
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, _: stopped.append(number))
-    training_began = time.time()
-    bar = tqdm(total=steps, initial=start, desc=out.name, unit="step", disable=rank() > 0)
-    clock, clock_step, saved = time.perf_counter(), start, time.perf_counter()
-    for step in range(start, steps):
-        for optimizer, lr in zip(optimizers, highest):
-            optimizer.param_groups[0]["lr"] = lr * learning_rate(step, steps)
-        losses = dict.fromkeys(tasks, 0.)
-        for task in tasks:
-            for batch, fraction in get_batches(examples[task], order[task], step, parts):
-                with mixed_precision(device):
-                    _, loss = model(batch, plans[task])
-                loss = fraction * loss
-                (TASK_WEIGHT[task] * loss).backward()
-                losses[task] += loss.detach()
-        apply_gradients(optimizers)
-        bar.update()
-
-        last_step = step == steps - 1
-        if (step + 1) % LOG_EVERY == 0 or last_step:
-            values = torch.stack(list(losses.values()))
-            sum_over_processes([values])
-            values = dict(zip(tasks, values.tolist()))                  # waits for the device
-            check_finite(values.values(), out, step)
-            seconds = (time.perf_counter() - clock) / (step + 1 - clock_step)
-            mfu = flops / seconds / peak / world() if peak else None
-            row = {"step": step + 1, "loss": sum(values.values()),
-                   "loss_und": values.get("und"), "loss_gen": values.get("gen"),
-                   "lr": optimizers[0].param_groups[0]["lr"], "tokens_per_s": tokens / seconds,
-                   "step_ms": 1e3 * seconds, "mfu": mfu, "peak_memory_mb": peak_memory_mb(device)}
-            rows.append(row)
-            if rank() == 0:
-                with (out / "log.jsonl").open("a") as log:
-                    log.write(json.dumps(row) + "\n")
-            bar.set_postfix_str(f"loss {row['loss']:.3f}, {tokens / seconds / 1e3:.1f}k tokens/s"
-                                + (f", MFU {mfu:.0%}" if mfu else ""))
-        if stopped or last_step or time.perf_counter() - saved >= options["save_every"]:
-            check_finite([p.sum().item() for p in model.parameters()], out, step)
-            if rank() == 0:
-                save_checkpoint({
-                    "kind": "run", "options": options, "tasks": tasks, "step": step + 1,
-                    "identity": dataset.identity, "tokenizer": tokenizer.state(),
-                    "config": asdict(c), "model": model.state_dict(),
-                    "optimizers": [o.state_dict() for o in optimizers]}, out / "checkpoint.pt")
-            saved = time.perf_counter()
-        if (step + 1) % LOG_EVERY == 0:         # the next interval begins after a save
-            clock, clock_step = time.perf_counter(), step + 1
-        if stopped:
-            bar.close()
-            print(f"stopped after step {step + 1} and saved; python train.py --resume --out {out} "
-                  "goes on", file=sys.stderr)
-            raise SystemExit(128 + stopped[0])
-    bar.close()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    training_seconds = time.time() - training_began
-    if rank() > 0:
-        return
-
-    # ---- scores and pictures
-    draw_losses(rows, out / "loss.png")
-    with torch.compiler.set_stance("force_eager"):          # its batches have other sizes
-        scores, shown = evaluate(model, tokenizer, options, steps, dataset, plans)
-    save_scores(scores, shown, out)
-    seconds = time.time() - began
-    print(f"{summary(scores)}\n{seconds:.0f} s in all, {training_seconds / seconds:.0%} of them in "
-          f"training steps; a step {statistics.median([r['step_ms'] for r in rows] or [0]):.0f} ms "
-          f"(median), peak memory {peak_memory_mb(device) or math.nan:.0f} MB\nlook at "
-          f"{out}/samples.png, {out}/eval.json, {out}/loss.png; then: python probe.py {out}")
 
 
 def compile_blocks(model, batches, plans, log):
@@ -385,69 +440,41 @@ def compile_blocks(model, batches, plans, log):
     model.zero_grad()
 
 
-def begin_log(path, start):
-    """The rows of a run up to step `start`: what came after the checkpoint comes again."""
-    lines = path.read_text().splitlines() if start and path.exists() else []
-    whole_lines = [line for line in lines if line.endswith("}")]    # a full disk cuts the last one
-    rows = [row for row in map(json.loads, whole_lines) if row["step"] <= start]
-    if rank() == 0:
-        write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return rows
-
-
-def draw_losses(rows, path):
-    lines = {}
-    for key, name in (("loss_und", "understanding"), ("loss_gen", "generation")):
-        points = [(row["step"], row[key]) for row in rows if row[key] is not None]
-        if points:
-            lines[name] = points
-    title = "training loss (nats per output token, instructions added)"
-    line_chart(lines, title, "step").save(path)
-
-
-def check_finite(values, out, step):
-    if not all(map(math.isfinite, values)):
-        fail(f"a loss or a weight is not finite at step {step + 1}: --resume goes on from the last "
-             f"checkpoint in {out}, if there is one; or begin again with a lower --lr")
-
-
 # ---------------------------------------------------------------------- options
 
 def complete(given, device):
-    """The options of a run: those given; for the others what the device and the objective
-    suggest."""
+    """All options of a run: those given, for the others the defaults."""
     options = {"objective": "joint", "und_plan": "dense", "gen_plan": "dense",
-               "projections": "shared", "image_loss": False, "practice": False,
-               "data": "shapes", "seed": 0,
-               "lr": LEARNING_RATE, "save_every": SAVE_EVERY, "parts": None,
+               "projections": "shared", "image_loss": False, "practice": False, "data": "shapes",
+               "seed": 0, "lr": LEARNING_RATE, "parts": None, "save_every": SAVE_EVERY,
+               "compile": has_bfloat16(device) and find_spec("triton") is not None,
                "preset": default_preset(device), **given}
     preset = PRESETS[options["preset"]]
-    tokenizer = default_tokenizer_path(options["data"])
+    # A default folder is named after what differs from the defaults: out/joint, out/und-himix, ...
+    names = [options["objective"]]
+    names += [options[key] for key in ("und_plan", "gen_plan") if options[key] != "dense"]
+    names += [options["projections"]] if options["projections"] != "shared" else []
+    names += [key for key in ("image_loss", "practice") if options[key]]
     usual = {"steps": preset.steps, "batch_size": preset.batch_size,
              "shallow": max(1, preset.layers // 4),         # the paper's higher K / L
-             "compile": has_bfloat16(device) and find_spec("triton") is not None,
-             "tokenizer": tokenizer,
-             # out/joint, or out/joint-FOLDER
-             "out": tokenizer.replace("tokenizer", options["objective"], 1).removesuffix(".pt")}
+             "tokenizer": default_path("tokenizer", options["data"], options["preset"], device,
+                                       ".pt"),
+             "out": default_path("-".join(names), options["data"], options["preset"], device)}
     return usual | options
 
 
 def check(options):
     """Refuses options that make no sense, before any work begins."""
-    for key, choices in (("objective", OBJECTIVES), ("projections", PROJECTIONS),
-                         ("preset", PRESETS)):
-        if options[key] not in choices:
-            fail(f"--{key} {options[key]}: expected one of {', '.join(choices)}")
-    tasks = OBJECTIVES[options["objective"]]
-    for key, least, most in (("steps", 1, 10 ** 9), ("batch_size", 1, 10 ** 6), ("lr", 1e-9, 10),
+    tasks, rows = OBJECTIVES[options["objective"]], options["batch_size"] // world()
+    for key, least, most in (("steps", 1, 10 ** 7), ("batch_size", 1, 10 ** 6), ("lr", 1e-9, 10),
                              ("save_every", 0, 10 ** 9), ("seed", 0, 2 ** 32 - 1)):
         if not least <= options[key] <= most:
             fail(f"--{key.replace('_', '-')} {options[key]}: expected {least} to {most}")
     if options["batch_size"] % world():
         fail(f"--batch-size {options['batch_size']}: expected a multiple of {world()} processes")
-    parts, rows = options["parts"], options["batch_size"] // world()
-    if parts is not None and (parts < 1 or rows % parts):
-        fail(f"--parts {parts}: expected a divisor of {rows}, the pictures of each task in a step")
+    if options["parts"] is not None and (options["parts"] < 1 or rows % options["parts"]):
+        fail(f"--parts {options['parts']}: expected a divisor of {rows}, the pictures of each task "
+             "in a step")
     if options["projections"] == "task" and len(tasks) == 1:
         fail("--projections task: a run of one task has one kind of image tokens; expected image")
     for task in {"und", "gen"} - set(tasks):
@@ -463,14 +490,12 @@ def resume(given, options):
     """The checkpoint in --out, and the options to go on with: what decides what is learned stays
     what it was."""
     out = options["out"]
-    checkpoint = load_run(out, "cpu")[2]
+    _, _, checkpoint = load_run(out, "cpu")
     kept = checkpoint["options"]
-    for key, value in options.items():
-        if key != "parts" and type(kept.get(key)) is not type(value):
-            fail(f"{out}/checkpoint.pt: its option {key} is {kept.get(key)!r}")
-        if key in ("out", "compile", "save_every", "parts"):
-            kept[key] = value
-        elif key in given and value != kept[key]:
+    for key in ("out", "compile", "save_every", "parts"):
+        kept[key] = options[key]
+    for key, value in given.items():
+        if value != kept[key]:
             fail(f"--{key.replace('_', '-')} {value}: the run in {out} has {kept[key]}")
     return checkpoint, kept
 
@@ -483,24 +508,24 @@ def main():
     add("--gen-plan", help="the same when generating; himix is impossible there (default: dense)")
     add("--projections", choices=PROJECTIONS, help="Q, K, V of image tokens: those of text, their "
         "own, or their own for each task (default: shared)")
+    add("--shallow", type=int, metavar="K", help="so many layers are shallow in hmgen and naive "
+        "(default: a quarter of all)")
     add("--image-loss", action="store_true", help="a control: understanding predicts the image that "
         "it looks at, too")
     add("--practice", action="store_true", help="generation's pictures without caption, a tenth of "
         "all, are understanding's")
-    add("--shallow", type=int, metavar="K", help="so many layers are shallow in hmgen and naive "
-        "(default: a quarter of all)")
     add("--preset", choices=PRESETS, help="size of everything (default: what fits the device)")
     add("--data", help="shapes, or a folder of captioned images (default: shapes)")
     add("--steps", type=int)
     add("--batch-size", type=int, help="pictures of each task in a step, over all processes")
-    add("--lr", type=float, help="Muon's highest learning rate; AdamW's goes along")
     add("--parts", type=int, metavar="N", help="take a step's pictures one Nth after the other: "
         "less memory, the same result (default: what the GPU's memory needs)")
-    add("--save-every", type=float, metavar="SECONDS", help=f"default: {SAVE_EVERY}")
+    add("--lr", type=float, help="Muon's highest learning rate; AdamW's goes along")
     add("--seed", type=int, help="of data, weights and order (default: 0)")
+    add("--save-every", type=float, metavar="SECONDS", help=f"default: {SAVE_EVERY}")
     add("--compile", action=BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     add("--tokenizer", metavar="PATH", help="trained if there is no such file")
-    add("--out", help="the run's folder (default: out/OBJECTIVE)")
+    add("--out", help="the run's folder (default: named after the options)")
     add("--resume", action="store_true", default=False, help="go on with the run in --out")
     given = vars(parser.parse_args())
     device, resuming = given.pop("device"), given.pop("resume")
