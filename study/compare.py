@@ -28,8 +28,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "study"))
-from common import (fail, hardware, line_chart, pick_device, run_script, script_parser,
-                    synchronize, time_each, write_file)
+from common import (fail, hardware, line_chart, mixed_precision, pick_device, run_script,
+                    script_parser, write_file)
 
 import torch
 import torch.nn as nn
@@ -38,11 +38,12 @@ from tqdm import tqdm
 
 import data
 import train
-from bench import bench_config, bench_step
+from bench import bench_config, bench_step, synchronize, time_each
 from data import PRESETS
-from eval import answer_all, check_pictures, draw_pictures, understanding_scores
-from model import Config, Model, RotaryPart, attention, sequences, uses_flex_attention
-from prune import FULL, make_plan, positions
+from eval import (answer_all, check_pictures, draw_pictures, understanding_scores,
+                  validation_splits)
+from model import Config, Model, attention, sequences
+from prune import make_plan
 from table import RESULTS, cell, markdown
 from tokenizer import Tokenizer, default_preset, default_tokenizer_path
 
@@ -110,7 +111,7 @@ def usual_step(model, ids, compiled):
     forward = torch.compile(model, dynamic=False) if compiled else model
 
     def step():
-        with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
+        with mixed_precision(ids.device):
             loss = forward(ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
@@ -157,12 +158,12 @@ class UsualBlock(GPTBlock):
     """The same layer, to be called as model.Block is. In a dense plan, the only one that it knows,
     queries and keys are the same tokens: `source` is x."""
 
-    def forward(self, x, source, queries, keys, mask, task, fused=True, cache=None):
+    def forward(self, x, source, kind, task, fused=True, cache=None):
         q, k, v = self.heads_of(x)
         if cache:
-            cache[0][:, :, keys.index], cache[1][:, :, keys.index] = k, v
+            cache[0][:, :, kind.keys.index], cache[1][:, :, kind.keys.index] = k, v
             k, v = cache
-        attended, weights = attention(q, k, v, mask, fused)
+        attended, weights = attention(q, k, v, kind.mask, fused)
         return self.update(x, attended), weights
 
 
@@ -193,21 +194,8 @@ class UsualGPT(Model):
         return (self.token_embedding(batch.tokens[:, start:stop])
                 + self.position_embedding(places[:, start:stop]))
 
-    def queries_and_keys(self, rule, batch, start=0, stop=None):
-        """As our Model's, without rotary angles."""
-        parts = positions(rule, batch.layout, start, stop, batch.tokens.device, batch.image_order)
-        return [RotaryPart(*part, cos=None, sin=None) for part in parts]
-
-    def hidden(self, batch, plan):
-        """As our Model's, but no tokens are picked out for a layer, which costs time: nobody would
-        who has one plan only."""
-        x = self.embed(batch)
-        tokens, _ = self.queries_and_keys(FULL, batch)
-        make_mask = batch.block_mask if uses_flex_attention(x) else batch.attention_mask
-        mask = make_mask(tokens.index, tokens.index)
-        for block in self.blocks:
-            x, _ = block(x, x, tokens, tokens, mask, batch.task)
-        return x
+    def rotary(self, batch, index):
+        """None: positions are in the embeddings."""
 
 
 def usual_optimizer(model, lr):
@@ -243,10 +231,12 @@ def prepare(options, device):
     dataset = data.load(options["data"], options["preset"])
     tokenizer = train.get_tokenizer(options, dataset, device)
     tokenizer.vq.to(device)
-    c, examples = train.prepare(options, dataset, tokenizer, device)
+    every = validation_splits(dataset, ("und", "gen"), preset, seed)
+    c, examples = train.prepare(options, dataset, tokenizer, every, device)
     validation = {}
-    for task, n_val in (("und", preset.und_val), ("gen", preset.gen_val)):
-        split = dataset.split(task, "val", min(SCORED[task], n_val), seed)
+    for task, splits in every.items():
+        n = min(SCORED[task], len(splits["val"].pixels))
+        split = dataset.split(task, "val", n, seed)
         validation[task] = split, sequences(task, tokenizer, split, c).to(device)
     return Material(dataset, tokenizer, c, examples, validation)
 
@@ -285,9 +275,10 @@ def settings_of(options):
             "score_every": SCORE_EVERY}
 
 
-def train_until_good(kind, options, material, device):
+def train_until_good(kind, options, material, log, device):
     """Trains one model until both tasks have reached their thresholds, or to its last step. The
-    schedule is always that of all its steps. Returns what its file holds."""
+    schedule is always that of all its steps. Returns what its file holds. log: a path for the
+    compiler's complaint."""
     c, steps = material.config, options["steps"]
     plan = make_plan("dense", c.layers)
     torch.manual_seed(options["seed"])
@@ -304,12 +295,12 @@ def train_until_good(kind, options, material, device):
     # Of the same seed, so the shorter run takes the same rows as the longer one's beginning.
     order = {task: train.draw_order(task, batch, options)
              for task, batch in material.examples.items()}
-    forward = model
+    parts = train.parts_that_fit(options, c, device)
     if options["compile"]:                                  # before the clock starts
-        first = {task: train.get_batch(batch, order[task], 0)[0]
+        first = {task: next(train.get_batches(batch, order[task], 0, parts))[0]
                  for task, batch in material.examples.items()}
         torch.compiler.reset()                              # else the code of every run stays
-        forward = train.compiled(model, first, [dict.fromkeys(first, plan)])
+        train.compile_blocks(model, first, dict.fromkeys(first, plan), log)
 
     curve, reached, seconds = [], dict.fromkeys(THRESHOLDS), 0.
     bar = tqdm(total=steps, desc=f"{kind}, seed {options['seed']}", unit="step")
@@ -318,12 +309,14 @@ def train_until_good(kind, options, material, device):
     for step in range(steps):
         for group, lr in zip(groups, highest):
             group["lr"] = lr * learning_rate(step, steps)
-        losses = {}
+        total = 0.
         for task, examples in material.examples.items():
-            batch, _ = train.get_batch(examples, order[task], step)
-            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-                _, losses[task] = forward(batch, plan)
-            (train.LOSS_WEIGHT[task] * losses[task]).backward()
+            for batch, fraction in train.get_batches(examples, order[task], step, parts):
+                with mixed_precision(device):
+                    _, loss = model(batch, plan)
+                loss = fraction * loss
+                (train.LOSS_WEIGHT[task] * loss).backward()
+                total += loss.detach()
         if kind == "ours":
             train.apply_gradients(optimizers)
         else:
@@ -334,11 +327,12 @@ def train_until_good(kind, options, material, device):
         if (step + 1) % SCORE_EVERY == 0 or step == steps - 1:
             synchronize(device)
             seconds += time.perf_counter() - clock
-            loss = sum(losses.values()).item()
-            if not math.isfinite(loss):
+            total = total.item()
+            if not math.isfinite(total):
                 fail(f"{kind}, seed {options['seed']}: the loss is not finite at step {step + 1}")
-            scores = score(model, material, plan)
-            row = {"step": step + 1, "seconds": seconds, "loss": loss,
+            with torch.compiler.set_stance("force_eager"):              # batches of other sizes
+                scores = score(model, material, plan)
+            row = {"step": step + 1, "seconds": seconds, "loss": total,
                    "und": scores["und"]["accuracy"], "gen": scores["gen"]["image_accuracy"]}
             curve.append(row)
             for task, threshold in THRESHOLDS.items():
@@ -372,7 +366,8 @@ def compare_quality(args, device):
     for runs in missing.values():
         material = prepare(runs[0][1], device)              # the same for both models
         for kind, options, path in runs:
-            result = train_until_good(kind, options, material, device)
+            log = path.with_suffix(".compile-error.txt")
+            result = train_until_good(kind, options, material, log, device)
             write_file(path, json.dumps(result, indent=1))
     quality_table(folder)
 

@@ -73,7 +73,7 @@ def hidden_states(model, batch, plan, chosen):
     before, m, _ = batch.layout
     states = []
     for i in range(0, len(batch.tokens), BATCH):
-        x = model.hidden(batch.rows(slice(i, i + BATCH)), plan)[:, before:before + m]
+        x = model.gathered(batch.rows(slice(i, i + BATCH)), plan)[:, before:before + m]
         states.append(x.cpu()[chosen[i:i + BATCH]])
     return torch.cat(states).double()
 

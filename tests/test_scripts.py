@@ -17,7 +17,6 @@ import train
 from bench import bench
 from conftest import ROOT, run, train_args
 from eval import load_run
-from gpu import commands
 from match import log_likelihoods
 from model import Config, Model, understanding
 from prune import PLANS, make_plan
@@ -213,7 +212,7 @@ def test_the_usual_gpt_decodes_as_it_predicts():
     torch.manual_seed(0)
     c = Config(FIRST_CODE + 16, 2, 32, 2, 3, FIRST_CODE, 8, 8)
     model, plan = compare.UsualGPT(c).double(), make_plan("dense", 2)
-    batch = random_batch(random.Random(0), "gen", c)._replace(image_order=None)
+    batch = random_batch(random.Random(0), "gen", c)
     drawn, seen = decode(model, batch, plan)
     with torch.no_grad():
         logits, _ = model(batch._replace(tokens=drawn), plan)
@@ -282,17 +281,6 @@ def test_frechet_distance_of_features():
     assert abs(frechet(a, a + 2) - 20) < 1e-6
     a -= a.mean(0)
     assert abs(frechet(a, 2 * a) - a.T.cov().trace()) < 1e-6
-
-
-def test_a_visit_to_a_gpu_can_be_rehearsed(tmp_path):
-    """A part that there is time for is done and brings its results; the others are told."""
-    printed = run("gpu.py", "--minutes", 2, "--preset", "tiny", "--device", "cpu", "--only",
-                  "train", "--out", tmp_path)
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["train"]["ended"] == "exit status 0", printed
-    assert (tmp_path / "eval.json").exists() and (tmp_path / "samples.png").exists()
-    for command, _ in commands("tiny", "cpu", tmp_path).values():
-        assert command[0] == "-m" or (ROOT / command[0]).exists(), command
 
 
 # ---------------------------------------------------------------------- bad options
