@@ -35,9 +35,8 @@ SHOWN = 18          # pictures of each task in samples.png; of a folder's traini
 
 @torch.no_grad()
 def answer(model, tokenizer, codes, question, plan, longest=None):
-    """One picture's codes (M,) and a question -> the answer, a string: the likeliest text token,
-    again and again, up to the end token or `longest` tokens, by default as many as all questions on
-    a picture had in training."""
+    """One picture's codes (M,) and a question -> the answer, a string, by greedy decoding: up to the
+    end token or `longest` tokens, by default all the text tokens of a training sequence."""
     c, device = model.config, model.device
     first = 2 + c.side ** 2                         # the position after the image
     start = first + len(tokenizer.ids(question))
@@ -58,9 +57,13 @@ def answer(model, tokenizer, codes, question, plan, longest=None):
 SAMPLING = {"shapes": (1.5, .7), "folder": (1., .1)}
 
 
+def sampling_of(options):
+    return SAMPLING["shapes" if options["data"] == "shapes" else "folder"]
+
+
 @torch.no_grad()
 def draw(model, tokenizer, captions, plan, uniform, guidance=1., temperature=1.):
-    """Captions -> sampled codes (B, M). uniform: (B, M) random numbers from 0 to 1, which decide.
+    """Captions -> sampled codes (B, M). uniform: (B, M) random numbers from 0 to 1, one a token.
 
     guidance: classifier-free (Ho & Salimans 2022): logits of no caption + guidance * (those of the
     caption - those of no caption). 1 draws from the model's own distribution; more follows the
@@ -69,17 +72,19 @@ def draw(model, tokenizer, captions, plan, uniform, guidance=1., temperature=1.)
     c, device = model.config, model.device
     n = len(captions)
     texts = list(captions) + ([""] * n if guidance != 1 else [])
-    codes = torch.zeros(len(texts), c.side ** 2, dtype=torch.long)
-    batch = generation(tokenizer, codes, texts).to(device)
-    luck = iter(uniform.T.to(device))                               # (n,) for one token after the other
+    empty = torch.zeros(len(texts), c.side ** 2, dtype=torch.long)
+    batch = generation(tokenizer, empty, texts).to(device)
+    uniform_of_token = iter(uniform.T.to(device))                   # (n,) for each token in turn
 
     def choose(logits):
         logits = logits[:, FIRST_CODE:].float()
         if guidance != 1:
             with_caption, without = logits.chunk(2)
             logits = without + guidance * (with_caption - without)
-        up_to = (logits / temperature).softmax(-1).cumsum(-1)       # of all codes up to each one
-        code = (up_to < next(luck)[:, None]).sum(-1).clamp(max=logits.size(-1) - 1)
+        # The code at which the cumulative probability reaches a random number.
+        cumulative = (logits / temperature).softmax(-1).cumsum(-1)
+        code = (cumulative < next(uniform_of_token)[:, None]).sum(-1)
+        code = code.clamp(max=logits.size(-1) - 1)          # the last sum may be just below 1
         return FIRST_CODE + code.repeat(len(texts) // n)
 
     start = batch.layout.before
@@ -87,11 +92,10 @@ def draw(model, tokenizer, captions, plan, uniform, guidance=1., temperature=1.)
     return tokens[:n, start:] - FIRST_CODE
 
 
-def draw_pictures(model, tokenizer, texts, plan, source, sampling=None, batch=None, seed=0):
-    """Captions (strings) -> pictures (N, H, W, 3) uint8. source: --data, which decides SAMPLING,
-    unless `sampling` is given. batch: how many are drawn at a time, by default up to 200."""
+def draw_pictures(model, tokenizer, texts, plan, sampling, batch=None, seed=0):
+    """Captions (strings) -> pictures (N, H, W, 3) uint8. sampling: of SAMPLING. batch: how many are
+    drawn at a time, by default up to 200."""
     c = model.config
-    sampling = sampling or SAMPLING["shapes" if source == "shapes" else "folder"]
     # Keys and values of all tokens, with caption and without, in a quarter of the memory.
     cache = 2 * 2 * 4 * c.layers * c.width * sum(c.layout("gen"))           # bytes a picture
     batch = batch or max(1, min(200, memory_bytes(model.device) // 4 // cache))
@@ -109,16 +113,16 @@ def draw_pictures(model, tokenizer, texts, plan, source, sampling=None, batch=No
 
 class Answered(NamedTuple):
     question: Question
-    said: str               # by the model; after its first wrong token, as if that were right
-    right: bool
+    text: str               # under teacher forcing: each token follows the right ones before it
+    correct: bool           # all of it, as `answer` would give it
 
 
 @torch.no_grad()
 def answer_all(model, tokenizer, split, batch, plan):
     """Answers all questions of a split. batch: its sequences, on the device.
 
-    Greedy decoding gives the right answer, word for word, just when each of the answer's tokens,
-    the end included, is the likeliest text token after the right ones before it: one forward pass
+    Greedy decoding gives exactly the right answer if and only if each of its tokens, the end
+    included, is the likeliest text token after the right ones before it, so one forward pass
     tells. Returns a list of Answered for each picture, and the mean loss (nats) of an output token.
     """
     answers, loss = [], 0.
@@ -137,10 +141,10 @@ def answer_all(model, tokenizer, split, batch, plan):
             for number, question in enumerate(questions, 1):
                 tokens = is_output[row] & (segments[row] == number)     # of this answer
                 if tokens.any():                                # else it did not fit
-                    said = likeliest[row, tokens]
-                    right = torch.equal(said, targets[row, tokens])
-                    said = tokenizer.string(said.tolist()).strip()
-                    answers[-1].append(Answered(question, said, right))
+                    ids = likeliest[row, tokens]
+                    correct = torch.equal(ids, targets[row, tokens])
+                    text = tokenizer.string(ids.tolist()).strip()
+                    answers[-1].append(Answered(question, text, correct))
     return answers, loss / batch.is_output.sum().item()
 
 
@@ -150,8 +154,8 @@ def mean(numbers):
 
 
 def understanding_scores(answers):
-    """Accuracy, also by kind of question. `chance`: the accuracy of who knows the most frequent
-    answer to each kind of question and no more."""
+    """Accuracy, also by kind of question. `chance`: the accuracy of always giving the most frequent
+    answer to each kind of question."""
     answers = [a for of_picture in answers for a in of_picture]
     by_type, guessed = {}, 0
     for kind in (*QUESTION_KINDS, "question"):
@@ -159,11 +163,10 @@ def understanding_scores(answers):
         if of_kind:
             (_, most), = Counter(a.question.answer for a in of_kind).most_common(1)
             guessed += most
-            by_type[kind] = {"accuracy": mean(a.right for a in of_kind),
+            by_type[kind] = {"accuracy": mean(a.correct for a in of_kind),
                              "chance": most / len(of_kind), "n": len(of_kind)}
-    scores = {"n": len(answers), "accuracy": mean(a.right for a in answers),
-              "chance": guessed / len(answers), "by_type": by_type}
-    return scores
+    return {"n": len(answers), "accuracy": mean(a.correct for a in answers),
+            "chance": guessed / len(answers), "by_type": by_type}
 
 
 # ---------------------------------------------------------------------- generation
@@ -215,10 +218,10 @@ def cost(c, plans, batch_size):
 
 # ---------------------------------------------------------------------- all scores of a run
 
-def score_understanding(model, tokenizer, dataset, plan, n, seed):
+def score_understanding(model, tokenizer, dataset, plan, n, options):
     """Scores on n validation pictures, and what to show of them."""
     def score(part):
-        split = dataset.split("und", part, n, seed)
+        split = dataset.split("und", part, n, options["seed"])
         batch = sequences("und", tokenizer, split, model.config.und_text).to(model.device)
         answers, loss = answer_all(model, tokenizer, split, batch, plan)
         return split, answers, {**understanding_scores(answers), "loss": loss}
@@ -228,8 +231,8 @@ def score_understanding(model, tokenizer, dataset, plan, n, seed):
     for picture, of_picture in zip(split.pixels[:SHOWN], answers):
         lines = []
         for a in of_picture[:4]:
-            comment = "" if a.right else f" (no: {a.question.answer})"
-            lines.append(f"{a.question.text} {a.said}{comment}")
+            comment = "" if a.correct else f" (no: {a.question.answer})"
+            lines.append(f"{a.question.text} {a.text}{comment}")
         shown.append((picture, "\n".join(lines), False))
     if split.scenes:
         _, _, held_out = score("transfer")
@@ -237,12 +240,13 @@ def score_understanding(model, tokenizer, dataset, plan, n, seed):
     return scores, shown
 
 
-def score_generation(model, tokenizer, dataset, plan, n, seed):
+def score_generation(model, tokenizer, dataset, plan, n, options):
     """Scores on n validation captions, and what to show of them."""
     def draw_split(split):
         texts = [caption.text for caption in split.captions]
-        return draw_pictures(model, tokenizer, texts, plan, dataset.identity)
+        return draw_pictures(model, tokenizer, texts, plan, sampling_of(options))
 
+    seed = options["seed"]
     split = dataset.split("gen", "val", n, seed, questions=0)
     batch = sequences("gen", tokenizer, split).to(model.device)
     drawn, decoded = draw_split(split), tokenizer.decode(tokenizer.encode(split.pixels))
@@ -272,7 +276,7 @@ def evaluate(model, tokenizer, options, step, dataset, plans):
     options: of train.py. step: how far it was trained. Returns what eval.json holds, and what to
     show: [(picture, text, is it wrong?)].
     """
-    start, preset, seed = time.time(), PRESETS[options["preset"]], options["seed"]
+    start, preset = time.time(), PRESETS[options["preset"]]
     model.eval()
     config = {**options, "step": step, "examples": step * options["batch_size"],
               "parameters": sum(p.numel() for p in model.parameters())}
@@ -280,7 +284,7 @@ def evaluate(model, tokenizer, options, step, dataset, plans):
     for task, plan in plans.items():
         score, n = ((score_understanding, preset.und_val) if task == "und"
                     else (score_generation, preset.gen_val))
-        scores[task], new = score(model, tokenizer, dataset, plan, n, seed)
+        scores[task], new = score(model, tokenizer, dataset, plan, n, options)
         scores[task]["bits_per_token"] = scores[task]["loss"] / math.log(2)
         shown += new
     scores["n"] = {task: scores[task]["n"] for task in plans}
@@ -308,7 +312,7 @@ def save_scores(scores, shown, folder, suffix=""):
     pictures, texts, flags = zip(*shown)
     wrong = [i for i, flag in enumerate(flags) if flag]
     contact_sheet(pictures, texts, Path(folder) / f"samples{suffix}.png", wrong=wrong)
-    # The scores come last: where they are, all is.
+    # Last, because a run counts as finished where it has scores.
     write_file(Path(folder) / f"eval{suffix}.json", json.dumps(scores, indent=1))
 
 
@@ -346,7 +350,7 @@ def main():
             print(answer(model, tokenizer, codes, args.ask[1], plans["und"]))
         elif args.draw is not None:
             texts = [args.draw] * args.n
-            pixels = draw_pictures(model, tokenizer, texts, plans["gen"], options["data"])
+            pixels = draw_pictures(model, tokenizer, texts, plans["gen"], sampling_of(options))
             contact_sheet(pixels, [""] * args.n, args.run / "draw.png", columns=min(args.n, 6))
             save_picture(Image.fromarray(pixels[0]), args.run / "draw-0.png")
             print(f"{args.run}/draw.png: {args.n} pictures of {args.draw!r}; draw-0.png: the first")

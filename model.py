@@ -10,6 +10,7 @@ It goes through its layers in three ways, which the tests hold equal, gradients 
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -100,26 +101,24 @@ class Batch(NamedTuple):
         return (causal & ((seen == 0) | (seen == asker)))[:, None]
 
 
-def make_batch(task, layout, image_loss, end, tokens, position_ids, segment_ids, targets,
-               is_output):
-    """A Batch from its tensors. end: the token that ends an answer."""
-    counts_fully = is_output & (targets != end)
-    weights = counts_fully + AUXILIARY_WEIGHT * (~counts_fully & (targets >= 0))
-    return Batch(task, layout, image_loss, tokens, position_ids, segment_ids, targets, weights,
-                 is_output)
+def blank(rows, length, pad):
+    """The arrays of a Batch, padding everywhere. Arrays of numpy are faster to fill piece by piece
+    than tensors."""
+    shape = rows, length
+    return SimpleNamespace(
+        tokens=np.full(shape, pad), position_ids=np.zeros((*shape, 2), np.int64),
+        segment_ids=np.full(shape, -1), targets=np.full(shape, -1),
+        loss_weights=np.zeros(shape, np.float32), is_output=np.zeros(shape, bool))
 
 
-def padding(rows, length, pad):
-    """Tokens, position_ids, segment_ids, targets and is_output in which nothing stands yet."""
-    shape = (rows, length)
-    return (torch.full(shape, pad), torch.zeros(*shape, 2, dtype=torch.long),
-            torch.full(shape, -1), torch.full(shape, -1), torch.zeros(shape, dtype=torch.bool))
+def to_batch(task, layout, image_loss, arrays):
+    tensors = {name: torch.from_numpy(array) for name, array in vars(arrays).items()}
+    return Batch(task, layout, image_loss, **tensors)
 
 
 def grid_positions(m):
     """Row and column of m image tokens that fill a square: (m, 2)."""
-    side = math.isqrt(m)
-    return torch.stack([torch.arange(m) // side, torch.arange(m) % side], 1)
+    return np.stack(np.divmod(np.arange(m), math.isqrt(m)), 1)
 
 
 def understanding(tokenizer, codes, questions, length=None, image_loss=False):
@@ -145,19 +144,17 @@ def understanding(tokenizer, codes, questions, length=None, image_loss=False):
                for pairs in questions]
     if length is None:
         length = max(sum(len(q) + len(a) for q, a in pairs) for pairs in encoded)
-    first = 2 + codes.size(1)                       # the position after the image
-    fields = padding(len(codes), first + length, tokenizer.pad)
-    tokens, position_ids, segment_ids, targets, is_output = fields
-    image = codes + FIRST_CODE
-    tokens[:, 0], tokens[:, 1], tokens[:, 2:first] = tokenizer.bos, tokenizer.und, image
-    position_ids[:, 1] = 1
-    position_ids[:, 2:first] = 2 + grid_positions(codes.size(1))
-    segment_ids[:, :first] = 0
+    rows, m = codes.shape
+    first = 2 + m                                   # the position after the image
+    a = blank(rows, first + length, tokenizer.pad)
+    a.tokens[:, :2] = tokenizer.bos, tokenizer.und
+    a.tokens[:, 2:first] = FIRST_CODE + codes
+    a.position_ids[:, 1] = 1
+    a.position_ids[:, 2:first] = 2 + grid_positions(m)
+    a.segment_ids[:, :first] = 0
     if image_loss:
-        targets[:, 1:first - 1] = image
-
-    # From here on arrays of numpy on the same memory: they are faster to fill piece by piece.
-    tokens, position_ids, segment_ids, targets, is_output = (x.numpy() for x in fields)
+        a.targets[:, 1:first - 1] = FIRST_CODE + codes
+        a.loss_weights[:, 1:first - 1] = AUXILIARY_WEIGHT
     for row, pairs in enumerate(encoded):
         start = first
         for number, (question_ids, answer_ids) in enumerate(pairs, 1):
@@ -165,14 +162,17 @@ def understanding(tokenizer, codes, questions, length=None, image_loss=False):
             stop = start + len(ids)
             if stop > first + length:
                 break
-            tokens[row, start:stop] = ids
+            a.tokens[row, start:stop] = ids
             # Every question stands where it would if it came right after the image.
-            position_ids[row, start:stop] = np.arange(first, first + len(ids))[:, None]
-            segment_ids[row, start:stop] = number
-            targets[row, start:stop] = ids[1:] + [tokenizer.eos]
-            is_output[row, stop - len(answer_ids) - 1:stop] = True
+            a.position_ids[row, start:stop] = np.arange(first, first + len(ids))[:, None]
+            a.segment_ids[row, start:stop] = number
+            a.targets[row, start:stop] = ids[1:] + [tokenizer.eos]
+            answer = stop - 1 - len(answer_ids)     # the position before the answer's first token
+            a.is_output[row, answer:stop] = True
+            a.loss_weights[row, start:stop] = AUXILIARY_WEIGHT
+            a.loss_weights[row, answer:stop - 1] = 1
             start = stop
-    return make_batch("und", Layout(2, codes.size(1), length), image_loss, tokenizer.eos, *fields)
+    return to_batch("und", Layout(2, m, length), image_loss, a)
 
 
 def generation(tokenizer, codes, captions, length=None):
@@ -191,21 +191,20 @@ def generation(tokenizer, codes, captions, length=None):
         loss_weights     0   0   0  0    1  1  1  1  0
         is_output        .   .   .  .    x  x  x  x  .
     """
-    m = codes.size(1)
     prefixes = [[tokenizer.bos, tokenizer.gen] + tokenizer.ids(caption) for caption in captions]
     length = length or max(map(len, prefixes))
-    fields = padding(len(codes), length + m, tokenizer.pad)
-    tokens, position_ids, segment_ids, targets, is_output = fields
-    image = codes + FIRST_CODE
-    tokens[:, length:], targets[:, length - 1:-1] = image, image
-    is_output[:, length - 1:-1] = True
-    for row, text in enumerate(prefixes):
-        start = length - len(text)
-        tokens[row, start:length] = torch.tensor(text)
-        position_ids[row, start:length] = torch.arange(len(text))[:, None]
-        position_ids[row, length:] = len(text) + grid_positions(m)
-        segment_ids[row, start:] = 0
-    return make_batch("gen", Layout(length, m, 0), False, tokenizer.eos, *fields)
+    rows, m = codes.shape
+    a = blank(rows, length + m, tokenizer.pad)
+    a.tokens[:, length:] = a.targets[:, length - 1:-1] = FIRST_CODE + codes
+    a.loss_weights[:, length - 1:-1] = 1
+    a.is_output[:, length - 1:-1] = True
+    for row, prefix in enumerate(prefixes):
+        start = length - len(prefix)
+        a.tokens[row, start:length] = prefix
+        a.position_ids[row, start:length] = np.arange(len(prefix))[:, None]
+        a.position_ids[row, length:] = len(prefix) + grid_positions(m)
+        a.segment_ids[row, start:] = 0
+    return to_batch("gen", Layout(length, m, 0), False, a)
 
 
 def sequences(task, tokenizer, split, most=None, image_loss=False):
@@ -269,6 +268,12 @@ class Block(nn.Module):
         """
         h = self.attention_norm(x)
         h_source = h if source is x else self.attention_norm(source)
+        attended, weights = self.attention(h, h_source, kind, task, fused, cache)
+        x = x + attended
+        x = x + self.ffn(self.ffn_norm(x))
+        return x, weights
+
+    def attention(self, h, h_source, kind, task, fused, cache):
         q = self.split_heads(self.project(self.query, h, kind.queries.layout, task))
         kv = self.project(self.key_value, h_source, kind.keys.layout, task)
         k, v = map(self.split_heads, kv.chunk(2, dim=-1))               # (B, H, k, Dh)
@@ -281,11 +286,12 @@ class Block(nn.Module):
             cache[0][:, :, index], cache[1][:, :, index] = k, v.type_as(k)
             k, v = cache
         attended, weights = attention(q, k, v, kind.mask, fused)        # (B, H, q, Dh)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return self.out(attended.transpose(1, 2).flatten(2)), weights
+
+    def ffn(self, h):
         # In place, and no .square(): on a CPU that saves a quarter of the FFN's time.
-        up = F.relu(self.up(self.ffn_norm(x)), inplace=True)
-        x = x + self.down(up * up)
-        return x, weights
+        h = F.relu(self.up(h), inplace=True)
+        return self.down(h * h)
 
     def project(self, linears, h, layout, task):
         """Text tokens by their weights, image tokens by theirs, which may be the same: (B, n,
