@@ -157,9 +157,9 @@ class Shapes:
         # One word, and so one token: the second of two would have to look for the object once more.
         cells = [f"{row}-{column}" for row in rows for column in columns]
         self.cell_names = [cell.replace("middle-middle", "middle") for cell in cells]
-        # Pairs of (colour, shape) that a task never sees in training, while the other task does: one
-        # of each shape for each task. Colours take turns: red and green circle, blue and yellow
-        # square, ...
+        # Pairs of (colour, shape) that a task never sees in training, while the other task does:
+        # one of each shape for each task. Colours take turns: red and green circle, blue and
+        # yellow square, ...
         self.held_out = {"und": set(), "gen": set()}
         for shape in range(p.shapes):
             self.held_out["und"].add((2 * shape % p.colours, shape))

@@ -35,8 +35,8 @@ SHOWN = 18          # pictures of each task in samples.png; of a folder's traini
 
 @torch.no_grad()
 def answer(model, tokenizer, codes, question, plan, longest=None):
-    """One picture's codes (M,) and a question -> the answer, a string, by greedy decoding: up to the
-    end token or `longest` tokens, by default all the text tokens of a training sequence."""
+    """One picture's codes (M,) and a question -> the answer, a string, by greedy decoding: up to
+    the end token or `longest` tokens, by default as many as a training sequence has of text."""
     c, device = model.config, model.device
     first = 2 + c.side ** 2                         # the position after the image
     start = first + len(tokenizer.ids(question))

@@ -22,16 +22,17 @@ from common import read_checkpoint
 from prune import FFN, FULL, Layout, Positions, flops, positions, predicting
 from tokenizer import FIRST_CODE, Tokenizer
 
-# Each task predicts its own output: understanding its answers, generation its image. Tokens of
-# questions and the ends of answers are predicted, too, with this weight: with a loss on answers alone
-# understanding learned less. See Model.loss for the whole loss.
+# Each task predicts its own output (the sentence under eq. 1): answers, or the drawn image.
+# Question tokens and the ends of answers are predicted, too, with a small weight: without them
+# understanding learns less. Model.loss has the whole formula.
 AUXILIARY_WEIGHT = .05
-TASK_WEIGHT = {"und": 1., "gen": 2.}        # of the tasks in the gradient; logged losses are without it
+TASK_WEIGHT = {"und": 1., "gen": 2.}    # of the tasks in the gradient; logged losses are without it
 
 # Which sets of Q, K, V weights a block has. Text tokens always use "text".
 PROJECTIONS = {"shared": ["text"],                  # image tokens use those of text, too
                "image": ["text", "image"],          # image tokens have their own, for both tasks
                "task": ["text", "und", "gen"]}      # ... for each task: "share partial" (sec. 6.2)
+# Under HiMix image tokens are no queries: their own query weights are there, but never used.
 
 
 @dataclass
@@ -122,8 +123,8 @@ def grid_positions(m):
 
 
 def understanding(tokenizer, codes, questions, length=None, image_loss=False):
-    """[bos] [und] image, then as many questions with answers as fit into `length` tokens, by default
-    all. codes: (B, M). questions: for each picture a list of (question, answer) strings.
+    """[bos] [und] image, then as many questions with answers as fit into `length` tokens, by
+    default all. codes: (B, M). questions: for each picture a list of (question, answer) strings.
     image_loss: also predict the image tokens.
 
     A picture of 4 tokens i0 to i3, two questions, and a length of 8; `-` is a target of -1, w is
@@ -137,8 +138,8 @@ def understanding(tokenizer, codes, questions, length=None, image_loss=False):
         loss_weights     0   0  0  0  0  0     w     w   1    w     w   1   w    0
         is_output        .   .  .  .  .  .     .     .   x    x     .   x   x    .
 
-    The end of an answer, eos, is a target, but no token: nothing follows it. With image_loss, i0 to i3
-    are targets of weight w, too.
+    The end of an answer, eos, is a target, but no token: nothing follows it. With image_loss, i0 to
+    i3 are targets of weight w, too.
     """
     encoded = [[(tokenizer.ids(question), tokenizer.ids(answer)) for question, answer in pairs]
                for pairs in questions]
@@ -225,6 +226,11 @@ def sequences(task, tokenizer, split, most=None, image_loss=False):
 
 # ---------------------------------------------------------------------- the block
 
+# What is not the paper's, and was needed so that a million parameters learn this in minutes
+# (study/README.md has the figures): QK norm, squared ReLU, rotary positions by row and column that
+# begin anew for each question, strong row and column embeddings, image embeddings that start from
+# the codebook, layers that start as the identity; and Muon, in train.py.
+
 class Kind(NamedTuple):
     """What all layers with one Rule have in common. It is made once, outside of them."""
     queries: Positions      # the tokens that a layer updates
@@ -268,12 +274,12 @@ class Block(nn.Module):
         """
         h = self.attention_norm(x)
         h_source = h if source is x else self.attention_norm(source)
-        attended, weights = self.attention(h, h_source, kind, task, fused, cache)
+        attended, weights = self.attend(h, h_source, kind, task, fused, cache)
         x = x + attended
         x = x + self.ffn(self.ffn_norm(x))
         return x, weights
 
-    def attention(self, h, h_source, kind, task, fused, cache):
+    def attend(self, h, h_source, kind, task, fused, cache):
         q = self.split_heads(self.project(self.query, h, kind.queries.layout, task))
         kv = self.project(self.key_value, h_source, kind.keys.layout, task)
         k, v = map(self.split_heads, kv.chunk(2, dim=-1))               # (B, H, k, Dh)
@@ -390,8 +396,8 @@ class Model(nn.Module):
                     batch.attention_mask(queries.index, keys.index))
 
     def loss(self, x, batch):
-        """The logits (B, n, vocab) of the positions that prune.predicting names, and the loss of eq. 1
-        with weights. x: (B, N, d).
+        """The logits (B, n, vocab) of the positions that prune.predicting names, and the loss of
+        eq. 1 with weights. x: (B, N, d), the last hidden states.
 
             loss  =  sum over all tokens of  weight * cross-entropy  /  number of output tokens
 

@@ -188,7 +188,9 @@ def print_costs(preset):
         print(f"\n{task}: {layout.before} + {image} image + {layout.after} tokens, {p.layers} "
               f"layers, width {p.width}; forward and backward of one sequence\n"
               f"{'plan':12}{'layers':>{p.layers + 2}}{'GFLOP':>10}{'of dense':>10}{'by paper':>10}")
-        dense, image_loss = make_plan("dense", p.layers), task == "und"
+        dense = make_plan("dense", p.layers)
+        dense_flops = flops(dense, layout, p.width, vocab)
+        dense_cost = paper_cost(dense, layout, p.width)
         for name in PLANS:
             numbers = range(1, (p.layers + 1) // 2) if name in ("hmgen", "naive") else [0]
             for shallow in numbers:
@@ -196,13 +198,11 @@ def print_costs(preset):
                 if task == "gen" and not can_generate(plan):
                     continue
                 letters = "".join(LETTERS.get(rule, "?") for rule in plan)
-                exact = flops(plan, layout, p.width, vocab, image_loss)
-                of_dense = exact / flops(dense, layout, p.width, vocab, image_loss)
-                by_paper = (paper_cost(plan, layout, p.width)
-                            / paper_cost(dense, layout, p.width))
+                exact = flops(plan, layout, p.width, vocab)
+                by_paper = paper_cost(plan, layout, p.width) / dense_cost
                 title = f"{name} K={shallow}" if shallow else name
                 print(f"{title:12}{letters:>{p.layers + 2}}{exact / 1e9:10.3f}"
-                      f"{of_dense:10.2f}{by_paper:10.2f}")
+                      f"{exact / dense_flops:10.2f}{by_paper:10.2f}")
     print("\nlayers: F full, h HiMix, s shallow, n naive, f frozen")
 
 

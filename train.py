@@ -2,7 +2,7 @@
 
     python train.py                 everything: tokenizer, joint dense model, scores, pictures
     python train.py --objective und --und-plan himix --projections image    one task, accelerated
-    python train.py --und-plan himix --gen-plan hmgen --projections task    the paper's share partial
+    python train.py --und-plan himix --gen-plan hmgen --projections task        share partial
     python train.py --data PATH     a folder of your own captioned images
     python train.py --resume --out out/joint        goes on where that run stopped
     python train.py --preset tiny   every stage in a minute; too short to learn anything
@@ -510,8 +510,8 @@ def main():
         "own, or their own for each task (default: shared)")
     add("--shallow", type=int, metavar="K", help="so many layers are shallow in hmgen and naive "
         "(default: a quarter of all)")
-    add("--image-loss", action="store_true", help="a control: understanding predicts the image that "
-        "it looks at, too")
+    add("--image-loss", action="store_true", help="a control: understanding predicts the image "
+        "that it looks at, too")
     add("--practice", action="store_true", help="generation's pictures without caption, a tenth of "
         "all, are understanding's")
     add("--preset", choices=PRESETS, help="size of everything (default: what fits the device)")
