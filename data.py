@@ -110,7 +110,9 @@ PHRASINGS = {"colour": ("what colour is {}?", "which colour does {} have?"),
              "existence": ("is there a {}?", "do you see a {}?"),
              "count": ("how many {} are there?", "what is the number of {}?"),
              "place": ("where is {}?", "in which place is {}?"),
-             "relation": ("is {} {} {}?", "does {} lie {} {}?")}
+             "relation": ("is {} {} {}?", "does {} lie {} {}?"),
+             # Its words are learned here, and then "relation", which is yes or no, succeeds.
+             "neighbour": ("what shape is {} {}?", "which shape lies {} {}?")}
 QUESTION_KINDS = tuple(PHRASINGS)
 # Which fields may name the object that a question of this kind is about: not the answer itself.
 NAMED_BY = {"colour": [("shape",), ("size", "shape"), ("cell",)],
@@ -350,14 +352,20 @@ class Shapes:
             answer, *parts = self.existence(rng, scene, thing, avoid, required)
         elif kind == "count":
             answer, *parts = self.count(rng, scene)
-        elif kind == "relation" and len(scene) > 1:
+        elif kind in ("relation", "neighbour") and len(scene) > 1:
             other = rng.choice([t for t in scene if t is not thing])
             # Named as for "place", so not by their cells, which would tell the answer.
             names = [self.refer(rng, scene, t, "place") for t in (thing, other)]
-            r = rng.choice(self.related(thing, other))
-            answer = rng.choice(("no", "yes"))
-            # The opposite of something true: knowing which two are meant is not enough.
-            parts = [names[0], RELATIONS[r if answer == "yes" else OPPOSITE[r]], names[1]]
+            if kind == "relation":
+                r = rng.choice(self.related(thing, other))
+                answer = rng.choice(("no", "yes"))
+                # The opposite of something true: knowing which two are meant is not enough.
+                parts = [names[0], RELATIONS[r if answer == "yes" else OPPOSITE[r]], names[1]]
+            else:
+                for r in rng.sample(range(4), 4):
+                    there = [t for t in scene if r in self.related(t, other)]
+                    if there == [thing]:                    # else several answers were right
+                        answer, parts = SHAPES[thing.shape], [RELATIONS[r], names[1]]
         if answer is None or None in parts:
             return None
         return Question(rng.choice(PHRASINGS[kind]).format(*parts), answer, kind)
