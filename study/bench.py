@@ -14,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "study"))
-from common import (hardware, line_chart, mixed_precision, pick_device, run_script, script_parser,
-                    write_file)
+from common import (hardware, line_chart, mixed_precision, pick_device, run_script, save_picture,
+                    script_parser, write_file)
 
 import torch
 
@@ -51,7 +51,7 @@ def bench_config(preset, side=None, projections="shared"):
     """The Config of a preset, with as many text tokens as it may have at most."""
     p = PRESETS[preset]
     return Config(FIRST_CODE + p.codes, p.layers, p.width, p.heads, side or p.image_size // PATCH,
-                  FIRST_CODE, p.max_text, p.max_text * 2 // 5, projections)
+                  p.max_text, p.max_text * 2 // 5, projections)
 
 
 def random_batch(task, c, rows):
@@ -204,7 +204,7 @@ def main():
         line = lines.setdefault(f"{x['task']} {x['plan']}", [])
         line.append((x["image_tokens"], x["ms"] / n))
     title = "ms a picture in a training step"
-    line_chart(lines, title, "image tokens").save(path.with_suffix(".png"))
+    save_picture(line_chart(lines, title, "image tokens"), path.with_suffix(".png"))
     print(f"{result['hardware']}; preset {preset}, {n} sequences a step, K = {result['shallow']}; "
           f"matmuls alone {result['matmul_flops_per_s'] / 1e12:.3g} TFLOP/s")
     for key in ("steps", "image_tokens"):

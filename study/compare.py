@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "study"))
 from common import (fail, hardware, line_chart, mixed_precision, pick_device, run_script,
-                    script_parser, write_file)
+                    save_picture, script_parser, write_file)
 
 import torch
 import torch.nn as nn
@@ -40,12 +40,11 @@ import data
 import train
 from bench import bench_config, bench_step, synchronize, time_each
 from data import PRESETS
-from eval import (answer_all, check_pictures, draw_pictures, understanding_scores,
-                  validation_splits)
-from model import Config, Model, attention, sequences
+from eval import SAMPLING, answer_all, check_pictures, draw_pictures, understanding_scores
+from model import TASK_WEIGHT, Config, Model, attention, sequences
 from prune import make_plan
 from table import RESULTS, cell, markdown
-from tokenizer import Tokenizer, default_preset, default_tokenizer_path
+from tokenizer import Tokenizer, default_preset
 
 THRESHOLDS = {"und": .85, "gen": .9}    # the quality: questions, and pictures, that are right
 SCORED = {"und": 200, "gen": 210}       # validation pictures with questions, captions to draw
@@ -188,8 +187,10 @@ class UsualGPT(Model):
 
     def embed(self, batch, start=0, stop=None):
         """(B, stop - start, d): of each token its embedding and that of its position, which is, for
-        text, position_ids: all questions on a picture stand right after it."""
+        text, position_ids: all questions on a picture stand right after it. An image stands where
+        it does in training, whatever the captions in a batch take."""
         index = torch.arange(batch.tokens.size(1), device=batch.tokens.device)      # (N,)
+        index += self.config.layout(batch.task).before - batch.layout.before
         places = torch.where(batch.is_image(), index, batch.position_ids[..., 0])   # (B, N)
         return (self.token_embedding(batch.tokens[:, start:stop])
                 + self.position_embedding(places[:, start:stop]))
@@ -227,17 +228,16 @@ class Material(NamedTuple):
 
 def prepare(options, device):
     """The Material of train.py's run with these options; of its validation a first part."""
-    preset, seed = PRESETS[options["preset"]], options["seed"]
+    preset = PRESETS[options["preset"]]
     dataset = data.load(options["data"], options["preset"])
     tokenizer = train.get_tokenizer(options, dataset, device)
-    tokenizer.vq.to(device)
-    every = validation_splits(dataset, ("und", "gen"), preset, seed)
-    c, examples = train.prepare(options, dataset, tokenizer, every, device)
-    validation = {}
-    for task, splits in every.items():
-        n = min(SCORED[task], len(splits["val"].pixels))
-        split = dataset.split(task, "val", n, seed)
-        validation[task] = split, sequences(task, tokenizer, split, c).to(device)
+    examples = {task: train.training_sequences(task, options, dataset, tokenizer).to(device)
+                for task in SCORED}
+    c, validation = train.make_config(options, tokenizer, examples), {}
+    for task, of_all in (("und", preset.und_val), ("gen", preset.gen_val)):
+        split = dataset.split(task, "val", min(SCORED[task], of_all), options["seed"])
+        batch = sequences(task, tokenizer, split, c.und_text).to(device)
+        validation[task] = split, batch
     return Material(dataset, tokenizer, c, examples, validation)
 
 
@@ -247,7 +247,7 @@ def score(model, material, plan):
     answers, _ = answer_all(model, tokenizer, *validation["und"], plan)
     split, _ = validation["gen"]
     texts = [caption.text for caption in split.captions]
-    pictures = draw_pictures(model, tokenizer, texts, plan, dataset.identity)
+    pictures = draw_pictures(model, tokenizer, texts, plan, SAMPLING["shapes"])
     rates, _ = check_pictures(dataset, split, pictures)
     return {"und": understanding_scores(answers), "gen": rates}
 
@@ -258,9 +258,6 @@ def options_of(kind, seed, args, device):
     given = {"preset": args.preset or default_preset(device), "seed": seed,
              "batch_size": args.batch_size, "tokenizer": args.tokenizer,
              "compile": args.compile or None}
-    if args.tokenizer is None and given["preset"] != default_preset(device):
-        default = default_tokenizer_path("shapes")          # which is for the default preset
-        given["tokenizer"] = default.replace("tokenizer", f"tokenizer-{given['preset']}")
     options = train.complete({k: v for k, v in given.items() if v is not None}, device)
     if kind == "usual":
         options |= {"lr": args.usual_lr, "steps": 2 * options["steps"]}
@@ -270,7 +267,7 @@ def options_of(kind, seed, args, device):
 
 def settings_of(options):
     """What a result depends on: results are comparable where these are the same."""
-    kept = ("preset", "seed", "steps", "batch_size", "lr", "compile")
+    kept = ("preset", "seed", "steps", "batch_size", "lr", "compile", "image_loss")
     return {**{key: options[key] for key in kept}, "thresholds": THRESHOLDS, "scored": SCORED,
             "score_every": SCORE_EVERY}
 
@@ -315,7 +312,7 @@ def train_until_good(kind, options, material, log, device):
                 with mixed_precision(device):
                     _, loss = model(batch, plan)
                 loss = fraction * loss
-                (train.LOSS_WEIGHT[task] * loss).backward()
+                (TASK_WEIGHT[task] * loss).backward()
                 total += loss.detach()
         if kind == "ours":
             train.apply_gradients(optimizers)
@@ -434,7 +431,7 @@ def draw_quality(found, path):
             points = [(row["seconds"], 100 * row[task]) for row in runs[both[0]]["curve"]]
             lines[f"{kind}, {task}"] = [(0, 0), *points]    # without training nothing is right
     title = f"questions (und) and images (gen) that are right, %, seed {both[0]}"
-    line_chart(lines, title, "seconds of training", top_y=100).save(path)
+    save_picture(line_chart(lines, title, "seconds of training", top_y=100), path)
     print(path)
 
 

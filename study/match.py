@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from eval import load_run, mean, plans_of
-from model import generation, understanding
-from prune import predicting
+from eval import mean
+from model import generation, load_run, understanding
+from prune import plans_of, predicting
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def matching(model, tokenizer, split, task, plan, group=10):
     caption).
     """
     hits = defaultdict(list)
-    codes, c = tokenizer.encode(split.pixels), model.config
+    codes = tokenizer.encode(split.pixels)
     for i in tqdm(range(0, len(codes) - group + 1, group), desc="matching", leave=False):
         pictures = codes[i:i + group]
         each = pictures.repeat_interleave(group, 0)         # row a * group + b: picture a, text b
@@ -54,13 +54,12 @@ def matching(model, tokenizer, split, task, plan, group=10):
             asked = [questions[0] for questions in split.questions[i:i + group]]
             texts = [question.answer for question in asked]
             pairs = [[(question.text, answer)] for question in asked for answer in texts]
-            length = max(len(tokenizer.ids(q) + tokenizer.ids(a)) for (q, a), in pairs)
-            batch = understanding(tokenizer, each, pairs, length)
+            batch = understanding(tokenizer, each, pairs)
             table = log_likelihoods(model, batch, plan).view(group, group)
         else:
             texts = [caption.text for caption in split.captions[i:i + group]]
-            batch = generation(tokenizer, each, texts * group, c.gen_text)
-            without = generation(tokenizer, pictures, [""] * group, c.gen_text)
+            batch = generation(tokenizer, each, texts * group)
+            without = generation(tokenizer, pictures, [""] * group)
             table = log_likelihoods(model, batch, plan).view(group, group)
             table -= log_likelihoods(model, without, plan)[:, None]
         for k, text in enumerate(texts):

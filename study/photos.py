@@ -26,8 +26,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "study"))
-from common import (build_network, contact_sheet, fail, pick_device, read_checkpoint, run_script,
-                    save_checkpoint, script_parser, write_file)
+from common import (contact_sheet, fail, pick_device, read_checkpoint, run_script, save_checkpoint,
+                    save_picture, script_parser, write_file)
 
 import numpy as np
 import torch
@@ -39,10 +39,10 @@ from tqdm import tqdm
 import data
 import table
 import train
-from eval import BATCH, draw_pictures, frechet, load_run, plans_of
+from eval import BATCH, draw_pictures
 from match import output_losses
-from model import understanding
-from prune import predicting
+from model import load_run, understanding
+from prune import plans_of, predicting
 from table import RESULTS, cell, exclusive, markdown, value
 from tokenizer import score_tokenizer
 
@@ -149,7 +149,7 @@ def get_classifier(path, dataset, names, preset, device):
     none."""
     made_for = {"data": dataset.identity, "preset": preset, "classes": names}
     if not path.exists():
-        split = dataset.split(None, "train", len(dataset.pixels))
+        split = dataset.split("gen", "train", len(dataset.pixels))
         network = train_classifier(split.pixels, labels_of(split, names), len(names), device)
         save_checkpoint({"kind": "classifier", **made_for, "network": network.state_dict()}, path)
     checkpoint = read_checkpoint(path, "classifier")
@@ -157,7 +157,8 @@ def get_classifier(path, dataset, names, preset, device):
         if checkpoint.get(key) != expected:
             fail(f"{path} was made for {key} {checkpoint.get(key)}, not {expected}: give another "
                  "--out")
-    network = build_network(lambda: Classifier(len(names)), checkpoint["network"])
+    network = Classifier(len(names))
+    network.load_state_dict(checkpoint["network"])
     return network.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -186,9 +187,7 @@ def prepare(out, dataset, names, options, device):
             if alone:
                 classifier = get_classifier(out / "classifier.pt", dataset, names,
                                             options["preset"], device)
-                tokenizer = train.get_tokenizer(options, dataset, device)
-                tokenizer.vq.to(device)
-                return tokenizer, classifier
+                return train.get_tokenizer(options, dataset, device), classifier
         if not waiting:
             print(f"waiting for the process that prepares {out}", flush=True)
         waiting = True
@@ -200,7 +199,7 @@ def score_real(dataset, names, tokenizer, classifier):
     the best that drawn ones can reach; and one of each class of both: {title: (classes, H, W, 3)}.
     """
     scores, pixels, decoded = score_tokenizer(tokenizer, dataset, len(dataset.pixels))
-    split = dataset.split(None, "val", len(dataset.pixels))             # the same pictures
+    split = dataset.split("gen", "val", len(dataset.pixels))            # the same pictures
     labels = labels_of(split, names)
     features, guesses = classifier.judge(pixels)
     decoded_features, decoded_guesses = classifier.judge(decoded)
@@ -219,6 +218,17 @@ def score_real(dataset, names, tokenizer, classifier):
     return standard, scores, samples
 
 
+def frechet(a, b):
+    """Fréchet distance of two sets of features, arrays (N, d): |mean - mean|^2 + tr(A + B -
+    2 sqrt(AB)) of their means and covariances A, B."""
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    values, vectors = np.linalg.eigh(cov_a)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
+    means = ((a.mean(0) - b.mean(0)) ** 2).sum()
+    return float(means + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+
+
 def accuracy(guesses, labels):
     return (guesses == labels).double().mean().item()
 
@@ -230,10 +240,9 @@ def name_likelihoods(model, tokenizer, plan, pixels, question, names):
     gives what study/match.py gets one by one, but the picture is computed once.
     """
     pairs = [(question, name) for name in names]
-    length = sum(len(tokenizer.ids(text)) for pair in pairs for text in pair)
     parts = []
     for codes in tqdm(tokenizer.encode(pixels).split(BATCH), desc="naming", leave=False):
-        batch = understanding(tokenizer, codes, [pairs] * len(codes), length, image_loss=False)
+        batch = understanding(tokenizer, codes, [pairs] * len(codes))
         losses = output_losses(model, batch, plan)
         segments = batch.segment_ids[:, predicting(batch.layout)]
         of_names = [-(losses * (segments == k)).sum(1) for k in range(1, 1 + len(names))]
@@ -253,11 +262,12 @@ def score_run(folder, standard, device):
         scores["named"] = accuracy(likelihoods.argmax(1), standard.labels)
     if "gen" in plans:
         # The first picture of each class, the second of each, ...
-        drawn = draw_pictures(model, tokenizer, names * DRAWN, plans["gen"], "folder", SAMPLING)
+        drawn = draw_pictures(model, tokenizer, names * DRAWN, plans["gen"], SAMPLING)
         features, guesses = standard.classifier.judge(drawn)
         scores["drawn_right"] = accuracy(guesses, torch.arange(len(names)).repeat(DRAWN))
         scores["frechet"] = frechet(features, standard.reference)
-        Image.fromarray(np.concatenate(drawn[:len(names)], 1)).save(folder / "drawn.png")
+        one_of_each = np.concatenate(drawn[:len(names)], 1)
+        save_picture(Image.fromarray(one_of_each), folder / "drawn.png")
     # The scores come last: where they are, all is.
     write_file(folder / "photos.json", json.dumps(scores))
 

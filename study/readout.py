@@ -22,8 +22,9 @@ import torch.nn.functional as F
 
 import data
 from data import BACKGROUND, COLOUR_NAMES, NAMED_BY, PATCH, PRESETS, SHAPES, SIZE_NAMES, Thing
-from eval import BATCH, answer_all, load_run, mean, plans_of
-from model import Model, sequences, understanding
+from eval import BATCH, answer_all, mean
+from model import Model, load_run, sequences, understanding
+from prune import plans_of
 from table import markdown
 
 PICTURES = 900          # two thirds of them to fit on, one third to test on
@@ -118,7 +119,7 @@ def read_tokens(model, untrained, tokenizer, dataset, plan, seed):
     groups = {"all tokens": torch.ones_like(is_last), "last token": is_last}
     # Questions come after the image, so its tokens do not see them.
     codes = tokenizer.encode(dataset.render(scenes))
-    batch = understanding(tokenizer, codes, [[]] * len(scenes), 0).to(model.device)
+    batch = understanding(tokenizer, codes, [[]] * len(scenes)).to(model.device)
 
     def read(network, first_layers):
         states = hidden_states(network, batch, first_layers, shown)
@@ -159,7 +160,7 @@ def questions_by_name(model, tokenizer, dataset, plan, n, seed):
     names = {"size": SIZE_NAMES, "colour": COLOUR_NAMES, "shape": SHAPES,
              "cell": dataset.cell_names}
     split = dataset.split("und", "val", n, seed)
-    batch = sequences("und", tokenizer, split, model.config).to(model.device)
+    batch = sequences("und", tokenizer, split, model.config.und_text).to(model.device)
     answers, _ = answer_all(model, tokenizer, split, batch, plan)
     groups = defaultdict(list)                  # (kind, named by) -> [(right, share of objects)]
     for scene, of_picture in zip(split.scenes, answers):

@@ -22,7 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import contact_sheet, fail, pick_device, run_script, script_parser, write_file
+from common import (contact_sheet, fail, pick_device, run_script, save_picture, script_parser,
+                    write_file)
 
 import numpy as np
 import torch
@@ -31,7 +32,9 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 import probe
 import train
-from eval import draw_pictures, evaluate, load_run, plans_of, save_scores
+from eval import draw_pictures, evaluate, sampling_of, save_scores
+from model import load_run
+from prune import plans_of
 
 RESULTS = ROOT / "study" / "results"
 
@@ -59,9 +62,11 @@ ROWS = {
     "u-long": ("understanding only, as many FLOPs as joint", dict(objective="und")),
     "joint-shuffled": ("joint, captions shuffled", {}),
     "joint-short": ("joint, as many FLOPs as with freezing + HMGen", {}),
-    "u-no-image-loss": ("understanding only, no loss on image tokens",
-                        dict(objective="und", image_loss=False)),
-    "joint-no-image-loss": ("joint, no loss on image tokens", dict(image_loss=False)),
+    "u-image-loss": ("understanding only, predicts its pictures, too",
+                     dict(objective="und", image_loss=True)),
+    "joint-image-loss": ("joint, understanding predicts its pictures, too", dict(image_loss=True)),
+    "joint-practice": ("joint, with practice", dict(practice=True)),
+    "g-practice": ("generation only, with practice", dict(objective="gen", practice=True)),
     "u-image": ("understanding only, own projections", dict(objective="und", projections="image")),
     "g-image": ("generation only, own projections", dict(objective="gen", projections="image")),
     "joint-image": ("joint, own projections", dict(projections="image")),
@@ -71,6 +76,8 @@ ROWS = {
     "freeze": ("joint, frozen after the first layer", dict(und_plan="freeze")),
     "freeze-hmgen": ("joint, frozen after the first layer + HMGen",
                      dict(und_plan="freeze", gen_plan="hmgen")),
+    "freeze-hmgen-practice": ("joint, frozen after the first layer + HMGen, with practice",
+                              dict(und_plan="freeze", gen_plan="hmgen", practice=True)),
 }
 # The row that others of this objective are compared with.
 DENSE = {"und": "u", "gen": "g", "joint": "joint"}
@@ -121,10 +128,9 @@ COMPARED = [("joint", "u"), ("joint", "g"), ("u-himix", "u"), ("g-hmgen", "g"),
             ("share-all", "g-hmgen"), ("share-partial", "u-himix"), ("share-partial", "g-hmgen"),
             ("share-partial", "share-all"), ("freeze-hmgen", "joint"),
             ("freeze-hmgen", "share-all"), ("joint-shuffled", "u"), ("u-describe", "u"),
-            ("joint-no-image-loss", "joint"), ("joint-no-image-loss", "u"),
-            ("joint-no-image-loss", "g"), ("share-all", "g"), ("share-partial", "g"),
-            ("freeze-hmgen", "g"), ("freeze", "joint"), ("u-himix", "u-image"),
-            ("g-hmgen", "g-image")]
+            ("joint-image-loss", "joint"), ("joint-image-loss", "u"), ("joint-image-loss", "g"),
+            ("share-all", "g"), ("share-partial", "g"), ("freeze-hmgen", "g"), ("freeze", "joint"),
+            ("u-himix", "u-image"), ("g-hmgen", "g-image")]
 
 
 class Described(data.Shapes):
@@ -155,9 +161,9 @@ class FirstChoice(random.Random):
 
 
 WORLDS = {"u-describe": Described, "joint-shuffled": Shuffled}
-# Steps, as a multiple of the others': a joint step costs .98 + .52 GFLOP a picture, one of
-# understanding .98; and a step of freeze-hmgen .785 of a joint one.
-STEPS = {"u-long": 1.54, "joint-short": .785}
+# Steps, as a multiple of the others': a joint step costs .94 + .52 GFLOP a picture, one of
+# understanding .94; and a step of freeze-hmgen .78 of a joint one.
+STEPS = {"u-long": 1.56, "joint-short": .78}
 # Text tokens beside the most of the preset: a description takes no question's place.
 ROOM = {"u-describe": 25}
 # Layers, where they are not the preset's.
@@ -189,14 +195,14 @@ def exclusive(folder):
 
 
 def check_finished(out, options):
-    """Refuses a finished run of another size: it would stand in one table with the others."""
+    """Refuses a finished run of another size, or of the objective that once was the default: it
+    would stand in one table with the others."""
     if (out / "eval.json").exists():
         config = json.loads((out / "eval.json").read_text())["config"]
-        for key in ("preset", "steps", "batch_size", "layers", "max_text"):
+        for key in ("preset", "steps", "batch_size", "layers", "max_text", "image_loss"):
             if key in config and config[key] != options.get(key):
-                fail(f"{out} was trained for {config['steps']} steps of {config['batch_size']} "
-                     f"pictures, preset {config['preset']}: expected {key} {options.get(key)}, or "
-                     "give another folder")
+                fail(f"{out} was trained with {key} {config[key]}: expected {options.get(key)}, "
+                     "or give another folder")
 
 
 def train_row(out, options, at_inference, device):
@@ -439,7 +445,7 @@ def draw_rows(titles, found, path):
                 draw.circle(dot, 7, fill=fill, outline=colour)
             if points:
                 draw.line((at(mean), y - 17, at(mean), y + 17), fill="black", width=3)
-    sheet.save(path)
+    save_picture(sheet, path)
 
 
 def draw_samples(folder, device):
@@ -455,7 +461,7 @@ def draw_samples(folder, device):
             dataset = data.load(options["data"], options["preset"])
             captions = [c.text for c in dataset.split("gen", "val", 7, questions=0).captions]
             plan = plans_of(["gen"], options, model.config.layers)["gen"]
-            pictures.append(draw_pictures(model, tokenizer, captions, plan, options["data"]))
+            pictures.append(draw_pictures(model, tokenizer, captions, plan, sampling_of(options)))
             texts += [f"{title}:\n{caption}" for caption in captions]
     if pictures:
         path = RESULTS / f"{folder.resolve().name}-{options['preset']}-samples.png"
