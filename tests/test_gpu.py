@@ -16,10 +16,11 @@ import common
 import gpu
 import train
 from eval import answer, draw
-from model import Block, Model, generation, understanding
+from model import Block, Config, Model, generation, understanding
 from probe import allocation
 from prune import PLANS, can_generate, make_plan
-from test_model import CODES, FIRST_CODE, Config, random_batch, random_model, words
+from test_model import CODES, random_batch, random_model, words
+from tokenizer import FIRST_CODE
 from train import apply_gradients, compile_blocks, draw_order, get_batches, optimizers_of
 
 TASK_PLANS = [(task, name) for task in ("und", "gen") for name in PLANS
@@ -52,7 +53,8 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_says_why(tmp_path, capsys, mo
     def no_compiler(graph, inputs):
         raise RuntimeError("no such card\nand much more")
 
-    monkeypatch.setattr(Block, "compile", partialmethod(torch.nn.Module.compile, backend=no_compiler))
+    compile_in_vain = partialmethod(torch.nn.Module.compile, backend=no_compiler)
+    monkeypatch.setattr(Block, "compile", compile_in_vain)
     torch._dynamo.reset()
     try:
         compile_blocks(model, batches, plans, log)
@@ -98,7 +100,7 @@ def test_a_step_in_parts_has_the_same_gradients():
 def test_parts_fit_into_the_memory(monkeypatch):
     """The gpu preset on cards from 8 to 80 GB: fewer rows at a time, and always a divisor."""
     options = {"parts": None, "batch_size": 64, "compile": True, "objective": "joint"}
-    c = Config(1024, 12, 512, 8, 16, FIRST_CODE, 192, 48)
+    c = Config(1024, 12, 512, 8, 16, 192, 48)
     found = []
     for gigabytes in (4, 8, 12, 24, 80):
         monkeypatch.setattr(train, "memory_bytes", lambda device: gigabytes * 2 ** 30)
@@ -113,9 +115,9 @@ def learn(steps=150, und="dense", gen="dense"):
     codes = torch.randint(CODES, (20, 9))
     names = [f"{i // 5} {i % 5}" for i in range(20)]
     questions = [[("99", str(100 + i))] for i in range(20)]
-    batches = {"und": understanding(words, codes, questions, 4, image_loss=False),
+    batches = {"und": understanding(words, codes, questions, 4),
                "gen": generation(words, codes, names, 4)}
-    model = Model(Config(FIRST_CODE + CODES, 3, 64, 2, 3, FIRST_CODE, 4, 4), torch.randn(CODES, 4))
+    model = Model(Config(FIRST_CODE + CODES, 3, 64, 2, 3, 4, 4), torch.randn(CODES, 4))
     plans = {"und": make_plan(und, 3), "gen": make_plan(gen, 3, 1)}
     optimizers = optimizers_of(model, .02)
     for _ in range(steps):
@@ -128,12 +130,13 @@ def learn(steps=150, und="dense", gen="dense"):
 def test_bfloat16_is_close_to_float32():
     """Losses of both forwards, answers, drawings and the probe under autocast."""
     model, batches, plans, codes, names = learn(und="himix", gen="hmgen")
+    uniform = torch.rand(codes.shape)
 
     def results():
         losses = [model(batches[task], plans[task])[1].item() for task in batches]
         losses += [model.reference(batches[t], plans[t])[1].item() for t in batches]
         said = [answer(model, words, row, "99", plans["und"]) for row in codes[:5]]
-        drawn = draw(model, words, names, plans["gen"], temperature=.01)
+        drawn = draw(model, words, names, plans["gen"], uniform, temperature=.01)
         shares, _ = allocation(model, batches["und"], plans["und"])
         return losses, said, drawn, torch.tensor(shares["image"])
 
@@ -195,7 +198,6 @@ def test_a_visit_to_a_gpu_can_be_rehearsed(tmp_path, monkeypatch):
     assert {"report.json", "versions.log", "joint/eval.json", "joint/log.jsonl"} <= names
     assert not any(name.endswith(".pt") for name in names)
     assert json.loads(found.splitlines()[-1])["torch"] == torch.__version__
-
 
 
 @pytest.mark.parametrize("capability, built_for, driver, complaint", [

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
 import prune
-from eval import answer
-from model import GIVEN_WEIGHT, PROJECTIONS, Config, Model, generation, understanding
+from eval import answer, draw_pictures
+from model import AUXILIARY_WEIGHT, PROJECTIONS, Config, Model, generation, understanding
 from prune import (FULL, HIMIX, NAIVE, PLANS, SHALLOW, Layout, Rule, flops, make_plan, paper_cost,
                    predicting)
 from tokenizer import FIRST_CODE
@@ -18,14 +18,17 @@ CODES = 16
 
 
 class Words:
-    """Stands in for a tokenizer: words are the ids themselves."""
-    bos, eos, und, gen, pad, first_code = 507, 508, 509, 510, 511, FIRST_CODE
+    """Stands in for a tokenizer: words are the ids themselves, and a picture is its codes."""
+    bos, eos, und, gen, pad = 507, 508, 509, 510, 511
 
     def ids(self, text):
         return [int(word) for word in text.split()]
 
     def string(self, ids):
         return " ".join(map(str, ids))
+
+    def decode(self, codes):
+        return codes.numpy()
 
 
 words = Words()
@@ -35,11 +38,11 @@ def text(rng, low, high):
     return " ".join(str(rng.randrange(256)) for _ in range(rng.randint(low, high)))
 
 
-def random_model(rng, projections="shared", layers=None, image_loss=False):
+def random_model(rng, projections="shared", layers=None, image_loss=False, side=None):
     """A float64 model, none of whose weights is special."""
     torch.manual_seed(rng.randrange(10 ** 6))
-    c = Config(FIRST_CODE + CODES, layers or rng.randint(1, 6), 32, 2, rng.randint(1, 4),
-               FIRST_CODE, rng.randint(14, 20), rng.randint(8, 12), projections, image_loss)
+    c = Config(FIRST_CODE + CODES, layers or rng.randint(1, 6), 32, 2, side or rng.randint(1, 4),
+               rng.randint(14, 20), rng.randint(8, 12), projections, image_loss)
     model = Model(c, torch.randn(CODES, 4)).double()
     for p in model.parameters():
         p.data.copy_(torch.randn_like(p) * (.3 if p.ndim == 2 else 1))
@@ -104,7 +107,7 @@ def decode(model, batch, plan):
         seen.append(logits)
         return logits[:, FIRST_CODE:].argmax(-1) + FIRST_CODE
 
-    return model.generate(batch, plan, model.config.gen_text, choose), torch.stack(seen, 1)
+    return model.generate(batch, plan, batch.layout.before, choose), torch.stack(seen, 1)
 
 
 def test_decoding_with_a_cache_equals_decoding_without():
@@ -152,10 +155,11 @@ def test_causality(task):
 
 def test_the_loss_is_that_of_eq_1(monkeypatch):
     """Written out once more: each target's cross-entropy, by its weight, over the outputs; also
-    with a weight of 1, eq. 1 to the letter, which must not turn questions into outputs."""
+    with a weight of 1, which must not turn questions into outputs. Image tokens have a target with
+    --image-loss alone."""
     rng = random.Random(10)
-    for w, image_loss in product((GIVEN_WEIGHT, 1.), (False, True)):
-        monkeypatch.setattr(model_module, "GIVEN_WEIGHT", w)
+    for w, image_loss in product((AUXILIARY_WEIGHT, 1.), (False, True)):
+        monkeypatch.setattr(model_module, "AUXILIARY_WEIGHT", w)
         model = random_model(rng, layers=3, image_loss=image_loss)
         m = model.config.side ** 2
         codes = torch.randint(CODES, (1, m))
@@ -167,6 +171,8 @@ def test_the_loss_is_that_of_eq_1(monkeypatch):
         targets = list(enumerate(targets, 2 + m))
         if image_loss:
             targets += [(1 + i, (FIRST_CODE + code, w)) for i, code in enumerate(codes[0].tolist())]
+        else:
+            assert (batch.targets[:, :2 + m] == -1).all()
         total = sum(-weight * log_p[i, target] for i, (target, weight) in targets)
         assert abs(model(batch, plan)[1] - total / 5) < 1e-6            # weights are float32
 
@@ -187,6 +193,14 @@ def test_packed_questions_are_answered_as_if_asked_alone():
             start += n
 
 
+def test_questions_that_do_not_fit_are_left_out():
+    codes = torch.randint(CODES, (1, 4))
+    pairs = [("1 2", "3"), ("4", "5")]
+    shorter, cut = (understanding(words, codes, [pairs[:n]], 4) for n in (1, 2))
+    assert all(map(torch.equal, shorter[3:], cut[3:]))
+    assert understanding(words, codes, [pairs]).layout.after == 5       # by default all fit
+
+
 def test_padding_changes_nothing():
     rng = random.Random(4)
     model = random_model(rng, layers=3)
@@ -195,6 +209,18 @@ def test_padding_changes_nothing():
     short, _ = model(generation(words, codes, [caption], 5), plan)
     long, _ = model(generation(words, codes, [caption], 9), plan)
     assert (short - long).abs().max() < 1e-10
+
+
+def test_a_picture_does_not_depend_on_those_drawn_beside_it():
+    """... nor on their captions, which are of other lengths. The seed counts."""
+    rng = random.Random(11)
+    model = random_model(rng, layers=3, side=3)
+    plan, captions = make_plan("hmgen", 3, 1), [text(rng, n, n) for n in (6, 0, 2, 5, 1, 3, 3)]
+    alone, three, all_at_once, other_seed = (
+        draw_pictures(model, words, captions, plan, (1.5, .7), batch, seed)
+        for batch, seed in ((1, 0), (3, 0), (None, 0), (None, 1)))
+    assert (alone == three).all() and (alone == all_at_once).all()
+    assert (alone != other_seed).any()
 
 
 def test_an_answer_is_the_likeliest_token_after_token():
@@ -292,10 +318,10 @@ def test_a_tiny_model_learns_both_tasks():
     codes = torch.randint(CODES, (20, 9))
     questions = [[("99", str(100 + i))] for i in range(20)]
     names = [f"{i // 5} {i % 5}" for i in range(20)]
-    batches = {"und": understanding(words, codes, questions, 4, image_loss=False),
+    batches = {"und": understanding(words, codes, questions, 4),
                "gen": generation(words, codes, names, 4)}
     for und, gen, projections in (("dense", "dense", "shared"), ("himix", "hmgen", "task")):
-        c = Config(FIRST_CODE + CODES, 3, 64, 2, 3, FIRST_CODE, 4, 4, projections)
+        c = Config(FIRST_CODE + CODES, 3, 64, 2, 3, 4, 4, projections)
         model = Model(c, torch.randn(CODES, 4))
         plans = {"und": make_plan(und, 3), "gen": make_plan(gen, 3, 1)}
         optimizer = torch.optim.AdamW(model.parameters(), 1e-2)

@@ -16,13 +16,12 @@ import data
 import train
 from bench import bench
 from conftest import ROOT, run, train_args
-from eval import load_run
 from match import log_likelihoods
-from model import Config, Model, understanding
+from model import Config, generation, load_run, understanding
 from prune import PLANS, make_plan
 from readout import named_by, token_labels
-from table import answer_claims, exclusive, p_values, t_tail
-from test_model import decode, random_batch
+from table import answer_claims, check_finished, exclusive, p_values, t_tail
+from test_model import decode, random_batch, words
 from tokenizer import FIRST_CODE
 
 
@@ -37,10 +36,9 @@ def test_a_run_leaves_what_the_contract_promises(trained):
             "peak_memory_mb"} <= rows[0].keys()
     scores = json.loads((folder / "eval.json").read_text())
     assert {"config", "n", "seconds", "hardware", "und", "gen", "cost"} <= scores.keys()
-    assert {"accuracy", "chance", "by_type", "pope", "transfer_accuracy",
-            "loss"} <= scores["und"].keys()
-    assert {"object_accuracy", "image_accuracy", "by_type", "transfer_object_accuracy", "frechet",
-            "loss", "ceiling"} <= scores["gen"].keys()
+    assert {"accuracy", "chance", "by_type", "transfer_accuracy", "loss"} <= scores["und"].keys()
+    assert {"object_accuracy", "image_accuracy", "by_type", "transfer_object_accuracy", "loss",
+            "ceiling"} <= scores["gen"].keys()
     assert {"flops_per_step", "flops_ratio", "paper_flops_ratio"} <= scores["cost"].keys()
 
 
@@ -77,6 +75,16 @@ def test_parts_and_processes_change_nothing(trained):
     assert max(losses) - min(losses) < 1e-5, losses
 
 
+def test_image_loss_and_practice(trained):
+    """Options that belong to the run: its FLOPs tell of the first, its checkpoint of both."""
+    run("train.py", *train_args(trained, "more", "--steps", 10, "--image-loss", "--practice"))
+    flops = [json.loads((trained / name / "eval.json").read_text())["cost"]["flops_per_step"]
+             for name in ("joint", "more")]
+    assert flops[1] > flops[0]
+    model, _, checkpoint = load_run(trained / "more", torch.device("cpu"))
+    assert model.config.image_loss and checkpoint["options"]["practice"]
+
+
 @pytest.mark.parametrize("script", ["data.py", "prune.py"])
 def test_data_and_prune(tmp_path, script):
     run(script, "--preset", "tiny", "--out", tmp_path / "x.png")
@@ -103,24 +111,28 @@ def test_a_folder_of_images(tmp_path, class_folders):
 
 
 def test_long_texts_of_a_folder(tmp_path, class_folders):
-    """One that does not fit is refused before training, although it is only validated on. A
+    """One that does not fit is refused before training, but not where it is only validated on. A
     question and an answer that fit their own partners are matched with those of others."""
     dataset = data.Folder(class_folders, "tiny")
-    lines = []
+    lines = {"train": [], "val": []}
     for part, indices in dataset.indices.items():
         for k, i in enumerate(indices):
             question, answer = ("what is it?", "it is " + "a " * 20) if k % 2 else ("is " * 25, "a")
-            lines.append({"file_name": f"{i}.png", "text": "a picture", "question": question,
-                          "answer": answer})
+            lines[part].append({"file_name": f"{i}.png", "text": "a picture",
+                                "question": question, "answer": answer})
             Image.fromarray(dataset.pixels[i]).save(tmp_path / f"{i}.png")
-    last = lines[-1]                                        # of validation
-    metadata = tmp_path / "metadata.jsonl"
-    for field, complaint in (("text", "a caption has"), ("question", "a question and its answer")):
-        long = {**last, field: "a picture " * 100}
-        metadata.write_text("\n".join(map(json.dumps, [*lines[:-1], long])))
-        args = train_args(tmp_path, "run", "--data", tmp_path, "--steps", 10)
-        assert complaint in run("train.py", *args, code=2)
-    metadata.write_text("\n".join(map(json.dumps, lines)))
+    args = train_args(tmp_path, "run", "--data", tmp_path, "--steps", 10)
+
+    def write(part, **change):
+        rows = {**lines, part: [{**lines[part][0], **change}, *lines[part][1:]]}
+        text = "\n".join(map(json.dumps, rows["train"] + rows["val"]))
+        (tmp_path / "metadata.jsonl").write_text(text)
+
+    for field in ("text", "question", "answer"):
+        write("train", **{field: "a picture " * 100})
+        printed = run("train.py", *args, code=2)
+        assert "a text has" in printed and "expected at most 40: " in printed
+    write("val", text="a picture " * 100, answer="a picture " * 100)
     run("train.py", *args)
     assert run("match.py", tmp_path / "run", "--n", 20).count("of ten") == 2
 
@@ -139,6 +151,27 @@ def test_the_table_trains_what_is_missing(trained, tmp_path, monkeypatch):
     assert set(stored["runs"]) == {"u", "u-inference", "share-all"}
     assert "cost" not in stored["runs"]["u-inference"]["1"]             # nobody trained like that
     assert Image.open(tmp_path / "table-tiny-samples.png").width > 600
+
+
+def test_the_table_of_stored_results(tmp_path, monkeypatch):
+    """... is made without training, whatever the rows were when they were trained."""
+    import table
+    stored = table.RESULTS / "table"
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    printed = run("table.py", stored, "--seeds", 0, "--preset", "cpu", "--device", "cpu")
+    assert "| joint | 1, 2," in printed
+    assert Image.open(tmp_path / "table-cpu.png").width > 1000
+
+
+def test_finished_runs_of_another_size_or_objective_are_refused(tmp_path, capsys):
+    options = train.complete({"preset": "cpu"}, torch.device("cpu"))
+    check_finished(tmp_path, options)                       # nothing is there yet
+    (tmp_path / "eval.json").write_text(json.dumps({"config": options}))
+    check_finished(tmp_path, options)
+    for changed in ({"preset": "gpu"}, {"steps": 2800}, {"image_loss": True}):
+        with pytest.raises(SystemExit):
+            check_finished(tmp_path, {**options, **changed})
+        assert f"was trained with {list(changed)[0]} " in capsys.readouterr().err
 
 
 def test_a_folder_belongs_to_one_process(tmp_path):
@@ -208,15 +241,19 @@ def test_time_to_quality(trained, tmp_path, monkeypatch):
 
 
 def test_the_usual_gpt_decodes_as_it_predicts():
-    """What compare.py trains beside our model draws, with its cache, what one pass predicts."""
+    """What compare.py trains beside our model draws, with its cache, what one pass predicts. Its
+    positions are absolute, but an image stands at the same after captions of any length."""
     torch.manual_seed(0)
-    c = Config(FIRST_CODE + 16, 2, 32, 2, 3, FIRST_CODE, 8, 8)
+    c = Config(FIRST_CODE + 16, 2, 32, 2, 3, 8, 8)
     model, plan = compare.UsualGPT(c).double(), make_plan("dense", 2)
     batch = random_batch(random.Random(0), "gen", c)
     drawn, seen = decode(model, batch, plan)
     with torch.no_grad():
         logits, _ = model(batch._replace(tokens=drawn), plan)
     assert (seen - logits).abs().max() < 1e-10
+    codes, caption = torch.randint(16, (1, 9)), ["1 2 3"]
+    short, long = (model(generation(words, codes, caption, n), plan)[0] for n in (None, 8))
+    assert (short - long).abs().max() < 1e-10
 
 
 def test_readout(trained, tmp_path):
@@ -254,7 +291,7 @@ def test_photos(tmp_path, class_folders, monkeypatch):
             "joint", "--out", tmp_path / "out", "--steps")
     assert run("photos.py", *args, 30).count("GFLOP a step") == 2
     assert "GFLOP a step" not in run("photos.py", *args, 30)            # nothing is trained twice
-    assert "trained for 30 steps" in run("photos.py", *args, 31, code=2)
+    assert "with steps 30: expected 31" in run("photos.py", *args, 31, code=2)
     stored = json.loads((tmp_path / "photos-tiny.json").read_text())
     assert stored["real"]["accuracy"] > .95 and stored["names"] == ["dark", "light"]
     assert set(stored["runs"]["u-few"]["1"]["photos"]) == {"named"}
@@ -270,7 +307,7 @@ def test_photos(tmp_path, class_folders, monkeypatch):
     together = photos.name_likelihoods(model, tokenizer, plan, few.pixels, question, names)
     codes = tokenizer.encode(few.pixels)
     for k, name in enumerate(names):
-        batch = understanding(tokenizer, codes, [[(question, name)]] * len(codes), 20)
+        batch = understanding(tokenizer, codes, [[(question, name)]] * len(codes))
         assert torch.allclose(together[:, k], log_likelihoods(model, batch, plan), atol=1e-4)
 
 
