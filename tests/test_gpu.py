@@ -3,7 +3,6 @@ import json
 import random
 import tarfile
 from functools import partialmethod
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
