@@ -34,6 +34,7 @@ PRESETS = dict(
     shapes=         (2,       4,       8),      # how many of SHAPES
     colours=        (3,       6,       8),      # how many of COLOURS
     max_objects=    (2,       4,       6),      # in a scene
+    held_out=       (1,       3,       4),      # pairs that each task never sees; see Shapes
     jitter=         (0,       1,       2),      # pixels an object may lie off its cell's centre
     # the tokenizer
     codes=          (32,      256,     512),    # size of the codebook
@@ -160,10 +161,9 @@ class Shapes:
         cells = [f"{row}-{column}" for row in rows for column in columns]
         self.cell_names = [cell.replace("middle-middle", "middle") for cell in cells]
         # Pairs of (colour, shape) that a task never sees in training, while the other task does:
-        # one of each shape for each task. Colours take turns: red and green circle, blue and
-        # yellow square, ...
+        # one of each of the first shapes. Red and green circle, blue and yellow square, ...
         self.held_out = {"und": set(), "gen": set()}
-        for shape in range(p.shapes):
+        for shape in range(p.held_out):
             self.held_out["und"].add((2 * shape % p.colours, shape))
             self.held_out["gen"].add(((2 * shape + 1) % p.colours, shape))
         self.draw_cells()
