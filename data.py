@@ -191,7 +191,7 @@ class Shapes:
 
         A later object often shares its colour or its shape with an earlier one, so that counts go
         up and attributes have to be bound. Or it is the earlier one's companion, so that certain
-        objects often occur together, which POPE's adversarial questions need.
+        objects often occur together, which hard questions about existence need.
         """
         p, things = self.preset, []
         for cell in rng.sample(range(p.grid ** 2), n):

@@ -344,23 +344,23 @@ def main():
         suffix = "-{und_plan}-{gen_plan}{shallow}".format(**options)
     try:
         plans = plans_of(tasks, options, model.config.layers)
-        if args.ask:
-            pixels = open_picture(Path(args.ask[0]), tokenizer.vq.image_size, "--ask")
-            codes = tokenizer.encode(pixels[None])[0]
-            print(answer(model, tokenizer, codes, args.ask[1], plans["und"]))
-        elif args.draw is not None:
-            texts = [args.draw] * args.n
-            pixels = draw_pictures(model, tokenizer, texts, plans["gen"], sampling_of(options))
-            contact_sheet(pixels, [""] * args.n, args.run / "draw.png", columns=min(args.n, 6))
-            save_picture(Image.fromarray(pixels[0]), args.run / "draw-0.png")
-            print(f"{args.run}/draw.png: {args.n} pictures of {args.draw!r}; draw-0.png: the first")
-        else:
-            dataset = data.load(options["data"], options["preset"])
-            scores, shown = evaluate(model, tokenizer, options, checkpoint["step"], dataset, plans)
-            save_scores(scores, shown, args.run, suffix)
-            print(f"{summary(scores)}\n{args.run}/eval{suffix}.json, samples{suffix}.png")
     except ValueError as error:
         fail(str(error))
+    if args.ask:
+        pixels = open_picture(Path(args.ask[0]), tokenizer.vq.image_size, "--ask")
+        codes = tokenizer.encode(pixels[None])[0]
+        print(answer(model, tokenizer, codes, args.ask[1], plans["und"]))
+    elif args.draw is not None:
+        texts = [args.draw] * args.n
+        pixels = draw_pictures(model, tokenizer, texts, plans["gen"], sampling_of(options))
+        contact_sheet(pixels, [""] * args.n, args.run / "draw.png", columns=min(args.n, 6))
+        save_picture(Image.fromarray(pixels[0]), args.run / "draw-0.png")
+        print(f"{args.run}/draw.png: {args.n} pictures of {args.draw!r}; draw-0.png: the first")
+    else:
+        dataset = data.load(options["data"], options["preset"])
+        scores, shown = evaluate(model, tokenizer, options, checkpoint["step"], dataset, plans)
+        save_scores(scores, shown, args.run, suffix)
+        print(f"{summary(scores)}\n{args.run}/eval{suffix}.json, samples{suffix}.png")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import time
 import traceback
 import zlib
 from argparse import SUPPRESS, BooleanOptionalAction
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -180,7 +181,7 @@ def training_sequences(task, options, dataset, tokenizer):
         if options["practice"]:
             practice = dataset.split("und", "train", preset.und_scenes, seed, questions=0).pixels
         split = drop_captions(split, seed, practice)
-    refuse_long_texts(tokenizer, split, preset.max_text, options["data"])
+    refuse_long_texts(task, tokenizer, split, preset.max_text, options["data"])
     return sequences(task, tokenizer, split, preset.max_text, options["image_loss"])
 
 
@@ -188,7 +189,7 @@ def drop_captions(split, seed, practice=None):
     """Makes a part of the captions empty, for the whole run: that is what guidance subtracts.
     practice: pictures (N, H, W, 3) that take the place of those without caption."""
     rng = random.Random(f"{seed} dropout")
-    captions, pixels = [], split.pixels.copy()
+    captions, pixels = [], split.pixels if practice is None else split.pixels.copy()
     for i, caption in enumerate(split.captions):
         if rng.random() < CAPTION_DROPOUT:
             caption = caption._replace(text="")
@@ -198,15 +199,17 @@ def drop_captions(split, seed, practice=None):
     return split._replace(captions=captions, pixels=pixels)
 
 
-def refuse_long_texts(tokenizer, split, limit, source):
-    texts = [caption.text for caption in split.captions]
-    for questions in split.questions:
-        texts += [f"{question.text} {question.answer}" for question in questions]
-    for text in texts:
-        length = len(tokenizer.ids(text))
+def refuse_long_texts(task, tokenizer, split, limit, source):
+    """A caption, or a question with its answer, may have `limit` tokens."""
+    if task == "gen":
+        texts = [[caption.text] for caption in split.captions]
+    else:
+        texts = [[q.text, q.answer] for questions in split.questions for q in questions]
+    for parts in texts:
+        length = sum(len(tokenizer.ids(part)) for part in parts)
         if length > limit:
             fail(f"--data {source}: a text has {length} tokens, expected at most {limit}: "
-                 f"{text[:60]!r}")
+                 f"{' '.join(parts)[:60]!r}")
 
 
 def draw_order(task, examples, options):
@@ -334,7 +337,7 @@ class Progress:
                "step_ms": 1e3 * seconds, "mfu": mfu, "peak_memory_mb": peak_memory_mb(self.device)}
         self.rows.append(row)
         if rank() == 0:
-            with self.path.open("a") as log:
+            with suppress(OSError), self.path.open("a") as log:         # a full disk stops no run
                 log.write(json.dumps(row) + "\n")
         speed = f"loss {row['loss']:.3f}, {row['tokens_per_s'] / 1e3:.1f}k tokens/s"
         self.bar.set_postfix_str(speed + (f", MFU {mfu:.0%}" if mfu else ""))
@@ -452,9 +455,11 @@ def complete(given, device):
     preset = PRESETS[options["preset"]]
     # A default folder is named after what differs from the defaults: out/joint, out/und-himix, ...
     names = [options["objective"]]
-    names += [options[key] for key in ("und_plan", "gen_plan") if options[key] != "dense"]
+    plans = [options[f"{task}_plan"] for task in OBJECTIVES[options["objective"]]]
+    names += plans if set(plans) != {"dense"} else []
     names += [options["projections"]] if options["projections"] != "shared" else []
-    names += [key for key in ("image_loss", "practice") if options[key]]
+    names += ["image-loss"] if options["image_loss"] else []
+    names += ["practice"] if options["practice"] else []
     usual = {"steps": preset.steps, "batch_size": preset.batch_size,
              "shallow": max(1, preset.layers // 4),         # the paper's higher K / L
              "tokenizer": default_path("tokenizer", options["data"], options["preset"], device,
