@@ -68,8 +68,8 @@ def test_default_paths_name_what_differs():
     assert paths(preset="tiny") == ("out/joint-tiny", "out/tokenizer-tiny.pt")
     assert paths(objective="und", und_plan="himix", projections="image")[0] == "out/und-himix-image"
     assert paths(data="some/cats") == ("out/joint-cats", "out/tokenizer-cats.pt")
-    values = {"objective": train.OBJECTIVES, "projections": ("shared", "image", "task"),
-              "gen_plan": ("dense", "hmgen"), "und_plan": ("dense", "himix"),
+    values = {"projections": ("shared", "image", "task"),
+              "gen_plan": ("dense", "hmgen"), "und_plan": ("dense", "hmgen"),
               "image_loss": (False, True), "practice": (False, True), "preset": PRESETS,
               "data": ("shapes", "cats")}
     every = [dict(zip(values, chosen)) for chosen in product(*values.values())]
