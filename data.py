@@ -26,7 +26,7 @@ from common import contact_sheet, fail, refuse_errors, run_script, script_parser
 # All that has to fit together, and the machine. Options of the scripts override some of it.
 PATCH = 4           # pixels that an image token covers, height = width
 
-PRESETS = dict(
+COLUMNS = dict(
     #                tiny     cpu      gpu
     # the shapes world
     image_size=     (16,      32,      64),     # pixels, height = width (folders', too)
@@ -57,7 +57,7 @@ PRESETS = dict(
     und_val=        (40,      1000,    1000),   # pictures with questions; of held-out pairs, too
     gen_val=        (21,      700,     700),    # captions to draw; of held-out pairs half
 )
-PRESETS = {name: SimpleNamespace(**{key: values[column] for key, values in PRESETS.items()})
+PRESETS = {name: SimpleNamespace(**{key: values[column] for key, values in COLUMNS.items()})
            for column, name in enumerate(("tiny", "cpu", "gpu"))}
 
 
@@ -81,6 +81,7 @@ class Split(NamedTuple):
 
 
 # ---------------------------------------------------------------------- the shapes world
+# Skip it on first reading: scenes, their pictures, captions, questions, and a checker.
 
 # What lies inside a shape: x to the right and y downwards from its centre, in its radius.
 INSIDE = {"circle": lambda x, y: x ** 2 + y ** 2 < 1,

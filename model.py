@@ -1,7 +1,7 @@
 """The unified model: one causal transformer over text and image tokens, for both tasks.
 
 From top to bottom: the configuration, how sequences are built, the transformer block, the model.
-It goes through its layers in three ways, which the tests hold equal, gradients included:
+It goes through its layers in three ways, which the tests hold equal, the first two with gradients:
 
 `Model.reference`   computes everything and hides what the plan drops: read this one
 `Model.gathered`    never computes what the plan drops: fast, used in training
@@ -65,7 +65,8 @@ PER_SEQUENCE = ("tokens", "position_ids", "segment_ids", "targets", "loss_weight
 
 
 class Batch(NamedTuple):
-    """Sequences of one task, all of one length N. What stands at position i of `targets`,
+    """Sequences of one task, all of one length N: a step's, or all that a task is trained on, of
+    which `rows` takes some. What stands at position i of `targets`,
     `loss_weights` and `is_output` is about the token that should follow position i."""
     task: str                       # "und" or "gen"
     layout: Layout
@@ -123,9 +124,9 @@ def grid_positions(m):
 
 
 def understanding(tokenizer, codes, questions, length=None, image_loss=False):
-    """[bos] [und] image, then as many questions with answers as fit into `length` tokens, by
-    default all. codes: (B, M). questions: for each picture a list of (question, answer) strings.
-    image_loss: also predict the image tokens.
+    """[bos] [und] image, then questions with answers, up to the first that does not fit into
+    `length` tokens, by default all. codes: (B, M). questions: for each picture a list of
+    (question, answer) strings. image_loss: also predict the image tokens.
 
     A picture of 4 tokens i0 to i3, two questions, and a length of 8; `-` is a target of -1, w is
     AUXILIARY_WEIGHT:
@@ -231,7 +232,7 @@ def sequences(task, tokenizer, split, most=None, image_loss=False):
 # begin anew for each question, strong row and column embeddings, image embeddings that start from
 # the codebook, layers that start as the identity; and Muon, in train.py.
 
-class Kind(NamedTuple):
+class LayerInputs(NamedTuple):
     """What all layers with one Rule have in common. It is made once, outside of them."""
     queries: Positions      # the tokens that a layer updates
     keys: Positions         # the tokens that they attend to
@@ -265,33 +266,33 @@ class Block(nn.Module):
         self.out = nn.Linear(d, d, bias=False)
         self.up, self.down = nn.Linear(d, FFN * d, bias=False), nn.Linear(FFN * d, d, bias=False)
 
-    def forward(self, x, source, kind, task, fused=True, cache=None):
+    def forward(self, x, source, inputs, task, fused=True, cache=None):
         """One layer. x: (B, q, d), the queries. source: (B, k, d), what keys and values are made
         of. Returns x after the layer, and the attention weights (B, H, q, k), or None where fused.
 
         cache: (keys, values) of all tokens, each (B, H, N, Dh), which take in those of `source`;
-        then x attends to all of them, and kind.mask is (B, 1, q, N).
+        then x attends to all of them, and inputs.mask is (B, 1, q, N).
         """
         h = self.attention_norm(x)
         h_source = h if source is x else self.attention_norm(source)
-        attended, weights = self.attend(h, h_source, kind, task, fused, cache)
+        attended, weights = self.attend(h, h_source, inputs, task, fused, cache)
         x = x + attended
         x = x + self.ffn(self.ffn_norm(x))
         return x, weights
 
-    def attend(self, h, h_source, kind, task, fused, cache):
-        q = self.split_heads(self.project(self.query, h, kind.queries.layout, task))
-        kv = self.project(self.key_value, h_source, kind.keys.layout, task)
+    def attend(self, h, h_source, inputs, task, fused, cache):
+        q = self.split_heads(self.project(self.query, h, inputs.queries.layout, task))
+        kv = self.project(self.key_value, h_source, inputs.keys.layout, task)
         k, v = map(self.split_heads, kv.chunk(2, dim=-1))               # (B, H, k, Dh)
         # In float32 under autocast, too.
         q = self.query_norm(q.float() if q.dtype == torch.bfloat16 else q)
         k = self.key_norm(k.float() if k.dtype == torch.bfloat16 else k)
-        q, k = rotate(q, *kind.query_rotary), rotate(k, *kind.key_rotary)
+        q, k = rotate(q, *inputs.query_rotary), rotate(k, *inputs.key_rotary)
         if cache:
-            index = kind.keys.index
+            index = inputs.keys.index
             cache[0][:, :, index], cache[1][:, :, index] = k, v.type_as(k)
             k, v = cache
-        attended, weights = attention(q, k, v, kind.mask, fused)        # (B, H, q, Dh)
+        attended, weights = attention(q, k, v, inputs.mask, fused)        # (B, H, q, Dh)
         return self.out(attended.transpose(1, 2).flatten(2)), weights
 
     def ffn(self, h):
@@ -322,10 +323,10 @@ def attention(q, k, v, mask, fused):
     return weights @ v, weights
 
 
-def key_source(rule, x, original, is_image):
+def key_source(rule, x, embedding, is_image):
     """What the keys and values of a layer are made of, (B, n, d): hidden states x, but in HiMix the
-    original embeddings of image tokens (sec. 5.1). is_image: (n,) bool."""
-    return torch.where(is_image[:, None], original, x) if rule.keys == "embedding" else x
+    input embeddings of image tokens (sec. 5.1). is_image: (n,) bool."""
+    return torch.where(is_image[:, None], embedding, x) if rule.keys == "embedding" else x
 
 
 def take(x, index):
@@ -388,18 +389,18 @@ class Model(nn.Module):
         cos, sin = angles.cos(), angles.sin()
         return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
-    def kind(self, rule, batch):
-        """The Kind of the layers with this Rule."""
+    def layer_inputs(self, rule, batch):
+        """The LayerInputs of all layers with this Rule."""
         queries, keys = positions(rule, batch.layout, device=batch.tokens.device)
-        return Kind(queries, keys, self.rotary(batch, queries.index),
-                    self.rotary(batch, keys.index),
-                    batch.attention_mask(queries.index, keys.index))
+        return LayerInputs(queries, keys, self.rotary(batch, queries.index),
+                           self.rotary(batch, keys.index),
+                           batch.attention_mask(queries.index, keys.index))
 
     def loss(self, x, batch):
         """The logits (B, n, vocab) of the positions that prune.predicting names, and the loss of
         eq. 1 with weights. x: (B, N, d), the last hidden states.
 
-            loss  =  sum over all tokens of  weight * cross-entropy  /  number of output tokens
+            loss = sum over the batch of weight * cross-entropy / number of its output tokens
 
             token                                   weight
             answer                                  1
@@ -408,14 +409,15 @@ class Model(nn.Module):
             caption                                 0
             image that generation draws             1
 
-        Output tokens are those of answers, their ends included, or of drawn images. A training step
-        adds the losses of both tasks, times TASK_WEIGHT.
+        Output tokens are those of answers, or of drawn images. The end of an answer is one of them,
+        although its weight is small. The first token of a question is never predicted. A training
+        step adds the losses of both tasks, times TASK_WEIGHT.
         """
         span = predicting(batch.layout, batch.image_loss)
         logits = self.head(self.norm(x[:, span]))
         targets, weights = batch.targets[:, span].flatten(), batch.loss_weights[:, span].flatten()
         each = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-1, reduction="none")
-        return logits, (each * weights).sum() / batch.is_output.sum()
+        return logits, (each * weights).sum() / batch.is_output.sum().clamp(min=1)
 
     def reference(self, batch, plan):
         """Every layer computes all tokens; masks hide what the plan drops.
@@ -423,16 +425,16 @@ class Model(nn.Module):
         plan: one prune.Rule for each layer. Returns logits, loss, and the attention weights of
         every layer, (B, H, N, N). Dropped queries have weights, too, which change nothing.
         """
-        x = original = self.embed(batch)                                        # (B, N, d)
+        x = embedding = self.embed(batch)                                       # (B, N, d)
         is_image = batch.is_image()                                             # (N,)
-        full = self.kind(FULL, batch)
+        full = self.layer_inputs(FULL, batch)
         every_position = full.queries.index                                     # (N,)
         all_weights = []
         for block, rule in zip(self.blocks, plan):
             queries, keys = positions(rule, batch.layout, device=x.device)
             is_query = torch.isin(every_position, queries.index)                # (N,)
             is_key = torch.isin(every_position, keys.index)
-            source = key_source(rule, x, original, is_image)
+            source = key_source(rule, x, embedding, is_image)
             updated, weights = block(x, source, full._replace(mask=full.mask & is_key), batch.task,
                                      fused=False)
             x = torch.where(is_query[:, None], updated, x)
@@ -442,15 +444,15 @@ class Model(nn.Module):
     def gathered(self, batch, plan):
         """The same, but only queries and keys are taken into a layer, so that dropped tokens enter
         no matmul. Returns the last hidden states, (B, N, d)."""
-        x = original = self.embed(batch)
+        x = embedding = self.embed(batch)
         is_image = batch.is_image()
-        kinds = {rule: self.kind(rule, batch) for rule in set(plan)}
+        inputs_of = {rule: self.layer_inputs(rule, batch) for rule in set(plan)}
         for block, rule in zip(self.blocks, plan):
-            kind = kinds[rule]
-            source = key_source(rule, x, original, is_image)
-            updated, _ = block(take(x, kind.queries.index), take(source, kind.keys.index), kind,
-                               batch.task)
-            x = put(x, kind.queries.index, updated)
+            inputs = inputs_of[rule]
+            source = key_source(rule, x, embedding, is_image)
+            updated, _ = block(take(x, inputs.queries.index), take(source, inputs.keys.index),
+                               inputs, batch.task)
+            x = put(x, inputs.queries.index, updated)
         return x
 
     def forward(self, batch, plan):
@@ -470,24 +472,24 @@ class Model(nn.Module):
         # where the causal mask hides it; what is no key of a layer is hidden, too.
         room = self.head.weight.new_zeros
         caches = [(room(shape), room(shape)) for _ in plan]
-        is_key = {}                                         # of each kind of layer: (N,)
+        is_key = {}                                         # rule -> (N,)
         for rule in set(plan):
             _, keys = positions(rule, batch.layout, device=device)
             is_key[rule] = torch.isin(every_position, keys.index)
         read = 0                                            # so many tokens have been read
         for write in range(start, n):
-            x = original = self.embed(batch, read, write)   # all of the prompt, then token by token
-            kinds = {}
+            x = embedding = self.embed(batch, read, write)      # the prompt, then token by token
+            inputs_of = {}
             for rule in set(plan):
                 queries, keys = positions(rule, batch.layout, read, write, device)
                 mask = batch.attention_mask(queries.index, every_position) & is_key[rule]
-                kinds[rule] = Kind(queries, keys, self.rotary(batch, queries.index),
-                                   self.rotary(batch, keys.index), mask)
+                inputs_of[rule] = LayerInputs(queries, keys, self.rotary(batch, queries.index),
+                                              self.rotary(batch, keys.index), mask)
             for block, rule, cache in zip(self.blocks, plan, caches):
-                kind = kinds[rule]
-                queries, keys = kind.queries.index - read, kind.keys.index - read
-                source = key_source(rule, x, original, is_image[read:write])
-                updated, _ = block(take(x, queries), take(source, keys), kind, batch.task,
+                inputs = inputs_of[rule]
+                queries, keys = inputs.queries.index - read, inputs.keys.index - read
+                source = key_source(rule, x, embedding, is_image[read:write])
+                updated, _ = block(take(x, queries), take(source, keys), inputs, batch.task,
                                    cache=cache)
                 x = put(x, queries, updated)
             batch.tokens[:, write] = choose(self.head(self.norm(x[:, -1])))

@@ -40,12 +40,13 @@ def segments(batch):
 @torch.no_grad()
 def allocation(model, batch, plan, chunk=16):
     """Attention allocation by layer (sec. 4.1, eq. 2): alpha_S = the mean, over heads and queries,
-    of the sum of A_ij over all keys j in segment S.
+    of the sum of A_ij over all keys j in segment S. Queries are the tokens of all sequences that
+    the layer updates, without padding. (Eq. 2 as printed sums over queries; fig. 3 shows shares
+    that sum to 1, so we read it as a mean.)
 
-    Returns {segment: [per layer]} over all queries, with the same over those queries alone that
-    predict output (what the model is asked for) under "output_queries"; and the attention of the
-    first sequence, a mean over heads, [(N, N) per layer]. In each layer the shares sum to 1. Tokens
-    that a layer skips are no queries.
+    Returns two things: {segment: [per layer]}, with the same over those queries alone that predict
+    output under "output_queries"; and the attention of the first sequence, a mean over heads,
+    [(N, N) per layer].
     """
     n, layers = sum(batch.layout), len(plan)
     is_query = torch.zeros(layers, n, dtype=torch.bool, device=batch.tokens.device)

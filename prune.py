@@ -21,8 +21,8 @@ from tokenizer import FIRST_CODE
 class Rule(NamedTuple):
     """What image tokens do in one layer. Text tokens always take part in full."""
     query: bool = True      # updated by attention and FFN; if not, passed on unchanged
-    keys: str = "hidden"    # what others see of them: their "hidden" state, their original
-                            # "embedding", or "none"
+    keys: str = "hidden"    # what others see of them: their "hidden" state, their input
+                            # "embedding" (code, row and column), or "none"
 
 
 FULL = Rule()
@@ -52,7 +52,7 @@ PLANS = {
     "himix": lambda layers, shallow: (HIMIX,) * layers,
     "hmgen": lambda layers, shallow: alternating(SHALLOW, layers, shallow),
     "naive": lambda layers, shallow: alternating(NAIVE, layers, shallow),
-    # Not in the paper: image tokens see each other in the first layer and rest in all others.
+    # Not in the paper: image tokens are updated in the first layer and frozen in all others.
     "freeze": lambda layers, shallow: (FULL,) + (FROZEN,) * (layers - 1),
 }
 
@@ -147,7 +147,8 @@ def count_tokens(rule, layout):
 
 
 def flops(plan, layout, width, vocab, image_loss=False):
-    """Floating-point operations of forward and backward for one sequence: every matmul.
+    """Floating-point operations of forward and backward for one sequence: every matmul, of padding
+    and of masked scores, too, because they are computed.
 
     In a layer with q queries and k keys, d = width, these are the multiply-adds:
         query and output projections    2 q d^2
@@ -211,7 +212,7 @@ def print_costs(preset):
 MASK_COLOURS = {"text": (70, 120, 190), "hidden": (240, 150, 40), "embedding": (90, 170, 90),
                 "skipped": (225, 225, 225)}
 LEGEND = {"text": "text key", "hidden": "image key: hidden state",
-          "embedding": "image key: original embedding", "skipped": "token skips the layer"}
+          "embedding": "image key: input embedding", "skipped": "token skips the layer"}
 
 
 def draw_mask(rule, layout, cell):

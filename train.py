@@ -48,7 +48,7 @@ OBJECTIVES = {"joint": ["und", "gen"], "und": ["und"], "gen": ["gen"]}
 # model.py.
 CAPTION_DROPOUT = .1    # of captions are empty in training, which classifier-free guidance needs
 LEARNING_RATE = .02     # Muon's highest, for the matrices in the layers
-EMBEDDING_RATE = .5     # AdamW's, relative to it, for embeddings, head, norms and positions
+ADAMW_RATIO = .5        # AdamW's over Muon's, for embeddings, head, norms and positions
 WARM_UP = 50            # steps in which the learning rate rises
 DECAY = .7              # the last part of training, in which it falls to nearly nothing
 CLIP = 1.               # largest gradient norm of AdamW's part; Muon's steps have one size anyway
@@ -93,8 +93,8 @@ def train(options, device, resumed=None):
     saved = time.monotonic()
     model.train()
     for step in range(start, steps):
-        for optimizer, highest in zip(optimizers, (options["lr"], EMBEDDING_RATE * options["lr"])):
-            optimizer.param_groups[0]["lr"] = highest * learning_rate(step, steps)
+        for optimizer, highest in zip(optimizers, (options["lr"], ADAMW_RATIO * options["lr"])):
+            optimizer.param_groups[0]["lr"] = highest * learning_rate_factor(step, steps)
         losses = dict.fromkeys(tasks, 0.)
         for task in tasks:
             for batch, fraction in get_batches(examples[task], order[task], step, parts):
@@ -131,8 +131,8 @@ def train(options, device, resumed=None):
           f"{out}/eval.json, {out}/loss.png; then: python probe.py {out}")
 
 
-def learning_rate(step, steps):
-    """The multiplier of the highest learning rate, from 0 to 1."""
+def learning_rate_factor(step, steps):
+    """Of the highest learning rate, from 0 to 1: up, level, and linearly down to .02."""
     if step < WARM_UP:
         return (step + 1) / WARM_UP
     if step < (1 - DECAY) * steps:
@@ -279,7 +279,7 @@ def optimizers_of(model, lr):
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     ids = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in ids]
-    adamw = torch.optim.AdamW(rest, EMBEDDING_RATE * lr, BETAS, weight_decay=0, fused=True)
+    adamw = torch.optim.AdamW(rest, ADAMW_RATIO * lr, BETAS, weight_decay=0, fused=True)
     return Muon(matrices, lr), adamw
 
 
@@ -360,7 +360,7 @@ def draw_losses(rows, path):
         points = [(row["step"], row[key]) for row in rows if row[key] is not None]
         if points:
             lines[name] = points
-    title = "training loss (nats per output token, instructions added)"
+    title = "training loss (nats per output token; questions and ends count .05)"
     save_picture(line_chart(lines, title, "step"), path)
 
 
@@ -418,7 +418,7 @@ def parts_that_fit(options, config, device):
 
 
 def compile_blocks(model, batches, plans, log):
-    """torch.compile for each block, in place: layers of one Kind share their code. Tried at once;
+    """torch.compile for each block, in place: layers with one Rule share their code. Tried at once;
     what this machine cannot compile runs as it is. batches, plans: {task: ...}; log: a path for
     the compiler's complaint."""
     def step(batch, plan):
@@ -528,7 +528,8 @@ def main():
     add("--lr", type=float, help="Muon's highest learning rate; AdamW's goes along")
     add("--seed", type=int, help="of data, weights and order (default: 0)")
     add("--save-every", type=float, metavar="SECONDS", help=f"default: {SAVE_EVERY}")
-    add("--compile", action=BooleanOptionalAction, help="torch.compile (default: on CUDA)")
+    add("--compile", action=BooleanOptionalAction,
+        help="torch.compile (default: on GPUs with bfloat16)")
     add("--tokenizer", metavar="PATH", help="trained if there is no such file")
     add("--out", help="the run's folder (default: named after the options)")
     add("--resume", action="store_true", default=False, help="go on with the run in --out")

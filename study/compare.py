@@ -157,12 +157,12 @@ class UsualBlock(GPTBlock):
     """The same layer, to be called as model.Block is. In a dense plan, the only one that it knows,
     queries and keys are the same tokens: `source` is x."""
 
-    def forward(self, x, source, kind, task, fused=True, cache=None):
+    def forward(self, x, source, inputs, task, fused=True, cache=None):
         q, k, v = self.heads_of(x)
         if cache:
-            cache[0][:, :, kind.keys.index], cache[1][:, :, kind.keys.index] = k, v
+            cache[0][:, :, inputs.keys.index], cache[1][:, :, inputs.keys.index] = k, v
             k, v = cache
-        attended, weights = attention(q, k, v, kind.mask, fused)
+        attended, weights = attention(q, k, v, inputs.mask, fused)
         return self.update(x, attended), weights
 
 
@@ -282,7 +282,7 @@ def train_until_good(kind, options, material, log, device):
     if kind == "ours":
         model = Model(c, material.tokenizer.vq.codebook.cpu()).to(device)
         optimizers = train.optimizers_of(model, options["lr"])
-        learning_rate = train.learning_rate
+        learning_rate = train.learning_rate_factor
     else:
         model = UsualGPT(c).to(device)
         optimizers = [usual_optimizer(model, options["lr"])]
