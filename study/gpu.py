@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +35,7 @@ from prune import make_plan
 from tokenizer import default_preset
 
 # Seconds that a part may take. The default run has what is left, but for SCORING.
-PARTS = {"versions": 20, "scripts": 100, "right": 80, "fast": 100, "train": None, "table": None}
+PARTS = {"versions": 20, "scripts": 75, "right": 75, "fast": 75, "train": None, "table": None}
 SCORING = 70            # seconds kept to score a run that its limit has stopped
 METHODS = [("und", "dense"), ("und", "himix"), ("gen", "dense"), ("gen", "hmgen")]
 WORK = ROOT / "out" / "gpu"
@@ -61,27 +62,26 @@ def versions(preset, device):
 def right(preset, device):
     """Is what a GPU does for speed also right? Loss and gradient norm of one step in float32, in
     mixed precision and compiled; and cached beside uncached drawing."""
-    c, rows = bench_config(preset, projections="task"), PRESETS[preset].batch_size
+    c, rows = bench_config(preset), PRESETS[preset].batch_size
     for task, name in METHODS:
         batch, plan = random_batch(task, c, rows).to(device), make_plan(name, c.layers)
-
-        def measure(precision):
-            torch.manual_seed(0)
-            model = Model(c).to(device)
-            for p in model.parameters():
-                p.data.add_(.02 * torch.randn_like(p))      # zeros would hide mistakes
+        torch.manual_seed(0)
+        model, found = Model(c).to(device), {}
+        for p in model.parameters():
+            p.data.add_(.02 * torch.randn_like(p))          # zeros would hide mistakes
+        for precision in ("float32", "mixed", "compiled"):
             if precision == "compiled":
                 for block in model.blocks:
                     block.compile(dynamic=False)
             exact = precision == "float32"
             torch.set_float32_matmul_precision("highest" if exact else "high")
-            with torch.autocast("cuda", enabled=False) if exact else mixed_precision(device):
+            with nullcontext() if exact else mixed_precision(device):
                 _, loss = model(batch, plan)
             loss.backward()
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            return {"loss": loss.item(), "norm": torch.nn.utils.get_total_norm(gradients).item()}
-
-        found = {precision: measure(precision) for precision in ("float32", "mixed", "compiled")}
+            norm = torch.nn.utils.get_total_norm(gradients)
+            found[precision] = {"loss": loss.item(), "gradient_norm": norm.item()}
+            model.zero_grad()
         emit(task=task, plan=name, **found)
     emit(drawing=time_drawing("hmgen", bench_config(preset), 1, device))
 
@@ -128,7 +128,7 @@ def script_commands(device):
     tiny = ["--preset", "tiny", "--device", device]
     run, here = WORK / "tiny", ["--device", device]
     train = ["train.py", *tiny, "--tokenizer", WORK / "tiny.pt", "--out", run, "--steps", 20]
-    return [train, ["train.py", *here, "--resume", "--out", run],
+    return [train, ["train.py", *here, "--resume", "--no-compile", "--out", run],
             ["eval.py", run, *here, "--gen-plan", "hmgen"],
             ["eval.py", run, *here, "--draw", "a red circle", "--n", 2],
             ["eval.py", run, *here, "--ask", run / "draw-0.png", "what colour is the circle?"],
