@@ -32,7 +32,7 @@ import torch.distributed as dist                            # noqa: E402
 
 
 def run_script(main):
-    """Run a script's main; Ctrl-C and too little memory end it with one line."""
+    """Run a script's main; Ctrl-C and too little memory of a GPU end it with one line."""
     try:
         main()
     except KeyboardInterrupt:
@@ -118,7 +118,7 @@ def pick_device(name):
     major, minor = re.findall(r"\d+", torch.__version__)[:2]
     if (int(major), int(minor)) < (2, 11):
         fail(f"PyTorch {torch.__version__} is too old: expected 2.11 (see requirements.txt)")
-    problem = why_no_gpu()
+    problem = why_no_gpu() if name in ("auto", "cuda") else None
     available = {"cuda": torch.cuda.is_available() and not problem,
                  "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -142,21 +142,22 @@ def why_no_gpu():
             return None
         return (f"{torch.cuda.get_device_name()} is too old for it: compute capability "
                 "{}.{}, expected {}.{}".format(*capability, *min(built_for)))
-    if not shutil.which("nvidia-smi"):
+    if not shutil.which("nvidia-smi") or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return None
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         found = subprocess.run(query, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if found.returncode or not found.stdout.strip():
+    if found.returncode or ", " not in found.stdout:
         return None
     card, driver = found.stdout.splitlines()[0].rsplit(", ", 1)
     if torch.version.cuda is None:
         return (f"{card} is not used: this PyTorch is a CPU build; pytorch.org says how to install "
                 "one for CUDA")
-    return (f"{card} is not used: its driver, {driver}, is too old for CUDA {torch.version.cuda} "
-            "(CUDA 13 needs 580): update it, or install a PyTorch for an older CUDA")
+    return (f"{card} is not used: its driver, {driver}, may be too old for CUDA "
+            f"{torch.version.cuda} (CUDA 13 needs 580): update it, or install a PyTorch for an "
+            "older CUDA")
 
 
 def has_bfloat16(device):
@@ -217,7 +218,7 @@ def peak_flops(device):
 def join_processes(device):
     """Meet the other processes, where torchrun started several. device: as --device has it."""
     if "RANK" in os.environ:
-        on_gpu = torch.cuda.is_available() and device in ("auto", "cuda")
+        on_gpu = device in ("auto", "cuda") and torch.cuda.is_available() and not why_no_gpu()
         dist.init_process_group("nccl" if on_gpu else "gloo")
         if on_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

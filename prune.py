@@ -4,8 +4,8 @@
     python prune.py --preset gpu    the same for the larger model
 
 A plan is data: one `Rule` for each layer. It knows nothing of weights. `model.py` carries a plan
-out in two ways: by computing everything and hiding what the plan drops (the reference, easy to
-read), and by taking dropped tokens out of every matmul (fast, the default).
+out by computing everything and hiding what the plan drops (the reference, easy to read), or by
+taking dropped tokens out of every matmul (fast, the default).
 """
 from typing import NamedTuple
 
@@ -193,15 +193,15 @@ def print_costs(preset):
         dense_flops = flops(dense, layout, p.width, vocab)
         dense_cost = paper_cost(dense, layout, p.width)
         for name in PLANS:
-            numbers = range(1, (p.layers + 1) // 2) if name in ("hmgen", "naive") else [0]
-            for shallow in numbers:
+            takes_k = make_plan(name, p.layers, 0) != make_plan(name, p.layers, 1)
+            for shallow in range(1, (p.layers + 1) // 2 if takes_k else 2):
                 plan = make_plan(name, p.layers, shallow)
                 if task == "gen" and not can_generate(plan):
                     continue
                 letters = "".join(LETTERS.get(rule, "?") for rule in plan)
                 exact = flops(plan, layout, p.width, vocab)
                 by_paper = paper_cost(plan, layout, p.width) / dense_cost
-                title = f"{name} K={shallow}" if shallow else name
+                title = f"{name} K={shallow}" if takes_k else name
                 print(f"{title:12}{letters:>{p.layers + 2}}{exact / 1e9:10.3f}"
                       f"{exact / dense_flops:10.2f}{by_paper:10.2f}")
     print("\nlayers: F full, h HiMix, s shallow, n naive, f frozen")

@@ -81,11 +81,12 @@ def train(options, device, resumed=None):
     model = Model(config, tokenizer.vq.codebook.cpu()).to(device)
     optimizers = optimizers_of(model, options["lr"])
     start = restore(resumed, dataset, model, optimizers, options) if resumed else 0
-    parts = options["parts"] or parts_that_fit(options, config, device)
-    if options["compile"]:
+    compiled, parts = options["compile"], parts_that_fit(options, config, device)
+    if compiled:
         first = {task: next(get_batches(examples[task], order[task], 0, parts))[0]
                  for task in tasks}
-        compile_blocks(model, first, plans, out / "compile-error.txt")
+        compiled = compile_blocks(model, first, plans, out / "compile-error.txt")
+        parts = parts_that_fit({**options, "compile": compiled}, config, device)
 
     progress = Progress(options, config, plans, start, device)
     progress.tell_size(model, parts, time.time() - began)
@@ -122,7 +123,8 @@ def train(options, device, resumed=None):
     if rank() > 0:
         return
 
-    draw_losses(progress.rows, out / "loss.png")
+    if progress.rows:
+        draw_losses(progress.rows, out / "loss.png")
     with torch.compiler.set_stance("force_eager"):          # its batches have other sizes
         scores, shown = evaluate(model, tokenizer, options, steps, dataset, plans)
     save_scores(scores, shown, out)
@@ -346,9 +348,11 @@ class Progress:
 
 def begin_log(path, start):
     """The rows of a run up to step `start`: what came after the checkpoint comes again."""
-    lines = path.read_text().splitlines() if start and path.exists() else []
-    whole_lines = [line for line in lines if line.endswith("}")]    # a full disk cuts the last one
-    rows = [row for row in map(json.loads, whole_lines) if row["step"] <= start]
+    rows = []
+    for line in path.read_text().splitlines() if start and path.exists() else []:
+        with suppress(ValueError):                          # a full disk cuts lines
+            rows.append(json.loads(line))
+    rows = [row for row in rows if row["step"] <= start]
     if rank() == 0:
         write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
@@ -405,8 +409,8 @@ def parts_that_fit(options, config, device):
     """Into how many parts a step's sequences have to be split to fit into a GPU's memory. One part
     after the other leaves its gradients, so that a step learns the same, whatever this number."""
     rows = options["batch_size"] // world()
-    if device.type != "cuda":
-        return 1
+    if options["parts"] or device.type != "cuda":
+        return options["parts"] or 1
     # A backward pass needs so many bytes of each number in each layer's hidden states. Measured by
     # compiling for a card; 3 GB are for weights, optimizers and training sequences.
     bytes_each = 45 if options["compile"] else 70
@@ -419,8 +423,8 @@ def parts_that_fit(options, config, device):
 
 def compile_blocks(model, batches, plans, log):
     """torch.compile for each block, in place: layers with one Rule share their code. Tried at once;
-    what this machine cannot compile runs as it is. batches, plans: {task: ...}; log: a path for
-    the compiler's complaint."""
+    what this machine cannot compile runs as it is. Returns whether it worked. batches, plans:
+    {task: ...}; log: a path for the compiler's complaint."""
     def step(batch, plan):
         with mixed_precision(model.device):
             _, loss = model(batch, plan)
@@ -431,16 +435,21 @@ def compile_blocks(model, batches, plans, log):
     torch.compiler.set_stance("default")
     for block in model.blocks:
         block.compile(dynamic=False)
+    worked = True
     try:
         for task, batch in batches.items():
             step(batch, plans[task])
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:                              # compilers raise nearly anything
+        worked = False
         write_file(log, traceback.format_exc())
         lines = [line for line in str(error).splitlines() if line and "raised:" not in line]
         reason = lines[0][:300] if lines else type(error).__name__
         print(f"torch.compile failed here, going on without it: {reason} (more in {log})")
         torch.compiler.set_stance("force_eager")
     model.zero_grad()
+    return worked
 
 
 # ---------------------------------------------------------------------- options
@@ -453,7 +462,8 @@ def complete(given, device):
                "compile": has_bfloat16(device) and find_spec("triton") is not None,
                "preset": default_preset(device), **given}
     preset = PRESETS[options["preset"]]
-    # A default folder is named after what differs from the defaults: out/joint, out/und-himix, ...
+    # A default folder is named after objective, plans, projections, controls, preset and data,
+    # where these are not the default: out/joint, out/und-himix, ...
     names = [options["objective"]]
     plans = [options[f"{task}_plan"] for task in OBJECTIVES[options["objective"]]]
     names += plans if set(plans) != {"dense"} else []
@@ -485,6 +495,9 @@ def check(options):
     for task in {"und", "gen"} - set(tasks):
         if options[f"{task}_plan"] != "dense":
             fail(f"--{task}-plan: there is no such task with --objective {options['objective']}")
+    for key, task in (("image_loss", "und"), ("practice", "gen")):
+        if options[key] and task not in tasks:
+            fail(f"--{key.replace('_', '-')} is of no use with --objective {options['objective']}")
     try:
         plans_of(tasks, options, PRESETS[options["preset"]].layers)
     except ValueError as error:
@@ -531,7 +544,7 @@ def main():
     add("--compile", action=BooleanOptionalAction,
         help="torch.compile (default: on GPUs with bfloat16)")
     add("--tokenizer", metavar="PATH", help="trained if there is no such file")
-    add("--out", help="the run's folder (default: named after the options)")
+    add("--out", help="the run's folder (default: out/joint, out/und-himix, ...)")
     add("--resume", action="store_true", default=False, help="go on with the run in --out")
     given = vars(parser.parse_args())
     device, resuming = given.pop("device"), given.pop("resume")

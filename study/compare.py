@@ -440,7 +440,8 @@ def main():
     parser.add_argument("--preset", choices=PRESETS, help="default: what fits the device")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--repeats", type=int, default=15, help="of timed steps (default: 15)")
-    parser.add_argument("--compile", action="store_true", help="(--train: default on CUDA)")
+    parser.add_argument("--compile", action="store_true",
+                        help="(--train: default on GPUs with bfloat16)")
     parser.add_argument("--train", action="store_true", help="time to quality; the options below "
                         "are for it alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N",

@@ -11,14 +11,17 @@ out/gpu.
 """
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tarfile
 import time
-from contextlib import nullcontext
+import traceback
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+BEGAN = time.time()     # imports count: the first ones on a fresh machine take a minute
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "study"))
@@ -35,8 +38,9 @@ from prune import make_plan
 from tokenizer import default_preset
 
 # Seconds that a part may take. The default run has what is left, but for SCORING.
-PARTS = {"versions": 20, "scripts": 75, "right": 75, "fast": 75, "train": None, "table": None}
+PARTS = {"versions": 30, "scripts": 90, "right": 75, "fast": 75, "train": None, "table": None}
 SCORING = 70            # seconds kept to score a run that its limit has stopped
+PATIENCE = 25           # seconds that a stopped process has to save and end
 METHODS = [("und", "dense"), ("und", "himix"), ("gen", "dense"), ("gen", "hmgen")]
 WORK = ROOT / "out" / "gpu"
 SMALL = 2 ** 20         # bytes: larger files stay where they are
@@ -45,6 +49,15 @@ SMALL = 2 ** 20         # bytes: larger files stay where they are
 def emit(**result):
     """One result, as a line of JSON."""
     print(json.dumps(result), flush=True)
+
+
+@contextmanager
+def emit_errors(**what):
+    """A failure is a result, too, and the next measurement is still worth making."""
+    try:
+        yield
+    except Exception:
+        emit(**what, error=traceback.format_exc()[-1500:])
 
 
 # ---------------------------------------------------------------------- parts in this process
@@ -75,15 +88,18 @@ def right(preset, device):
                     block.compile(dynamic=False)
             exact = precision == "float32"
             torch.set_float32_matmul_precision("highest" if exact else "high")
-            with nullcontext() if exact else mixed_precision(device):
-                _, loss = model(batch, plan)
-            loss.backward()
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-            found[precision] = {"loss": loss.item(), "gradient_norm": norm.item()}
+            with emit_errors(task=task, plan=name, precision=precision):
+                with nullcontext() if exact else mixed_precision(device):
+                    _, loss = model(batch, plan)
+                loss.backward()
+                gradients = [p.grad for p in model.parameters() if p.grad is not None]
+                norm = torch.nn.utils.get_total_norm(gradients)
+                found[precision] = {"loss": loss.item(), "gradient_norm": norm.item()}
             model.zero_grad()
         emit(task=task, plan=name, **found)
-    emit(drawing=time_drawing("hmgen", bench_config(preset), 1, device))
+    torch.set_float32_matmul_precision("highest")           # near ties would differ
+    with emit_errors(drawing="hmgen"):
+        emit(drawing=time_drawing("hmgen", bench_config(preset), 1, device))
 
 
 def fast(preset, device):
@@ -97,27 +113,28 @@ def fast(preset, device):
         (seconds,) = time_each({"": step}, device, repeats).values()
         return 1e3 * statistics.median(seconds)
 
+    with emit_errors(uncompiled="und dense"):
+        step = bench_step("und", dense, c, size.batch_size, device, False)
+        emit(uncompiled_ms=milliseconds(step), memory_mb=memory_of(step, device))
     for task, name in METHODS:
-        plan = make_plan(name, c.layers, shallow)
-        ms = milliseconds(bench_step(task, plan, c, size.batch_size, device, compiled))
-        dense_ms.setdefault(task, ms)
-        flops = size.batch_size * c.flops(task, plan)
-        emit(task=task, plan=name, batch=size.batch_size, ms=ms, flops=flops,
-             mfu=flops / ms * 1e3 / peak if peak else None, time_ratio=ms / dense_ms[task],
-             flops_ratio=c.flops(task, plan) / c.flops(task, dense))
+        with emit_errors(task=task, plan=name):
+            plan = make_plan(name, c.layers, shallow)
+            ms = milliseconds(bench_step(task, plan, c, size.batch_size, device, compiled))
+            dense_ms.setdefault(task, ms)
+            flops = size.batch_size * c.flops(task, plan)
+            emit(task=task, plan=name, batch=size.batch_size, ms=ms, flops=flops,
+                 mfu=flops / ms * 1e3 / peak if peak else None, time_ratio=ms / dense_ms[task],
+                 flops_ratio=c.flops(task, plan) / c.flops(task, dense))
     for rows in (size.batch_size // 2, size.batch_size, 2 * size.batch_size):
-        step = bench_step("und", dense, c, rows, device, compiled)
-        emit(batch=rows, ms=milliseconds(step), memory_mb=memory_of(step, device))
-    step = bench_step("und", dense, c, size.batch_size, device, False)
-    emit(uncompiled_ms=milliseconds(step), memory_mb=memory_of(step, device))
+        with emit_errors(batch=rows):
+            step = bench_step("und", dense, c, rows, device, compiled)
+            emit(batch=rows, ms=milliseconds(step), memory_mb=memory_of(step, device))
     length = sum(c.layout("und"))
     ids = torch.randint(c.vocab, (size.batch_size, length), device=device)
     for kind in (GPT, Llama):
-        try:
+        with emit_errors(beside=kind.__name__):
             other = kind(c.vocab, c.layers, c.width, c.heads, length).to(device)
             emit(beside=kind.__name__, ms=milliseconds(usual_step(other, ids, compiled)))
-        except ImportError as error:
-            emit(beside=kind.__name__, missing=str(error))
 
 
 # ---------------------------------------------------------------------- parts by other scripts
@@ -127,8 +144,9 @@ def script_commands(device):
     than any speed."""
     tiny = ["--preset", "tiny", "--device", device]
     run, here = WORK / "tiny", ["--device", device]
-    train = ["train.py", *tiny, "--tokenizer", WORK / "tiny.pt", "--out", run, "--steps", 20]
-    return [train, ["train.py", *here, "--resume", "--no-compile", "--out", run],
+    # Uncompiled: other parts compile.
+    train = ["train.py", *tiny, "--no-compile", "--tokenizer", WORK / "tiny.pt", "--out", run]
+    return [train, ["train.py", *here, "--resume", "--out", run],
             ["eval.py", run, *here, "--gen-plan", "hmgen"],
             ["eval.py", run, *here, "--draw", "a red circle", "--n", 2],
             ["eval.py", run, *here, "--ask", run / "draw-0.png", "what colour is the circle?"],
@@ -148,7 +166,11 @@ def run_commands(commands, seconds, log):
             how = f"exit status {process.wait(max(1, end - time.time()))}"
         except subprocess.TimeoutExpired:
             process.terminate()                             # train.py saves at this
-            process.wait()
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
             how = "time ran out"
         ended.append((" ".join(command), how, round(time.time() - began, 1)))
     return ended
@@ -165,7 +187,7 @@ def commands_of(name, preset, device):
         return [["train.py", *shared, *tokenizer, "--out", run, *resume]]
     if name == "table":
         return [["study/table.py", WORK / "table", *shared, *tokenizer, "--rows", "u", "u-himix"]]
-    return [[Path(__file__).relative_to(ROOT), *shared, "--part", name]]
+    return [["study/gpu.py", *shared, "--part", name]]
 
 
 def pack(out, report):
@@ -180,11 +202,12 @@ def pack(out, report):
 
 
 def visit(minutes, only, preset, device, out):
-    end, report = time.time() + 60 * minutes, {"hardware": hardware(device)}
+    end, report = BEGAN + 60 * minutes, {"hardware": hardware(device)}
+    shutil.rmtree(WORK / "tiny", ignore_errors=True)        # of an earlier visit
     for name, limit in PARTS.items():
         left = end - time.time() - 5                        # to pack
         if name == "train":
-            limit = left - SCORING
+            limit = left - SCORING - PATIENCE
         seconds = min(left, left if limit is None else limit)
         if only and name not in only:
             continue

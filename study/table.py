@@ -339,6 +339,10 @@ def read_runs(folder):
         shares = file.with_name("attention.json")
         if file.name == "eval.json" and shares.exists():
             scores["attention"] = json.loads(shares.read_text())
+    objectives = {scores["config"]["image_loss"] for name, runs in found.items()
+                  for scores in runs.values() if "image-loss" not in name}
+    if len(objectives) > 1:
+        fail(f"{folder} has runs with and without --image-loss: expected one objective in a folder")
     for name, runs in found.items():
         for seed, scores in runs.items():
             if name.endswith("-inference"):

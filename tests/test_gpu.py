@@ -2,6 +2,7 @@
 import json
 import random
 import tarfile
+import time
 from functools import partialmethod
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 import common
 import gpu
 import train
+from conftest import run
 from eval import answer, draw
 from model import Block, Config, Model, generation, understanding
 from probe import allocation
@@ -187,7 +189,9 @@ def test_a_visit_to_a_gpu_can_be_rehearsed(tmp_path, monkeypatch):
     versions = gpu.commands_of("versions", "tiny", "cpu")
     monkeypatch.setattr(gpu, "commands_of",
                         lambda name, *_: [long_run] if name == "train" else versions)
-    gpu.visit(80 / 60, ["versions", "train"], "tiny", torch.device("cpu"), tmp_path / "results")
+    monkeypatch.setattr(gpu, "BEGAN", time.time())
+    run("tokenizer.py", "--preset", "tiny", "--device", "cpu", "--out", tmp_path / "tokenizer.pt")
+    gpu.visit(120 / 60, ["versions", "train"], "tiny", torch.device("cpu"), tmp_path / "results")
     report = json.loads((tmp_path / "results" / "report.json").read_text())
     assert [how for _, how, _ in report["versions"]] == ["exit status 0"]
     assert [how for _, how, _ in report["train"]] == ["time ran out", "exit status 0"]
