@@ -1,8 +1,8 @@
 """Many runs: the paper's rows and their controls. Trains what is missing, then makes the table.
 
-    python study/table.py study/results/table --seeds 3         every row, seeds 1 to 3
-    python study/table.py study/results/table --seeds 8 --rows u joint          some rows
-    python study/table.py study/results/table --seeds 0     no training: the table of what is there
+    python study/table.py out/table --seeds 3                   every row, seeds 1 to 3
+    python study/table.py out/table --seeds 8 --rows u joint    some rows
+    python study/table.py out/table --seeds 0       no training: the table of what is there
 
 It goes on where it stopped, and may be started several times, best one process a core
 (OMP_NUM_THREADS=1): each takes rows that no other has. Settings are chosen on seeds 0 and 10 to 12,
@@ -329,16 +329,19 @@ def answer_claims(found):
 def read_runs(folder):
     """{row: {seed: scores}} of the finished runs in a folder, of ROWS alone; scores under another
     plan as a row of their own, "ROW-inference", without a cost of training."""
-    found = defaultdict(dict)
+    found, unknown = defaultdict(dict), set()
     for file in sorted(folder.glob("*-seed*/eval*.json")):
         name, seed = file.parent.name.rsplit("-seed", 1)
         if name not in ROWS:
+            unknown.add(name)
             continue
         name += file.stem.removeprefix("eval")
         found[name][int(seed)] = scores = json.loads(file.read_text())
         shares = file.with_name("attention.json")
         if file.name == "eval.json" and shares.exists():
             scores["attention"] = json.loads(shares.read_text())
+    if unknown:
+        print(f"left out, because no such rows are known: {', '.join(sorted(unknown))}")
     objectives = {scores["config"]["image_loss"] for name, runs in found.items()
                   for scores in runs.values() if "image-loss" not in name}
     if len(objectives) > 1:
