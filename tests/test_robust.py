@@ -48,7 +48,7 @@ def test_killed_at_twenty_random_moments_a_run_ends_as_if_nothing_had_happened(t
     """SIGKILL while the tokenizer or the model is trained or scored; then --resume, or the same
     command again where there is no checkpoint yet."""
     def start():
-        args = train_args(tmp_path, "cut", "--steps", 40, "--save-every", 0)
+        args = train_args(tmp_path, "cut", "--steps", 40, "--save-every", .1)
         resume = ["--resume"] if (tmp_path / "cut" / "checkpoint.pt").exists() else []
         return Script("train.py", *args, *resume, folder=tmp_path)
 
@@ -94,7 +94,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(trained):
     """No file may grow beyond 100 kB, as if the disk were full: one line, and what was there is
     whole."""
     folder = trained / "full"
-    script = Script("train.py", *train_args(trained, "full", "--steps", 40, "--save-every", 0),
+    script = Script("train.py", *train_args(trained, "full", "--steps", 40, "--save-every", .1),
                     folder=trained)
     wait_for_log(script, folder, 2)
     script.send(signal.SIGKILL)
