@@ -6,7 +6,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import textwrap
 from contextlib import contextmanager
@@ -35,6 +34,8 @@ def run_script(main):
     """Run a script's main; Ctrl-C and too little memory of a GPU end it with one line."""
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except KeyboardInterrupt:
         tqdm.write("stopped", file=sys.stderr)
         raise SystemExit(130)
@@ -128,6 +129,8 @@ def pick_device(name):
     elif not available[name]:
         reason = problem if problem and name == "cuda" else "there is none that it can use"
         fail(f"--device {name}: PyTorch {torch.__version__} finds no such device here: {reason}")
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))         # torchrun's, of many
     torch.set_float32_matmul_precision("high")              # TF32 where a GPU has it
     return torch.device(name)
 
@@ -144,20 +147,11 @@ def why_no_gpu():
                 "{}.{}, expected {}.{}".format(*capability, *min(built_for)))
     if not shutil.which("nvidia-smi") or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return None
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        found = subprocess.run(query, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if found.returncode or ", " not in found.stdout:
-        return None
-    card, driver = found.stdout.splitlines()[0].rsplit(", ", 1)
     if torch.version.cuda is None:
-        return (f"{card} is not used: this PyTorch is a CPU build; pytorch.org says how to install "
-                "one for CUDA")
-    return (f"{card} is not used: its driver, {driver}, may be too old for CUDA "
-            f"{torch.version.cuda} (CUDA 13 needs 580): update it, or install a PyTorch for an "
-            "older CUDA")
+        return ("There is an NVIDIA driver, but this PyTorch is a CPU build: pytorch.org says how "
+                "to install one for CUDA")
+    return (f"The NVIDIA driver here may be too old for CUDA {torch.version.cuda} (CUDA 13 needs "
+            "580): update it, or install a PyTorch for an older CUDA")
 
 
 def has_bfloat16(device):
@@ -215,36 +209,28 @@ def peak_flops(device):
 
 # ---------------------------------------------------------------------- several processes
 
-def join_processes(device):
-    """Meet the other processes, where torchrun started several. device: as --device has it."""
-    if "RANK" in os.environ:
-        on_gpu = device in ("auto", "cuda") and torch.cuda.is_available() and not why_no_gpu()
-        dist.init_process_group("nccl" if on_gpu else "gloo")
-        if on_gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-
-
-def leave_processes():
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    return int(os.environ.get("RANK", 0))
 
 
 def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """How many processes torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes(device):
+    if world() > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 def wait_for_processes():
-    if dist.is_initialized():
+    if world() > 1:
         dist.barrier()
 
 
 def sum_over_processes(tensors):
     """In place."""
-    if dist.is_initialized():
+    if world() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
 

@@ -188,36 +188,24 @@ class Shapes:
         self.number = {thing: i for i, thing in enumerate(self.contents)}
 
     def scene(self, rng, n, avoid=()):
-        """A random scene of n Things, without the (colour, shape) pairs of `avoid`.
-
-        A later object often shares its colour or its shape with an earlier one, so that counts go
-        up and attributes have to be bound. Or it is the earlier one's companion, so that certain
-        objects often occur together, which hard questions about existence need.
-        """
+        """A random scene of n Things, without the (colour, shape) pairs of `avoid`. A later object
+        often has the colour or the shape of an earlier one, so that counts go up and attributes
+        have to be bound."""
         p, things = self.preset, []
         for cell in rng.sample(range(p.grid ** 2), n):
             while True:
                 colour, shape = rng.randrange(p.colours), rng.randrange(p.shapes)
-                if things:
-                    other = rng.choice(things)
-                    link = rng.randrange(4)                 # 3: none
-                    if link == 0:
-                        colour = other.colour
-                    elif link == 1:
-                        shape = other.shape
-                    elif link == 2:
-                        colour, shape = self.companion(other)
+                shared = rng.choice(("colour", "shape", "nothing"))
+                if things and shared == "colour":
+                    colour = rng.choice(things).colour
+                elif things and shared == "shape":
+                    shape = rng.choice(things).shape
                 if (colour, shape) not in avoid:
                     break
             size = rng.randrange(2)
             dx, dy = rng.randint(-p.jitter, p.jitter), rng.randint(-p.jitter, p.jitter)
             things.append(Thing(size, colour, shape, cell, dx, dy))
         return tuple(sorted(things, key=lambda thing: thing.cell))
-
-    def companion(self, thing):
-        """The (colour, shape) that often occurs beside this one."""
-        p = self.preset
-        return (thing.colour + 1) % p.colours, (thing.shape + 1) % p.shapes
 
     def render(self, scenes):
         """N scenes -> (N, H, W, 3) uint8, by copying drawn cells: never what training waits for."""
@@ -356,17 +344,17 @@ class Shapes:
         elif kind in ("relation", "neighbour") and len(scene) > 1:
             other = rng.choice([t for t in scene if t is not thing])
             # Named as for "place", so not by their cells, which would tell the answer.
-            names = [self.refer(rng, scene, t, "place") for t in (thing, other)]
+            first, second = (self.refer(rng, scene, t, "place") for t in (thing, other))
             if kind == "relation":
                 r = rng.choice(self.related(thing, other))
                 answer = rng.choice(("no", "yes"))
                 # The opposite of something true: knowing which two are meant is not enough.
-                parts = [names[0], RELATIONS[r if answer == "yes" else OPPOSITE[r]], names[1]]
+                parts = [first, RELATIONS[r if answer == "yes" else OPPOSITE[r]], second]
             else:
                 for r in rng.sample(range(4), 4):
                     there = [t for t in scene if r in self.related(t, other)]
                     if there == [thing]:                    # else several answers were right
-                        answer, parts = SHAPES[thing.shape], [RELATIONS[r], names[1]]
+                        answer, parts = SHAPES[thing.shape], [RELATIONS[r], second]
         if answer is None or None in parts:
             return None
         return Question(rng.choice(PHRASINGS[kind]).format(*parts), answer, kind)
@@ -386,9 +374,8 @@ class Shapes:
         return NUMBERS[number], self.phrase(example, fields, plural=True)
 
     def existence(self, rng, scene, thing, avoid, required):
-        """Is there ...? Half of the answers are no, and most of these are hard, as in POPE (Li et
-        al. 2023): one object's colour with another's shape, or the companion of a present object.
-        Returns the answer and what is asked for."""
+        """Is there ...? Half of the answers are no, and half of these are hard: one object's colour
+        with another's shape. Returns the answer and what is asked for."""
         fields = ("colour", "shape")
         if not required and rng.random() < .4:
             fields = rng.choice((("colour",), ("shape",)))
@@ -399,7 +386,7 @@ class Shapes:
         for _ in range(50):                                 # until something absent is drawn
             a, b = rng.choice(scene), rng.choice(scene)
             anything = rng.randrange(self.preset.colours), rng.randrange(self.preset.shapes)
-            pair = rng.choice(((a.colour, b.shape), self.companion(a), anything))
+            pair = rng.choice(((a.colour, b.shape), anything))
             if required:
                 pair = rng.choice(sorted(required))
             absent = Thing(0, *pair, 0)
@@ -506,8 +493,8 @@ def check_text(text):
     """ValueError unless this is a caption, question, answer or name that can be used."""
     if not isinstance(text, str) or not text.strip():
         raise ValueError("file_name, text, question and answer must be strings, not empty")
-    if len(text) > 2000:                        # characters; a sequence takes far fewer
-        raise ValueError(f"{text[:40]!r} ... has {len(text)} characters, expected at most 2000")
+    if len(text) > 800:                         # all sequences are as long as the longest needs
+        raise ValueError(f"{text[:40]!r} ... has {len(text)} characters, expected at most 800")
     text.encode()                               # fails for lone surrogates, which JSON may hold
 
 

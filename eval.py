@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from common import (contact_sheet, fail, hardware, memory_bytes, pick_device, run_script,
+from common import (contact_sheet, fail, hardware, pick_device, run_script,
                     save_picture, script_parser, write_file)
 
 import numpy as np
@@ -92,15 +92,12 @@ def draw(model, tokenizer, captions, plan, uniform, guidance=1., temperature=1.)
     return tokens[:n, start:] - FIRST_CODE
 
 
-def draw_pictures(model, tokenizer, texts, plan, sampling, batch=None, seed=0):
+def draw_pictures(model, tokenizer, texts, plan, sampling, batch=100, seed=0):
     """Captions (strings) -> pictures (N, H, W, 3) uint8. sampling: of SAMPLING. batch: how many are
-    drawn at a time, by default up to 200."""
-    c = model.config
-    # Keys and values of all tokens, with caption and without, in a quarter of the memory.
-    cache = 2 * 2 * 4 * c.layers * c.width * sum(c.layout("gen"))           # bytes a picture
-    batch = batch or max(1, min(200, memory_bytes(model.device) // 4 // cache))
+    drawn at a time; a hundred of the gpu preset's keep 3 GB of keys and values."""
     # Drawn at once, so that a picture does not depend on how many others are drawn beside it.
-    uniform = torch.rand(len(texts), c.side ** 2, generator=torch.Generator().manual_seed(seed))
+    uniform = torch.rand(len(texts), model.config.side ** 2,
+                         generator=torch.Generator().manual_seed(seed))
     pictures = []
     for i in tqdm(range(0, len(texts), batch), desc="drawing", leave=False):
         rows = slice(i, i + batch)

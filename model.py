@@ -26,7 +26,6 @@ from tokenizer import FIRST_CODE, Tokenizer
 # Question tokens and the ends of answers are predicted, too, with a small weight: without them
 # understanding learns less. Model.loss has the whole formula.
 AUXILIARY_WEIGHT = .05
-TASK_WEIGHT = {"und": 1., "gen": 2.}    # of the tasks in the gradient; logged losses are without it
 
 # Which sets of Q, K, V weights a block has. Text tokens always use "text".
 PROJECTIONS = {"shared": ["text"],                  # image tokens use those of text, too
@@ -389,9 +388,10 @@ class Model(nn.Module):
         cos, sin = angles.cos(), angles.sin()
         return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
-    def layer_inputs(self, rule, batch):
-        """The LayerInputs of all layers with this Rule."""
-        queries, keys = positions(rule, batch.layout, device=batch.tokens.device)
+    def layer_inputs(self, rule, batch, start=0, stop=None):
+        """The LayerInputs of all layers with this Rule, of all tokens or those from start to
+        stop."""
+        queries, keys = positions(rule, batch.layout, start, stop, batch.tokens.device)
         return LayerInputs(queries, keys, self.rotary(batch, queries.index),
                            self.rotary(batch, keys.index),
                            batch.attention_mask(queries.index, keys.index))
@@ -411,7 +411,7 @@ class Model(nn.Module):
 
         Output tokens are those of answers, or of drawn images. The end of an answer is one of them,
         although its weight is small. The first token of a question is never predicted. A training
-        step adds the losses of both tasks, times TASK_WEIGHT.
+        step adds the losses of both tasks.
         """
         span = predicting(batch.layout, batch.image_loss)
         logits = self.head(self.norm(x[:, span]))
@@ -481,10 +481,9 @@ class Model(nn.Module):
             x = embedding = self.embed(batch, read, write)      # the prompt, then token by token
             inputs_of = {}
             for rule in set(plan):
-                queries, keys = positions(rule, batch.layout, read, write, device)
-                mask = batch.attention_mask(queries.index, every_position) & is_key[rule]
-                inputs_of[rule] = LayerInputs(queries, keys, self.rotary(batch, queries.index),
-                                              self.rotary(batch, keys.index), mask)
+                inputs = self.layer_inputs(rule, batch, read, write)
+                mask = batch.attention_mask(inputs.queries.index, every_position) & is_key[rule]
+                inputs_of[rule] = inputs._replace(mask=mask)
             for block, rule, cache in zip(self.blocks, plan, caches):
                 inputs = inputs_of[rule]
                 queries, keys = inputs.queries.index - read, inputs.keys.index - read

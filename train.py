@@ -25,9 +25,9 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
-from common import (fail, has_bfloat16, join_processes, leave_processes, line_chart, make_folder,
-                    memory_bytes, mixed_precision, peak_flops, peak_memory_mb, pick_device, rank,
-                    run_script, save_checkpoint, save_picture, script_parser, sum_over_processes,
+from common import (fail, has_bfloat16, join_processes, line_chart, make_folder, memory_bytes,
+                    mixed_precision, peak_flops, peak_memory_mb, pick_device, rank, run_script,
+                    save_checkpoint, save_picture, script_parser, sum_over_processes,
                     wait_for_processes, world, write_file)
 
 import torch
@@ -36,7 +36,7 @@ from tqdm import tqdm
 import data
 from data import PRESETS
 from eval import evaluate, save_scores, summary
-from model import PROJECTIONS, TASK_WEIGHT, Config, Model, load_run, sequences
+from model import PROJECTIONS, Config, Model, load_run, sequences
 from prune import PLANS, plans_of
 from tokenizer import (Tokenizer, default_path, default_preset, load_tokenizer, score_tokenizer,
                        train_tokenizer)
@@ -81,15 +81,20 @@ def train(options, device, resumed=None):
     model = Model(config, tokenizer.vq.codebook.cpu()).to(device)
     optimizers = optimizers_of(model, options["lr"])
     start = restore(resumed, dataset, model, optimizers, options) if resumed else 0
-    compiled, parts = options["compile"], parts_that_fit(options, config, device)
-    if compiled:
+    parts = parts_that_fit(options, config, device)
+    if options["compile"]:
         first = {task: next(get_batches(examples[task], order[task], 0, parts))[0]
                  for task in tasks}
-        compiled = compile_blocks(model, first, plans, out / "compile-error.txt")
-        parts = parts_that_fit({**options, "compile": compiled}, config, device)
+        if not compile_blocks(model, first, plans, out / "compile-error.txt"):
+            parts = parts_that_fit({**options, "compile": False}, config, device)
 
     progress = Progress(options, config, plans, start, device)
-    progress.tell_size(model, parts, time.time() - began)
+    if rank() == 0:
+        in_parts = f" in {parts} parts" if parts > 1 else ""
+        progress.bar.write(
+            f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+            f"{progress.tokens} tokens and {progress.flops / 1e9:.0f} GFLOP a step{in_parts}; "
+            f"before the first step {time.time() - began:.0f} s")
     stop_requests = catch_stop_signals()
     saved = time.monotonic()
     model.train()
@@ -102,7 +107,7 @@ def train(options, device, resumed=None):
                 with mixed_precision(device):
                     _, loss = model(batch, plans[task])
                 loss = fraction * loss
-                (TASK_WEIGHT[task] * loss).backward()
+                loss.backward()
                 losses[task] += loss.detach()
         apply_gradients(optimizers)
 
@@ -111,7 +116,6 @@ def train(options, device, resumed=None):
         if stop_requests or last_step or time.monotonic() - saved >= options["save_every"]:
             save(out, options, dataset, tokenizer, model, optimizers, step)
             saved = time.monotonic()
-            progress.restart_clock(step)        # saving takes no time of a step
         if stop_requests:
             progress.bar.close()
             print(f"stopped after step {step + 1} and saved; python train.py --resume --out {out} "
@@ -179,39 +183,22 @@ def training_sequences(task, options, dataset, tokenizer):
         split = dataset.split("und", "train", preset.und_scenes, seed, preset.questions)
     else:
         split = dataset.split("gen", "train", preset.gen_scenes, seed, questions=0)
-        practice = None
+        split, dropped = drop_captions(split, seed)
         if options["practice"]:
-            practice = dataset.split("und", "train", preset.und_scenes, seed, questions=0).pixels
-        split = drop_captions(split, seed, practice)
-    refuse_long_texts(task, tokenizer, split, preset.max_text, options["data"])
+            practice = dataset.split("und", "train", len(dropped), seed, questions=0)
+            split.pixels[dropped] = practice.pixels
     return sequences(task, tokenizer, split, preset.max_text, options["image_loss"])
 
 
-def drop_captions(split, seed, practice=None):
-    """Makes a part of the captions empty, for the whole run: that is what guidance subtracts.
-    practice: pictures (N, H, W, 3) that take the place of those without caption."""
+def drop_captions(split, seed):
+    """Makes a part of the captions empty, for the whole run: that is what guidance subtracts. Also
+    returns which, a list of indices."""
     rng = random.Random(f"{seed} dropout")
-    captions, pixels = [], split.pixels if practice is None else split.pixels.copy()
-    for i, caption in enumerate(split.captions):
-        if rng.random() < CAPTION_DROPOUT:
-            caption = caption._replace(text="")
-            if practice is not None:
-                pixels[i] = practice[i % len(practice)]
-        captions.append(caption)
-    return split._replace(captions=captions, pixels=pixels)
-
-
-def refuse_long_texts(task, tokenizer, split, limit, source):
-    """A caption, or a question with its answer, may have `limit` tokens."""
-    if task == "gen":
-        texts = [[caption.text] for caption in split.captions]
-    else:
-        texts = [[q.text, q.answer] for questions in split.questions for q in questions]
-    for parts in texts:
-        length = sum(len(tokenizer.ids(part)) for part in parts)
-        if length > limit:
-            fail(f"--data {source}: a text has {length} tokens, expected at most {limit}: "
-                 f"{' '.join(parts)[:60]!r}")
+    dropped = [i for i in range(len(split.captions)) if rng.random() < CAPTION_DROPOUT]
+    captions = list(split.captions)
+    for i in dropped:
+        captions[i] = captions[i]._replace(text="")
+    return split._replace(captions=captions), dropped
 
 
 def draw_order(task, examples, options):
@@ -311,17 +298,7 @@ class Progress:
         self.rows = begin_log(self.path, start)
         self.bar = tqdm(total=options["steps"], initial=start, desc=self.path.parent.name,
                         unit="step", disable=rank() > 0)
-        self.restart_clock(start - 1)
-
-    def tell_size(self, model, parts, seconds):
-        if rank() == 0:
-            in_parts = f" in {parts} parts" if parts > 1 else ""
-            self.bar.write(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
-                           f"{self.tokens} tokens and {self.flops / 1e9:.0f} GFLOP a step"
-                           f"{in_parts}; before the first one {seconds:.0f} s")
-
-    def restart_clock(self, step):
-        self.clock, self.clock_step = time.perf_counter(), step
+        self.logged_step, self.logged_at = start, time.perf_counter()
 
     def step(self, step, losses, lr, last_step):
         """losses: {task: a tensor}. lr: Muon's."""
@@ -332,7 +309,9 @@ class Progress:
         sum_over_processes([values])
         values = dict(zip(losses, values.tolist()))                     # waits for the device
         check_finite(values.values(), self.path.parent, step)
-        seconds = (time.perf_counter() - self.clock) / max(1, step - self.clock_step)
+        now = time.perf_counter()
+        seconds = (now - self.logged_at) / (step + 1 - self.logged_step)            # a step
+        self.logged_step, self.logged_at = step + 1, now
         mfu = self.flops / seconds / self.peak / world() if self.peak else None
         row = {"step": step + 1, "loss": sum(values.values()), "loss_und": values.get("und"),
                "loss_gen": values.get("gen"), "lr": lr, "tokens_per_s": self.tokens / seconds,
@@ -343,7 +322,6 @@ class Progress:
                 log.write(json.dumps(row) + "\n")
         speed = f"loss {row['loss']:.3f}, {row['tokens_per_s'] / 1e3:.1f}k tokens/s"
         self.bar.set_postfix_str(speed + (f", MFU {mfu:.0%}" if mfu else ""))
-        self.restart_clock(step)
 
 
 def begin_log(path, start):
@@ -435,21 +413,21 @@ def compile_blocks(model, batches, plans, log):
     torch.compiler.set_stance("default")
     for block in model.blocks:
         block.compile(dynamic=False)
-    worked = True
     try:
         for task, batch in batches.items():
             step(batch, plans[task])
+        return True
     except torch.OutOfMemoryError:
         raise
     except Exception as error:                              # compilers raise nearly anything
-        worked = False
         write_file(log, traceback.format_exc())
         lines = [line for line in str(error).splitlines() if line and "raised:" not in line]
         reason = lines[0][:300] if lines else type(error).__name__
         print(f"torch.compile failed here, going on without it: {reason} (more in {log})")
         torch.compiler.set_stance("force_eager")
-    model.zero_grad()
-    return worked
+        return False
+    finally:
+        model.zero_grad()
 
 
 # ---------------------------------------------------------------------- options
@@ -549,8 +527,8 @@ def main():
     given = vars(parser.parse_args())
     device, resuming = given.pop("device"), given.pop("resume")
 
-    join_processes(device)
     device = pick_device(device)
+    join_processes(device)
     options, checkpoint = complete(given, device), None
     if resuming:
         checkpoint, options = resume(given, options)
@@ -559,7 +537,6 @@ def main():
              "another")
     check(options)
     train(options, device, checkpoint)
-    leave_processes()
 
 
 if __name__ == "__main__":

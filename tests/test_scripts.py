@@ -111,28 +111,27 @@ def test_a_folder_of_images(tmp_path, class_folders):
 
 
 def test_long_texts_of_a_folder(tmp_path, class_folders):
-    """One that does not fit is refused before training, but not where it is only validated on. A
-    question and an answer that fit their own partners are matched with those of others."""
+    """One that is too long is refused by its line before any work. A question and an answer that
+    fit their own partners are matched with those of others."""
     dataset = data.Folder(class_folders, "tiny")
-    lines = {"train": [], "val": []}
-    for part, indices in dataset.indices.items():
-        for k, i in enumerate(indices):
-            question, answer = ("what is it?", "it is " + "a " * 20) if k % 2 else ("is " * 25, "a")
-            lines[part].append({"file_name": f"{i}.png", "text": "a picture",
-                                "question": question, "answer": answer})
-            Image.fromarray(dataset.pixels[i]).save(tmp_path / f"{i}.png")
+    lines = []
+    for i, picture in enumerate(dataset.pixels):
+        question, answer = ("what is it?", "it is " + "a " * 20) if i % 2 else ("is " * 25, "a")
+        lines.append({"file_name": f"{i}.png", "text": "a picture", "question": question,
+                      "answer": answer})
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
     args = train_args(tmp_path, "run", "--data", tmp_path, "--steps", 10)
 
-    def write(part, **change):
-        rows = {**lines, part: [{**lines[part][0], **change}, *lines[part][1:]]}
-        text = "\n".join(map(json.dumps, rows["train"] + rows["val"]))
-        (tmp_path / "metadata.jsonl").write_text(text)
+    def write(**change):
+        rows = [lines[0], {**lines[1], **change}, *lines[2:]]
+        (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
     for field in ("text", "question", "answer"):
-        write("train", **{field: "a picture " * 100})
+        write(**{field: "a picture " * 100})
         printed = run("train.py", *args, code=2)
-        assert "a text has" in printed and "expected at most 40: " in printed
-    write("val", text="a picture " * 100, answer="a picture " * 100)
+        assert "metadata.jsonl line 2" in printed and "expected at most 800" in printed
+        assert not (tmp_path / "tokenizer.pt").exists()
+    write()
     run("train.py", *args)
     assert run("match.py", tmp_path / "run", "--n", 20).count("of ten") == 2
 
