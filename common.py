@@ -8,11 +8,12 @@ import re
 import shutil
 import sys
 import textwrap
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 
@@ -30,16 +31,51 @@ import torch                                                # noqa: E402
 import torch.distributed as dist                            # noqa: E402
 
 
+class Unbreakable:
+    """stdout or stderr: where it is full or closed, what is written for people is lost, but the
+    work goes on. Characters that a terminal lacks become question marks."""
+
+    def __init__(self, stream, descriptor):
+        self.descriptor = descriptor
+        if stream is None:                                  # it was closed from the beginning
+            self.close_for_good()
+            stream = open(descriptor, "w")
+        stream.reconfigure(errors="replace")
+        self.stream = stream
+
+    def close_for_good(self):
+        """What is still in a buffer must go somewhere."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.descriptor)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+        except OSError:
+            self.close_for_good()
+        return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError:
+            self.close_for_good()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def run_script(main):
-    """Run a script's main; Ctrl-C and too little memory of a GPU end it with one line."""
+    """Run a script's main; Ctrl-C and too little memory end it with one line."""
+    sys.stdout, sys.stderr = Unbreakable(sys.stdout, 1), Unbreakable(sys.stderr, 2)
     try:
         main()
+        sys.stdout.flush()
         if dist.is_initialized():
             dist.destroy_process_group()
     except KeyboardInterrupt:
         tqdm.write("stopped", file=sys.stderr)
         raise SystemExit(130)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         fail("out of memory: train.py takes more --parts or a smaller --batch-size; every script "
              "takes --device cpu")
 
@@ -73,6 +109,39 @@ def make_folder(path):
         fail(f"{path} cannot be a folder: {error.strerror}")
 
 
+def lock_folder(path):
+    """So that no other process works in this folder: a file descriptor, which holds the lock until
+    it is closed or the process ends; None where another process holds it."""
+    make_folder(path)
+    try:
+        import fcntl
+    except ImportError:                                     # Windows has no such locks
+        return os.open(os.devnull, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def check_output(path, kind):
+    """Refuses, before work begins, what cannot be written, or would replace a file that is not of
+    this kind: "picture", or that of a checkpoint."""
+    path = Path(path)
+    make_folder(path.parent)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        fail(f"--out {path}: no file can be written there")
+    if path.exists() and kind != "picture":
+        read_checkpoint(path, kind)
+    elif path.exists():
+        with refuse_errors(f"--out {path}: there is a file that this project did not write; "
+                           "expected a new name"), Image.open(path) as image:
+            if image.info.get("Software") != SOFTWARE:
+                raise ValueError("not its picture")
+
+
 def write_file(path, content):
     """Write bytes or text; whatever happens, `path` holds either all of the old or of the new."""
     path = Path(path)
@@ -90,9 +159,13 @@ def write_file(path, content):
         fail(f"{path} cannot be written: {error.strerror}")
 
 
+SOFTWARE = "unified-vlm"        # stands in our pictures, so that no other is ever overwritten
+
+
 def save_picture(image, path):
-    buffer = io.BytesIO()
-    image.save(buffer, "png")
+    buffer, info = io.BytesIO(), PngInfo()
+    info.add_text("Software", SOFTWARE)
+    image.save(buffer, "png", pnginfo=info)
     write_file(path, buffer.getvalue())
 
 
@@ -105,10 +178,15 @@ def save_checkpoint(contents, path):
 def read_checkpoint(path, kind):
     """Read a checkpoint of this project, whose "kind" is `kind`; refuse anything else. It may be
     anyone's: weights_only runs no code of it."""
-    with refuse_errors(f"{path} is not a {kind} checkpoint of this project"):
+    if not Path(path).is_file():
+        fail(f"{path}: there is no such file; expected a {kind} checkpoint")
+    try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
-        if contents["kind"] != kind:
-            raise ValueError(f"it is a {contents['kind']} checkpoint")
+        found = contents["kind"]
+    except Exception:                                       # PyTorch raises nearly anything
+        found = "something else"
+    if found != kind:
+        fail(f"{path} is not a {kind} checkpoint of this project; found: {found}")
     return contents
 
 
@@ -241,9 +319,24 @@ RED, GREY, DARK = (220, 30, 30), (200, 200, 200), (60, 60, 60)
 LINE_COLOURS = [(40, 100, 190), (225, 120, 30), (50, 150, 80), (190, 50, 60)]
 
 
+# Fonts of systems that have more characters than Pillow's own.
+FONTS = ("NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc", "DejaVuSans.ttf", "arial.ttf")
+
+
+def font_for(text, size):
+    """Pillow's own font, which looks alike everywhere, or one that may have the text's letters."""
+    if text.isascii():
+        return ImageFont.load_default(size)
+    for name in FONTS:
+        with suppress(OSError):
+            return ImageFont.truetype(name, size)
+    print("no font was found here that has all letters of the texts: some will be boxes")
+    return ImageFont.load_default(size)
+
+
 def contact_sheet(pixels, texts, path, columns=6, size=160, wrong=()):
     """A PNG: (N, H, W, 3) uint8 pictures over their N texts, those in `wrong` framed in red."""
-    font, gap, line_height = ImageFont.load_default(12), 12, 15
+    font, gap, line_height = font_for("".join(texts), 12), 12, 15
     wrapped = []                                # for each picture its lines of text
     for text in texts:
         lines = [textwrap.fill(line, size // 6) for line in text.split("\n")]

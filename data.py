@@ -11,6 +11,7 @@ import random
 import warnings
 import zlib
 from collections import Counter
+from contextlib import suppress
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
@@ -18,10 +19,11 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-from common import contact_sheet, fail, refuse_errors, run_script, script_parser
+from common import (check_output, contact_sheet, fail, refuse_errors, run_script,
+                    script_parser)
 
 # All that has to fit together, and the machine. Options of the scripts override some of it.
 PATCH = 4           # pixels that an image token covers, height = width
@@ -46,9 +48,9 @@ COLUMNS = dict(
     layers=         (3,       4,       12),
     width=          (32,      128,     512),    # numbers in a hidden state
     heads=          (2,       4,       8),      # attention heads
-    max_text=       (40,      90,      192),    # most text tokens that a sequence may have
+    max_text=       (40,      90,      192),    # tokens of all questions on a picture
     # training
-    steps=          (100,     1400,    3000),
+    steps=          (100,     1500,    3000),
     batch_size=     (8,       16,      64),     # pictures of each task in a step
     und_scenes=     (300,     8000,    20_000), # training pictures with questions (understanding)
     questions=      (6,       12,      24),     # on each of them, at most
@@ -429,7 +431,8 @@ class Shapes:
         avoid = {"train": held_out, "val": every_pair, "transfer": set()}[part]
         required = held_out if part == "transfer" else None
         binding = ["scene", "colours", "attribute binding"]             # name colour and shape
-        harder = ["scene", "scene", "two objects", "attribute binding", "position"]
+        harder = ["scene", "scene", "two objects", "attribute binding", "attribute binding",
+                  "position"]
         kinds = {"train": [*CAPTION_FIELDS, *harder], "val": [*CAPTION_FIELDS],
                  "transfer": binding}[part]
         question_kinds = {"train": [*QUESTION_KINDS, "relation", "relation"],
@@ -470,61 +473,91 @@ def shape_mask(shape, diameter, size):
 
 
 # ---------------------------------------------------------------------- your own images
-# `where` is how an error message begins.
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26     # bytes; programs that render write long texts into PNGs
+
 
 def open_picture(path, size, where):
-    """Any image that Pillow reads -> (size, size, 3) uint8: upright, on white, cut to a square."""
-    with refuse_errors(f"{where}: {path} cannot be used as an image"), warnings.catch_warnings():
+    """Any image that Pillow reads -> (size, size, 3) uint8: upright, on white, cut to a square.
+    where: how an error message begins."""
+    with refuse_errors(f"{where}: {path} cannot be used as an image"):
+        return read_picture(path, size)
+
+
+def read_picture(path, size):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as image:
+        image = Image.open(path)
+    with image, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image.draft(image.mode, (4 * size, 4 * size))       # of a JPEG no more than is needed
+        with suppress(Exception):                           # unreadable EXIF says nothing
             image = ImageOps.exif_transpose(image)          # of an animation: the first frame
-            if image.mode.startswith("I"):                  # 16 bits and more
-                levels = np.asarray(image, np.float64)
-                levels = levels / max(255, levels.max()) * 255
-                image = Image.fromarray(levels.astype(np.uint8))
-            image = image.convert("RGBA")
-            paper = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(paper, image).convert("RGB")
-            return np.array(ImageOps.fit(image, (size, size)))
+        if image.mode.startswith("I") or image.mode == "F":
+            # Integers have 16 bits; fractions go from 0 to 1, or to 255 where one is above 1.
+            levels = np.asarray(image, np.float64)
+            white = 65535 if image.mode != "F" else 1 if levels.max() <= 1 else 255
+            levels = (levels / white * 255).round().clip(0, 255)
+            image = Image.fromarray(levels.astype(np.uint8))
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(paper, image).convert("RGB")
+        return np.array(ImageOps.fit(image, (size, size)))
 
 
-def check_text(text):
-    """ValueError unless this is a caption, question, answer or name that can be used."""
+def clean_text(text, longest):
+    """A caption, question or answer, with single spaces. ValueError where it cannot be used."""
     if not isinstance(text, str) or not text.strip():
         raise ValueError("file_name, text, question and answer must be strings, not empty")
-    if len(text) > 800:                         # all sequences are as long as the longest needs
-        raise ValueError(f"{text[:40]!r} ... has {len(text)} characters, expected at most 800")
+    if len(text) > longest:
+        raise ValueError(f"{text[:40]!r} ... has {len(text)} characters, the preset takes "
+                         f"{longest}")
     text.encode()                               # fails for lone surrogates, which JSON may hold
+    return " ".join(text.split())
 
 
-def check_inside(path, root):
-    """ValueError unless it is a file below `root`, not reached by `..` or a link that leads out."""
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"{str(path)!r} leads out of {root}")
-    if not path.is_file():
-        raise ValueError(f"no file {path}")
-
-
-def read_folder(path):
+def read_folder(path, longest):
     """A folder of images -> [(image path, caption, [(question, answer)], where it says so)].
 
     It has a metadata.jsonl, as Hugging Face's ImageFolder has, or a folder for each class, whose
-    name is the caption.
+    name is the caption. longest: so many characters a text may have. Prints what was found.
     """
-    root, entries = Path(path), []
-    file = root / "metadata.jsonl"
+    root = Path(path)
     if not root.is_dir():
         fail(f"--data {path}: expected `shapes` or a folder of images")
-    if not file.exists():
-        for picture in sorted(root.glob("*/*")):
-            if picture.suffix.lower() in Image.registered_extensions():
-                name = picture.parent.name.replace("_", " ")
-                with refuse_errors(str(picture.parent)):
-                    check_text(name)
-                    check_inside(picture, root)
-                entries.append((picture, name, [], str(picture.parent)))
-        return entries
+    file = root / "metadata.jsonl"
+    entries = read_metadata(file, longest) if file.exists() else read_classes(root, longest)
+    used = {picture for picture, *_ in entries}
+    left_out = Counter(
+        picture.suffix or "without suffix" for picture in root.rglob("*")
+        if picture.is_file() and picture not in used and picture != file
+        and not any(part.startswith(".") for part in picture.relative_to(root).parts))
+    source = file.name if file.exists() else "the classes " + ", ".join(
+        sorted({text for _, text, *_ in entries}))[:200]
+    print(f"{path}: {len(used)} images of {source}" + (
+        f"; left out {left_out.total()} other files ("
+        + ", ".join(f"{n} {suffix}" for suffix, n in left_out.most_common(5)) + ")"
+        if left_out else ""))
+    return entries
+
+
+def read_classes(root, longest):
+    entries = []
+    for picture in sorted(root.glob("*/*")):
+        folder = picture.parent
+        hidden = picture.name.startswith(".") or folder.name.startswith(".")
+        is_run = (folder / "log.jsonl").exists()            # its pictures are results
+        if picture.suffix.lower() in SUFFIXES and picture.is_file() and not hidden and not is_run:
+            with refuse_errors(f"{folder}: the name of a class"):
+                name = clean_text(folder.name.replace("_", " "), longest)
+            entries.append((picture, name, [], str(folder)))
+    return entries
+
+
+def read_metadata(file, longest):
+    entries, root = [], file.parent
     with refuse_errors(f"{file}: expected UTF-8 text"):
         # Not splitlines(): a string may hold U+2028, which is no end of a line in JSON.
         lines = file.read_text(encoding="utf-8-sig").split("\n")
@@ -535,13 +568,18 @@ def read_folder(path):
         with refuse_errors(f"{where}: expected an object with file_name, text and, if you like, "
                            "qa, a list of objects"):
             entry = json.loads(line)
-            pairs = entry.get("qa", [entry] if "question" in entry else [])
-            pairs = [(pair.get("question"), pair.get("answer")) for pair in pairs]
-            for text in (entry.get("file_name"), entry.get("text"), *sum(pairs, ())):
-                check_text(text)
-            picture = root / entry["file_name"]
-            check_inside(picture, root)
-        entries.append((picture, entry["text"], pairs, where))
+            text = clean_text(entry.get("text"), longest)
+            pairs = [(clean_text(pair.get("question"), longest),
+                      clean_text(pair.get("answer"), longest))
+                     for pair in entry.get("qa", [entry] if "question" in entry else [])]
+            name = entry.get("file_name")
+            clean_text(name, 4096)
+            picture = root / name
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"{name!r} leads out of {root}")
+            if not picture.is_file():
+                raise ValueError(f"no file {picture}")
+        entries.append((picture, text, pairs, where))
     return entries
 
 
@@ -551,20 +589,31 @@ class Folder:
 
     def __init__(self, path, preset="cpu"):
         self.image_size = PRESETS[preset].image_size
-        pixels, self.captions, self.questions = [], [], []
-        for file, text, pairs, where in tqdm(read_folder(path), "reading images", leave=False):
-            pixels.append(open_picture(file, self.image_size, where))
+        # A text has some 4 characters a token.
+        entries = read_folder(path, longest=4 * PRESETS[preset].max_text)
+        pixels, self.captions, self.questions, unusable = [], [], [], []
+        for file, text, pairs, where in tqdm(entries, "reading images", leave=False):
+            try:
+                pixels.append(read_picture(file, self.image_size))
+            except Exception as error:                      # Pillow raises nearly anything
+                unusable.append(f"{where}: {file} ({type(error).__name__}: {error})"[:300])
+                continue
             self.captions.append(Caption(text, "text"))
             pairs = pairs or [("what is this?", text)]
             self.questions.append([Question(q, a, "question") for q, a in pairs])
+        if unusable:
+            fail(f"--data {path}: {len(unusable)} files cannot be used as images:\n"
+                 + "\n".join(unusable[:20]))
         # By content, so that copies of one picture are never in both parts.
         is_val = np.array([zlib.crc32(p.tobytes()) % 10 == 0 for p in pixels], bool)
         self.indices = {"train": np.flatnonzero(~is_val), "val": np.flatnonzero(is_val)}
         if min(len(self.indices["val"]), len(self.indices["train"])) < 10:
             fail(f"--data {path}: {len(pixels)} images are too few: about one in ten is kept for "
-                 "validation, where ten are needed")
+                 "validation, where ten are needed. Expected a metadata.jsonl, or a folder of "
+                 "images for each class")
         self.pixels = np.stack(pixels)                      # (N, H, W, 3) uint8
-        self.identity = f"{Path(path).resolve().name} {zlib.crc32(self.pixels.tobytes()):08x}"
+        texts = zlib.crc32(repr((self.captions, self.questions)).encode())
+        self.identity = f"{len(pixels)} images {zlib.crc32(self.pixels.tobytes(), texts):08x}"
 
     def split(self, task, part, n, seed=0, questions=10):
         """Up to n pictures of a part ("train" or "val"), the same for both tasks, shuffled."""
@@ -580,12 +629,24 @@ def load(source, preset):
     return Shapes(preset) if source == "shapes" else Folder(source, preset)
 
 
+def load_of_run(checkpoint, source=None):
+    """The data set that a run was trained on; source: where it is now, if it has been moved."""
+    options = checkpoint["options"]
+    source = source or options["data"]
+    dataset = load(source, options["preset"])
+    if dataset.identity != checkpoint["identity"]:
+        fail(f"--data {source}: the run was trained on {checkpoint['identity']}, this is "
+             f"{dataset.identity}; expected the same pictures and texts")
+    return dataset
+
+
 def main():
     parser = script_parser(__doc__, device=False)
     parser.add_argument("--data", default="shapes", help="shapes, or a folder of captioned images")
     parser.add_argument("--preset", default="cpu", choices=PRESETS)
     parser.add_argument("--out", default="out/data.png")
     args = parser.parse_args()
+    check_output(args.out, "picture")
     split = load(args.data, args.preset).split("und", "train", 18)
     texts = []
     for caption, questions in zip(split.captions, split.questions):

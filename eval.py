@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-import data
-from data import CAPTION_FIELDS, PRESETS, QUESTION_KINDS, Question, open_picture
+from data import (CAPTION_FIELDS, PRESETS, QUESTION_KINDS, Question, load_of_run,
+                  open_picture)
 from model import generation, load_run, sequences, understanding
 from prune import make_plan, paper_cost, plans_of, predicting
 from tokenizer import FIRST_CODE
@@ -318,16 +318,20 @@ def save_scores(scores, shown, folder, suffix=""):
 def main():
     parser = script_parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of a trained run")
+    parser.add_argument("--data", help="where the run's images are now, if they have been moved")
     parser.add_argument("--und-plan", help="default: the one it was trained with")
     parser.add_argument("--gen-plan")
     parser.add_argument("--shallow", type=int, metavar="K", help="of plans that touch some layers")
-    parser.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"))
-    parser.add_argument("--draw", metavar="CAPTION")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"))
+    instead.add_argument("--draw", metavar="CAPTION")
     parser.add_argument("--n", type=int, default=8, help="how many pictures --draw draws")
+    parser.add_argument("--seed", type=int, default=0, help="of what --draw draws")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: the run's)")
     args = parser.parse_args()
     if args.n < 1:
         fail(f"--n {args.n}: expected at least 1")
-    device = pick_device(args.device)
+    device, out = pick_device(args.device), args.out or args.run
     model, tokenizer, checkpoint = load_run(args.run, device)
     options, tasks, suffix = checkpoint["options"], checkpoint["tasks"], ""
     needs = {"und": (args.ask, args.und_plan), "gen": (args.draw, args.gen_plan)}
@@ -349,15 +353,16 @@ def main():
         print(answer(model, tokenizer, codes, args.ask[1], plans["und"]))
     elif args.draw is not None:
         texts = [args.draw] * args.n
-        pixels = draw_pictures(model, tokenizer, texts, plans["gen"], sampling_of(options))
-        contact_sheet(pixels, [""] * args.n, args.run / "draw.png", columns=min(args.n, 6))
-        save_picture(Image.fromarray(pixels[0]), args.run / "draw-0.png")
-        print(f"{args.run}/draw.png: {args.n} pictures of {args.draw!r}; draw-0.png: the first")
+        pixels = draw_pictures(model, tokenizer, texts, plans["gen"], sampling_of(options),
+                               seed=args.seed)
+        contact_sheet(pixels, [""] * args.n, out / "draw.png", columns=min(args.n, 6))
+        save_picture(Image.fromarray(pixels[0]), out / "draw-0.png")
+        print(f"{out}/draw.png: {args.n} pictures of {args.draw!r}; draw-0.png: the first")
     else:
-        dataset = data.load(options["data"], options["preset"])
+        dataset = load_of_run(checkpoint, args.data)
         scores, shown = evaluate(model, tokenizer, options, checkpoint["step"], dataset, plans)
-        save_scores(scores, shown, args.run, suffix)
-        print(f"{summary(scores)}\n{args.run}/eval{suffix}.json, samples{suffix}.png")
+        save_scores(scores, shown, out, suffix)
+        print(f"{summary(scores)}\n{out}/eval{suffix}.json, samples{suffix}.png")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-import data
+from data import load_of_run
 from model import Model, load_run, sequences
 from prune import plans_of, positions
 
@@ -72,11 +72,11 @@ def allocation(model, batch, plan, chunk=16):
     return shares, first
 
 
-def measure(model, tokenizer, checkpoint, n):
+def measure(model, tokenizer, checkpoint, n, source=None):
     """`allocation` on n validation pictures of each task of a run: {task: shares}, {task: the
-    attention of the first sequence}, {task: Batch}."""
+    attention of the first sequence}, {task: Batch}. source: see data.load_of_run."""
     options = checkpoint["options"]
-    dataset = data.load(options["data"], options["preset"])
+    dataset = load_of_run(checkpoint, source)
     shares, attention, batches = {}, {}, {}
     for task, plan in plans_of(checkpoint["tasks"], options, model.config.layers).items():
         split = dataset.split(task, "val", n, options["seed"], questions=1)
@@ -100,7 +100,8 @@ def draw_heatmaps(attention, batches, path, columns=4):
     from first to last. attention, batches: {task: ...}."""
     columns = min(columns, *map(len, attention.values()))
     font, size, gap, ink = ImageFont.load_default(13), 260, 24, (60, 60, 60)
-    sheet = Image.new("RGB", (gap + columns * (size + gap), 2 * (size + 2 * gap) + gap), "white")
+    height = len(attention) * (size + 2 * gap) + gap
+    sheet = Image.new("RGB", (gap + columns * (size + gap), height), "white")
     draw = ImageDraw.Draw(sheet)
     for row, (task, layers) in enumerate(attention.items()):
         real = (batches[task].segment_ids[0] >= 0).cpu()
@@ -141,17 +142,19 @@ def main():
     parser.add_argument("run", type=Path, help="folder of a trained run")
     parser.add_argument("--untrained", action="store_true", help="the network before training")
     parser.add_argument("--n", type=int, default=256, help="validation pictures")
+    parser.add_argument("--data", help="where the run's images are now, if they have been moved")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: the run's)")
     args = parser.parse_args()
     if args.n < 1:
         fail(f"--n {args.n}: expected at least 1")
-    device = pick_device(args.device)
+    device, out = pick_device(args.device), args.out or args.run
     model, tokenizer, checkpoint = load_run(args.run, device)
     options, suffix = checkpoint["options"], ""
     if args.untrained:
         torch.manual_seed(options["seed"])
         model = Model(model.config, tokenizer.vq.codebook.cpu()).to(device).eval()
         suffix = "-untrained"
-    shares, attention, batches = measure(model, tokenizer, checkpoint, args.n)
+    shares, attention, batches = measure(model, tokenizer, checkpoint, args.n, args.data)
     for task in shares:
         print(f"{TITLES[task]}: attention share by layer, all queries | those that predict output")
         for name in SEGMENTS:
@@ -160,10 +163,10 @@ def main():
             print(f"  {name:12}{left}   |{right}")
     contents = {**shares, "n": {task: len(batch.tokens) for task, batch in batches.items()},
                 "config": options}
-    write_file(args.run / f"attention{suffix}.json", json.dumps(contents, indent=1))
-    draw_shares(shares, args.run / f"attention{suffix}.png")
-    draw_heatmaps(attention, batches, args.run / f"heatmaps{suffix}.png")
-    print(f"{args.run}/attention{suffix}.json, attention{suffix}.png, heatmaps{suffix}.png")
+    write_file(out / f"attention{suffix}.json", json.dumps(contents, indent=1))
+    draw_shares(shares, out / f"attention{suffix}.png")
+    draw_heatmaps(attention, batches, out / f"heatmaps{suffix}.png")
+    print(f"{out}/attention{suffix}.json, attention{suffix}.png, heatmaps{suffix}.png")
 
 
 if __name__ == "__main__":

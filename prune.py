@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from common import run_script, save_picture, script_parser
+from common import check_output, run_script, save_picture, script_parser
 from data import PATCH, PRESETS
 from tokenizer import FIRST_CODE
 
@@ -259,6 +259,7 @@ def main():
     parser.add_argument("--preset", default="cpu", choices=PRESETS)
     parser.add_argument("--out", default="out/masks.png")
     args = parser.parse_args()
+    check_output(args.out, "picture")
     print_costs(args.preset)
     draw_plans(args.out)
     print(f"\n{args.out}: what tokens see in each kind of layer (fig. 4)")

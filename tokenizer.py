@@ -16,8 +16,8 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
-from common import (contact_sheet, fail, has_bfloat16, pick_device, read_checkpoint, run_script,
-                    save_checkpoint, script_parser)
+from common import (check_output, contact_sheet, fail, has_bfloat16, pick_device, read_checkpoint,
+                    run_script, save_checkpoint, script_parser)
 from data import PATCH, PRESETS, load
 
 import torch                            # after common.py, which sets an environment variable
@@ -40,7 +40,8 @@ def train_bpe(texts, size=MAX_TEXT_IDS):
     """
     ranks = {bytes([b]): b for b in range(256)}
     counts = Counter(word for text in texts for word in regex.findall(PATTERN, text))
-    words = [([bytes([b]) for b in word.encode()], n) for word, n in counts.items()]
+    # The most frequent ones: of texts without spaces every one may be a word of its own.
+    words = [([bytes([b]) for b in word.encode()], n) for word, n in counts.most_common(2000)]
     while len(ranks) < size:
         pairs = Counter()
         for parts, n in words:
@@ -303,6 +304,9 @@ def main():
     device = pick_device(args.device)
     preset = args.preset or default_preset(device)
     out = args.out or Path(default_path("tokenizer", args.data, preset, device, ".pt"))
+    picture = Path(f"{out}.png")
+    check_output(out, "tokenizer")
+    check_output(picture, "picture")
     dataset = load(args.data, preset)
     tokenizer, checkpoint = train_tokenizer(dataset, preset, device, args.steps)
     save_checkpoint(checkpoint, out)
@@ -310,8 +314,8 @@ def main():
     print(", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
     pictures = [picture for pair in zip(originals[:18], reconstructions[:18]) for picture in pair]
     texts = ["original", "reconstruction"] * (len(pictures) // 2)
-    contact_sheet(pictures, texts, out.with_suffix(".png"))
-    print(f"{out}, and {out.with_suffix('.png')}: originals beside reconstructions")
+    contact_sheet(pictures, texts, picture)
+    print(f"{out}, and {picture}: originals beside reconstructions")
 
 
 if __name__ == "__main__":

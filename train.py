@@ -14,6 +14,7 @@ loss.png, eval.json and samples.png.
 import json
 import math
 import random
+import shlex
 import signal
 import sys
 import time
@@ -25,16 +26,15 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
-from common import (fail, has_bfloat16, join_processes, line_chart, make_folder, memory_bytes,
-                    mixed_precision, peak_flops, peak_memory_mb, pick_device, rank, run_script,
-                    save_checkpoint, save_picture, script_parser, sum_over_processes,
+from common import (fail, has_bfloat16, join_processes, line_chart, lock_folder, make_folder,
+                    memory_bytes, mixed_precision, peak_flops, peak_memory_mb, pick_device, rank,
+                    run_script, save_checkpoint, save_picture, script_parser, sum_over_processes,
                     wait_for_processes, world, write_file)
 
 import torch
 from tqdm import tqdm
 
-import data
-from data import PRESETS
+from data import PRESETS, load, load_of_run
 from eval import evaluate, save_scores, summary
 from model import PROJECTIONS, Config, Model, load_run, sequences
 from prune import PLANS, plans_of
@@ -47,7 +47,7 @@ OBJECTIVES = {"joint": ["und", "gen"], "und": ["und"], "gen": ["gen"]}
 # How many steps, and how many pictures in a step, stand in data.PRESETS; the weights of the loss in
 # model.py.
 CAPTION_DROPOUT = .1    # of captions are empty in training, which classifier-free guidance needs
-LEARNING_RATE = .02     # Muon's highest, for the matrices in the layers
+LEARNING_RATE = .01     # Muon's highest, for the matrices in the layers; see study/README.md
 ADAMW_RATIO = .5        # AdamW's over Muon's, for embeddings, head, norms and positions
 WARM_UP = 50            # steps in which the learning rate rises
 DECAY = .7              # the last part of training, in which it falls to nearly nothing
@@ -56,6 +56,8 @@ MOMENTUM = .95          # Muon's
 BETAS = (.9, .99)       # AdamW's
 LOG_EVERY = 10          # steps
 SAVE_EVERY = 120        # seconds: a checkpoint of the gpu preset takes 2 of them
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+                if hasattr(signal, name)]                   # Windows has no SIGHUP
 
 
 # ---------------------------------------------------------------------- one run
@@ -69,7 +71,8 @@ def train(options, device, resumed=None):
     make_folder(out)                            # fails now where it cannot be, not after training
 
     # Data: all sequences of a task are one Batch that stays on the device.
-    dataset = data.load(options["data"], options["preset"])
+    dataset = (load_of_run(resumed, options["data"]) if resumed
+               else load(options["data"], options["preset"]))
     tokenizer = get_tokenizer(options, dataset, device, resumed)
     examples = {task: training_sequences(task, options, dataset, tokenizer).to(device)
                 for task in tasks}
@@ -80,7 +83,7 @@ def train(options, device, resumed=None):
     torch.manual_seed(options["seed"])
     model = Model(config, tokenizer.vq.codebook.cpu()).to(device)
     optimizers = optimizers_of(model, options["lr"])
-    start = restore(resumed, dataset, model, optimizers, options) if resumed else 0
+    start = restore(resumed, model, optimizers) if resumed else 0
     parts = parts_that_fit(options, config, device)
     if options["compile"]:
         first = {task: next(get_batches(examples[task], order[task], 0, parts))[0]
@@ -118,20 +121,24 @@ def train(options, device, resumed=None):
             saved = time.monotonic()
         if stop_requests:
             progress.bar.close()
-            print(f"stopped after step {step + 1} and saved; python train.py --resume --out {out} "
-                  "goes on", file=sys.stderr)
+            print(f"stopped after step {step + 1} and saved; {hint(out)} goes on",
+                  file=sys.stderr)
             raise SystemExit(128 + stop_requests[0])
     progress.bar.close()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler)
     if rank() > 0:
         return
 
     if progress.rows:
         draw_losses(progress.rows, out / "loss.png")
-    with torch.compiler.set_stance("force_eager"):          # its batches have other sizes
-        scores, shown = evaluate(model, tokenizer, options, steps, dataset, plans)
-    save_scores(scores, shown, out)
+    try:
+        with torch.compiler.set_stance("force_eager"):      # its batches have other sizes
+            scores, shown = evaluate(model, tokenizer, options, steps, dataset, plans)
+        save_scores(scores, shown, out)
+    except KeyboardInterrupt:
+        print(f"trained, but not scored; {hint(out)} scores it", file=sys.stderr)
+        raise SystemExit(130)
     print(f"{summary(scores)}\n{time.time() - began:.0f} s in all, peak memory "
           f"{peak_memory_mb(device) or math.nan:.0f} MB\nlook at {out}/samples.png, "
           f"{out}/eval.json, {out}/loss.png; then: python probe.py {out}")
@@ -187,7 +194,15 @@ def training_sequences(task, options, dataset, tokenizer):
         if options["practice"]:
             practice = dataset.split("und", "train", len(dropped), seed, questions=0)
             split.pixels[dropped] = practice.pixels
-    return sequences(task, tokenizer, split, preset.max_text, options["image_loss"])
+    batch = sequences(task, tokenizer, split, preset.max_text, options["image_loss"])
+    if options["data"] != "shapes":
+        there = dataset.indices["train"]
+        asked = sum(len(dataset.questions[i]) for i in there)
+        left_out = f"{len(batch.tokens)} of {len(there)} training pictures"
+        if task == "und":
+            left_out += f", {batch.segment_ids.amax(1).sum()} of {asked} questions on them"
+        print(f"{task}: {left_out}, as many as the preset takes")
+    return batch
 
 
 def drop_captions(split, seed):
@@ -326,11 +341,16 @@ class Progress:
 
 def begin_log(path, start):
     """The rows of a run up to step `start`: what came after the checkpoint comes again."""
-    rows = []
+    rows, damaged = [], 0
     for line in path.read_text().splitlines() if start and path.exists() else []:
-        with suppress(ValueError):                          # a full disk cuts lines
-            rows.append(json.loads(line))
-    rows = [row for row in rows if row["step"] <= start]
+        try:
+            row = json.loads(line)
+            if row["step"] <= start:
+                rows.append({**row, "loss_und": row["loss_und"], "loss_gen": row["loss_gen"]})
+        except (ValueError, KeyError, TypeError):           # a full disk cuts lines
+            damaged += 1
+    if damaged:
+        print(f"{path}: {damaged} damaged lines are left out")
     if rank() == 0:
         write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
@@ -353,13 +373,17 @@ def check_finite(values, out, step):
 
 
 def catch_stop_signals():
-    """Ctrl-C and SIGTERM end the loop when it has saved: they are noted in the list that this
-    returns. Not under torchrun, which ends its processes itself."""
+    """Ctrl-C, SIGTERM and a closed terminal end the loop when it has saved: they are noted in the
+    list that this returns. Not under torchrun, which ends its processes itself."""
     requests = []
     if world() == 1:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             signal.signal(number, lambda number, _: requests.append(number))
     return requests
+
+
+def hint(out):
+    return f"python train.py --resume --out {shlex.quote(str(out))}"
 
 
 def save(out, options, dataset, tokenizer, model, optimizers, step):
@@ -372,11 +396,8 @@ def save(out, options, dataset, tokenizer, model, optimizers, step):
             "optimizers": [o.state_dict() for o in optimizers]}, out / "checkpoint.pt")
 
 
-def restore(checkpoint, dataset, model, optimizers, options):
+def restore(checkpoint, model, optimizers):
     """Puts a checkpoint into model and optimizers; returns the step to go on with."""
-    if checkpoint["identity"] != dataset.identity:
-        fail(f"--data {options['data']}: the run to resume was trained on "
-             f"{checkpoint['identity']}, this is {dataset.identity}")
     model.load_state_dict(checkpoint["model"])
     for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
         optimizer.load_state_dict(state)
@@ -463,6 +484,9 @@ def check(options):
                              ("save_every", 0, 10 ** 9), ("seed", 0, 2 ** 32 - 1)):
         if not least <= options[key] <= most:
             fail(f"--{key.replace('_', '-')} {options[key]}: expected {least} to {most}")
+    if options["steps"] * options["batch_size"] > 10 ** 8:
+        fail(f"--steps {options['steps']}: expected at most {10 ** 8 // options['batch_size']}, "
+             "10^8 pictures in all")
     if options["batch_size"] % world():
         fail(f"--batch-size {options['batch_size']}: expected a multiple of {world()} processes")
     if options["parts"] is not None and (options["parts"] < 1 or rows % options["parts"]):
@@ -490,6 +514,8 @@ def resume(given, options):
     kept = checkpoint["options"]
     for key in ("out", "compile", "save_every", "parts"):
         kept[key] = options[key]
+    if "data" in given:                         # where it is now; load_of_run compares its content
+        kept["data"] = given["data"]
     for key, value in given.items():
         if value != kept[key]:
             fail(f"--{key.replace('_', '-')} {value}: the run in {out} has {kept[key]}")
@@ -536,6 +562,8 @@ def main():
         fail(f"{options['out']} holds a run already: --resume goes on with it, --out PATH begins "
              "another")
     check(options)
+    if rank() == 0 and lock_folder(options["out"]) is None:
+        fail(f"another process is at work in {options['out']}: expected another --out")
     train(options, device, checkpoint)
 
 

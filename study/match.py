@@ -7,13 +7,13 @@ from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import pick_device, run_script, script_parser
+from common import fail, pick_device, run_script, script_parser
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import data
+from data import load_of_run
 from eval import mean
 from model import generation, load_run, understanding
 from prune import plans_of, predicting
@@ -73,10 +73,13 @@ def main():
     parser = script_parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of a trained run")
     parser.add_argument("--n", type=int, default=1000, help="validation pictures")
+    parser.add_argument("--data", help="where the run's images are now, if they have been moved")
     args = parser.parse_args()
+    if args.n < 10:
+        fail(f"--n {args.n}: expected at least 10, of which one is the right one")
     model, tokenizer, checkpoint = load_run(args.run, pick_device(args.device))
     options = checkpoint["options"]
-    dataset = data.load(options["data"], options["preset"])
+    dataset = load_of_run(checkpoint, args.data)
     split = dataset.split("und", "val", args.n, options["seed"])
     for task, plan in plans_of(checkpoint["tasks"], options, model.config.layers).items():
         rates = matching(model, tokenizer, split, task, plan)

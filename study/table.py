@@ -22,8 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import (contact_sheet, fail, pick_device, run_script, save_picture, script_parser,
-                    write_file)
+from common import (contact_sheet, fail, lock_folder, pick_device, run_script, save_picture,
+                    script_parser, write_file)
 
 import numpy as np
 import torch
@@ -176,22 +176,14 @@ LAYERS = {"g-deep": 7, "g-deep-hmgen": 7}
 def exclusive(folder):
     """Lock a folder for this process, and yield whether that worked. The lock ends with the
     process, however that ends. An empty folder is removed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if os.name == "nt":                                     # which has no such locks
-        yield True
-        return
-    import fcntl
-    handle, locked = os.open(folder, os.O_RDONLY), True
+    lock = lock_folder(folder)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:                                         # another process has it
-        locked = False
-    try:
-        yield locked
+        yield lock is not None
     finally:
-        if locked and not any(folder.iterdir()):
-            folder.rmdir()
-        os.close(handle)
+        if lock is not None:
+            if not any(folder.iterdir()):
+                folder.rmdir()
+            os.close(lock)
 
 
 def check_finished(out, options):

@@ -1,0 +1,224 @@
+"""What people run into who do this every day: each test stands for a kind of trouble that public
+bug reports of comparable projects are full of."""
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import time
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+import common
+import data
+import prune
+import train
+from conftest import ROOT, run, train_args
+from data import open_picture
+
+TINY = ("--preset", "tiny", "--device", "cpu")
+
+
+def write_classes(root, n=240, classes=("cats", "dogs"), seed=0):
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        folder = root / classes[i % len(classes)]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((20, 20)).save(folder / f"{i}.png")
+    return root
+
+
+# ---------------------------------------------------------------------- what is printed
+
+def test_a_stream_that_breaks_or_lacks_letters_stops_nothing():
+    read_end, write_end = os.pipe()
+    stream = common.Unbreakable(open(write_end, "w", encoding="ascii"), write_end)
+    stream.write("ä")
+    stream.flush()
+    assert os.read(read_end, 10) == b"?"
+    os.close(read_end)
+    for _ in range(3):
+        stream.write("lost")
+        stream.flush()
+    stream.close()
+
+
+@pytest.mark.parametrize("redirection", ["2>&1 | head -c 1", ">/dev/full 2>&1", ">&- 2>&-"])
+def test_scripts_work_whatever_becomes_of_their_output(redirection, tmp_path):
+    command = f"set -o pipefail; '{sys.executable}' '{ROOT}/prune.py' --out masks.png {redirection}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0 and done.stderr == b""
+    assert Image.open(tmp_path / "masks.png").size > (100, 100)
+
+
+def test_letters_that_are_not_ascii_get_a_font_that_may_have_them(monkeypatch, capsys):
+    common.font_for("plain", 12)
+    assert not capsys.readouterr().out
+    monkeypatch.setattr(common, "FONTS", ("no such font.ttf",))
+    common.font_for("猫", 12)
+    assert "boxes" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------- what is written
+
+def test_nothing_is_overwritten_that_was_not_written_for_the_same_purpose(trained, tmp_path):
+    photo, own = tmp_path / "photo.png", tmp_path / "masks.png"
+    Image.new("RGB", (8, 8)).save(photo)
+    before = photo.read_bytes()
+    assert "photo.png" in run("prune.py", "--out", photo, code=2)
+    assert "did not write" in run("data.py", "--preset", "tiny", "--out", photo, code=2)
+    for _ in range(2):
+        run("prune.py", "--out", own)
+    checkpoint = trained / "joint" / "checkpoint.pt"
+    weights = checkpoint.read_bytes()
+    assert "not a tokenizer" in run("tokenizer.py", *TINY, "--out", checkpoint, code=2)
+    assert checkpoint.read_bytes() == weights and photo.read_bytes() == before
+    run("tokenizer.py", *TINY, "--steps", 2, "--out", tmp_path / "a.png")
+    assert common.read_checkpoint(tmp_path / "a.png", "tokenizer")
+    assert Image.open(tmp_path / "a.png.png").format == "PNG"
+
+
+def test_a_second_run_in_the_same_folder_is_refused(trained):
+    lock = common.lock_folder(trained / "locked")
+    args = train_args(trained, "locked", "--steps", 2)
+    assert "another process is at work" in run("train.py", *args, code=2)
+    os.close(lock)
+    run("train.py", *args)
+
+
+def test_results_can_go_elsewhere(trained, tmp_path):
+    before = sorted(path.name for path in (trained / "joint").iterdir())
+    run("eval.py", trained / "joint", "--device", "cpu", "--draw", "a circle", "--n", 2, "--out",
+        tmp_path)
+    first = (tmp_path / "draw-0.png").read_bytes()
+    run("eval.py", trained / "joint", "--device", "cpu", "--draw", "a circle", "--n", 2, "--out",
+        tmp_path, "--seed", 1)
+    run("probe.py", trained / "joint", "--device", "cpu", "--n", 2, "--out", tmp_path)
+    assert (tmp_path / "attention.json").exists() and (tmp_path / "draw-0.png").read_bytes() != first
+    assert before == sorted(path.name for path in (trained / "joint").iterdir())
+
+
+@pytest.mark.parametrize("damage", ["", "{}\n", '[1]\n{"step": 1}\n', '{"step": 10, "loss_u'])
+def test_the_log_is_for_people(damage, tmp_path, capsys):
+    log = tmp_path / "log.jsonl"
+    assert train.begin_log(log, 20) == []
+    good = {"step": 10, "loss_und": 1., "loss_gen": None}
+    log.write_text(json.dumps(good) + "\n" + damage)
+    assert train.begin_log(log, 20) == [good]
+    assert ("damaged" in capsys.readouterr().out) == bool(damage)
+
+
+# ---------------------------------------------------------------------- one's own images
+
+def test_what_a_folder_is_taken_for_is_told(tmp_path, capsys):
+    root = write_classes(tmp_path / "images")
+    for path in (".ipynb_checkpoints/0.png", "cats/._0.png", "cats/deep/0.png", "run/samples.png"):
+        (root / path).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (20, 20)).save(root / path)
+    (root / "run" / "log.jsonl").write_text("")
+    (root / "cats" / "0.png").rename(root / "cats" / "0")
+    (root / "dogs" / "scan.pdf").write_bytes(b"%PDF-1.4")
+    (root / "linked").symlink_to(root / "dogs")
+    found = data.Folder(root, "tiny")
+    printed = capsys.readouterr().out
+    assert "359 images of the classes cats, dogs, linked; left out 5 other files" in printed
+    assert "1 without suffix" in printed and "1 .pdf" in printed and "ipynb" not in printed
+    assert {caption.text for caption in found.captions} == {"cats", "dogs", "linked"}
+
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    Image.new("RGB", (20, 20)).save(flat / "a.png")
+    with pytest.raises(SystemExit):
+        data.Folder(flat, "tiny")
+    printed = capsys.readouterr()
+    assert "metadata.jsonl" in printed.err and "1 .png" in printed.out
+
+
+def test_all_files_that_cannot_be_used_are_named_at_once(tmp_path, capsys):
+    root = write_classes(tmp_path)
+    for i in (3, 7, 9):
+        (root / "dogs" / f"{i}.png").write_bytes(b"nothing")
+    with pytest.raises(SystemExit):
+        data.Folder(root, "tiny")
+    error = capsys.readouterr().err
+    assert "3 files" in error and all(f"{i}.png" in error for i in (3, 7, 9))
+
+
+def test_a_data_set_is_what_it_contains(trained, tmp_path):
+    """Not where it lies. Other pictures or texts at the old place are noticed."""
+    root = write_classes(tmp_path / "base")
+    args = train_args(tmp_path, "run", "--steps", 2)
+    printed = run("train.py", *args, "--data", "base", folder=tmp_path)
+    assert "training pictures" in printed and "questions on them" in printed
+    run("train.py", "--resume", "--out", tmp_path / "run", "--data", "base/", *TINY,
+        folder=tmp_path)
+    root.rename(tmp_path / "there")
+    moved = ("--device", "cpu", "--data", "there")
+    run("eval.py", "run", *moved, folder=tmp_path)
+    run("probe.py", "run", "--n", 2, *moved, folder=tmp_path)
+    run("match.py", tmp_path / "run", "--n", 10, "--device", "cpu", "--data", tmp_path / "there")
+    write_classes(tmp_path / "base", seed=1)
+    for args in (("eval.py", "run"), ("probe.py", "run"), ("train.py", "--resume", "--out", "run")):
+        assert "was trained on" in run(*args, "--device", "cpu", folder=tmp_path, code=2)
+    (tmp_path / "there" / "cats").rename(tmp_path / "there" / "kittens")
+    assert "was trained on" in run("eval.py", "run", *moved, folder=tmp_path, code=2)
+
+
+# ---------------------------------------------------------------------- pictures
+
+def chunk(kind, content):
+    """Of a PNG."""
+    check = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + check
+
+
+@pytest.mark.parametrize("extra", [
+    chunk(b"eXIf", b"garbage!"), chunk(b"eXIf", b"II*\0\xff\xff\xff\xff"),
+    chunk(b"zTXt", b"workflow\0\0" + zlib.compress(b"x" * 3_000_000))])
+def test_metadata_does_not_refuse_a_picture(extra, tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).save(buffer, "png")
+    plain = buffer.getvalue()
+    (tmp_path / "plain.png").write_bytes(plain)
+    (tmp_path / "more.png").write_bytes(plain[:33] + extra + plain[33:])
+    pixels = [open_picture(tmp_path / name, 4, "here") for name in ("plain.png", "more.png")]
+    assert (pixels[0] == pixels[1]).all()
+
+
+def test_a_picture_has_the_same_pixels_at_any_depth(tmp_path):
+    grey = (np.mgrid[0:16, 0:16][1] * 4).astype(np.uint8)               # 0 to 60: dark
+    for name, levels in (("8.png", grey), ("16.png", grey.astype(np.uint16) * 257),
+                         ("32.tif", grey.astype(np.int32) * 257),
+                         ("1.tif", (grey / 255).astype(np.float32)),
+                         ("255.tif", (grey + .2).astype(np.float32))):
+        Image.fromarray(levels).save(tmp_path / name)
+        found = open_picture(tmp_path / name, 16, "here")
+        assert abs(found.astype(int) - grey[..., None]).max() <= 1, name
+
+
+def test_a_large_jpeg_is_read_as_small_as_it_is_needed(tmp_path):
+    path = tmp_path / "large.jpg"
+    rough = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(rough).resize((4000, 3000), Image.BICUBIC)
+    image.save(path, quality=95)
+    began = time.process_time()
+    found = open_picture(path, 32, "here")
+    assert time.process_time() - began < .25
+    expected = np.array(ImageOps.fit(image, (32, 32)))
+    assert abs(found.astype(int) - expected).mean() < 1
+
+
+# ---------------------------------------------------------------------- too much
+
+def test_too_much_is_told_in_one_line(trained, monkeypatch):
+    many = ("--steps", 10 ** 6, "--batch-size", 1000)
+    assert "pictures in all" in run("train.py", *train_args(trained, "many", *many), code=2)
+    assert "expected at least 10" in run("match.py", trained / "joint", "--n", 5, code=2)
+
+    monkeypatch.setattr(prune, "main", lambda: np.empty(2 ** 45))
+    assert "error: out of memory" in run("prune.py", code=2)
