@@ -31,45 +31,30 @@ import torch                                                # noqa: E402
 import torch.distributed as dist                            # noqa: E402
 
 
-class Unbreakable:
-    """stdout or stderr: where it is full or closed, what is written for people is lost, but the
-    work goes on. Characters that a terminal lacks become question marks."""
+class Unbreakable(io.FileIO):
+    """What is written for people never stops work: where nobody reads it, it is lost."""
 
-    def __init__(self, stream, descriptor):
-        self.descriptor = descriptor
-        if stream is None:                                  # it was closed from the beginning
-            self.close_for_good()
-            stream = open(descriptor, "w")
-        stream.reconfigure(errors="replace")
-        self.stream = stream
-
-    def close_for_good(self):
-        """What is still in a buffer must go somewhere."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.descriptor)
-
-    def write(self, text):
+    def write(self, content):
         try:
-            self.stream.write(text)
-        except OSError:
-            self.close_for_good()
-        return len(text)
+            return super().write(content)
+        except OSError:                                     # a closed pipe, a full disk
+            return len(content)
 
-    def flush(self):
-        try:
-            self.stream.flush()
-        except OSError:
-            self.close_for_good()
 
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
+def unbreakable(stream, descriptor):
+    """stdout or stderr, such that no write fails. What a terminal cannot show becomes "?"."""
+    if stream is None:                                      # it was closed from the beginning
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    encoding = stream.encoding if stream else "utf-8"
+    raw = io.BufferedWriter(Unbreakable(descriptor, "wb", closefd=False))
+    return io.TextIOWrapper(raw, encoding, errors="replace", line_buffering=True)
 
 
 def run_script(main):
     """Run a script's main; Ctrl-C and too little memory end it with one line."""
-    sys.stdout, sys.stderr = Unbreakable(sys.stdout, 1), Unbreakable(sys.stderr, 2)
+    sys.stdout, sys.stderr = unbreakable(sys.stdout, 1), unbreakable(sys.stderr, 2)
     try:
         main()
-        sys.stdout.flush()
         if dist.is_initialized():
             dist.destroy_process_group()
     except KeyboardInterrupt:

@@ -524,22 +524,22 @@ def read_folder(path, longest):
     It has a metadata.jsonl, as Hugging Face's ImageFolder has, or a folder for each class, whose
     name is the caption. longest: so many characters a text may have. Prints what was found.
     """
-    root = Path(path)
+    root, file = Path(path), Path(path) / "metadata.jsonl"
     if not root.is_dir():
         fail(f"--data {path}: expected `shapes` or a folder of images")
-    file = root / "metadata.jsonl"
     entries = read_metadata(file, longest) if file.exists() else read_classes(root, longest)
-    used = {picture for picture, *_ in entries}
-    left_out = Counter(
-        picture.suffix or "without suffix" for picture in root.rglob("*")
-        if picture.is_file() and picture not in used and picture != file
-        and not any(part.startswith(".") for part in picture.relative_to(root).parts))
-    source = file.name if file.exists() else "the classes " + ", ".join(
-        sorted({text for _, text, *_ in entries}))[:200]
-    print(f"{path}: {len(used)} images of {source}" + (
-        f"; left out {left_out.total()} other files ("
-        + ", ".join(f"{n} {suffix}" for suffix, n in left_out.most_common(5)) + ")"
-        if left_out else ""))
+    pictures = {entry[0] for entry in entries}
+    captions = sorted({entry[1] for entry in entries})
+    examples = str(captions[:9])[1:-1][:300]                # as str has it: no control characters
+    print(f"{path}: {len(pictures)} images, {len(captions)} captions: {examples}")
+    left_out = Counter()
+    for other in root.rglob("*"):
+        hidden = any(part.startswith(".") for part in other.relative_to(root).parts)
+        if other.is_file() and other not in pictures and other != file and not hidden:
+            left_out[other.suffix or "without suffix"] += 1
+    if left_out:
+        most = ", ".join(f"{n} {suffix}" for suffix, n in left_out.most_common(5))
+        print(f"{path}: left out {left_out.total()} other files ({most})")
     return entries
 
 

@@ -564,6 +564,8 @@ def main():
     check(options)
     if rank() == 0 and lock_folder(options["out"]) is None:
         fail(f"another process is at work in {options['out']}: expected another --out")
+    for part in Path(options["out"]).glob("*.part"):        # of saves that were killed
+        part.unlink(missing_ok=True)
     train(options, device, checkpoint)
 
 

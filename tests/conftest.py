@@ -32,7 +32,8 @@ class Script:
                 os.dup2(self.printed.fileno(), 2)
                 faulthandler.dump_traceback_later(120, exit=True)       # what hangs, tells where
                 os.chdir(folder)
-                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", 1)
+                sys.stdout = os.fdopen(1, "w", closefd=False)
+                sys.stderr = os.fdopen(2, "w", 1, closefd=False)
                 sys.argv = [name, *map(str, args)]
                 from common import run_script
                 run_script(import_module(Path(name).stem).main)

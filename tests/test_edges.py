@@ -37,7 +37,7 @@ def write_classes(root, n=240, classes=("cats", "dogs"), seed=0):
 
 def test_a_stream_that_breaks_or_lacks_letters_stops_nothing():
     read_end, write_end = os.pipe()
-    stream = common.Unbreakable(open(write_end, "w", encoding="ascii"), write_end)
+    stream = common.unbreakable(open(write_end, "w", encoding="ascii", closefd=False), write_end)
     stream.write("ä")
     stream.flush()
     assert os.read(read_end, 10) == b"?"
@@ -45,7 +45,6 @@ def test_a_stream_that_breaks_or_lacks_letters_stops_nothing():
     for _ in range(3):
         stream.write("lost")
         stream.flush()
-    stream.close()
 
 
 @pytest.mark.parametrize("redirection", ["2>&1 | head -c 1", ">/dev/full 2>&1", ">&- 2>&-"])
@@ -99,7 +98,8 @@ def test_results_can_go_elsewhere(trained, tmp_path):
     run("eval.py", trained / "joint", "--device", "cpu", "--draw", "a circle", "--n", 2, "--out",
         tmp_path, "--seed", 1)
     run("probe.py", trained / "joint", "--device", "cpu", "--n", 2, "--out", tmp_path)
-    assert (tmp_path / "attention.json").exists() and (tmp_path / "draw-0.png").read_bytes() != first
+    assert (tmp_path / "attention.json").exists()
+    assert (tmp_path / "draw-0.png").read_bytes() != first
     assert before == sorted(path.name for path in (trained / "joint").iterdir())
 
 
@@ -126,7 +126,8 @@ def test_what_a_folder_is_taken_for_is_told(tmp_path, capsys):
     (root / "linked").symlink_to(root / "dogs")
     found = data.Folder(root, "tiny")
     printed = capsys.readouterr().out
-    assert "359 images of the classes cats, dogs, linked; left out 5 other files" in printed
+    assert "359 images, 3 captions: 'cats', 'dogs', 'linked'" in printed
+    assert "left out 5 other files" in printed
     assert "1 without suffix" in printed and "1 .pdf" in printed and "ipynb" not in printed
     assert {caption.text for caption in found.captions} == {"cats", "dogs", "linked"}
 

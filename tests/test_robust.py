@@ -255,7 +255,8 @@ def lines():
     good = {"file_name": "a.png", "text": "a picture"}
     for change in ({}, {"qa": []}, {"qa": [{"question": "q?", "answer": "a"}] * 3},
                    {"question": "q?", "answer": "a"}, {"text": "<|eos|><|und|>"}, {"more": 1},
-                   {"text": "漢字 \U0001f642 \u2028 \x00"}, {"file_name": "./a.png"}, {"file_name": "out.png"}):
+                   {"text": "漢字 \U0001f642 \u2028 \x00"}, {"file_name": "./a.png"},
+                   {"file_name": "out.png"}):
         yield json.dumps(good | change), True
     for name in ("../a.png", "/etc/passwd", "..", ".", "b.png", "a.png/x", "x" * 5000, "a\x00.png",
                  "\ud800", "x.png", "loop.png", "sub/../../a.png", "~/a.png",
