@@ -190,24 +190,36 @@ class Shapes:
         self.number = {thing: i for i, thing in enumerate(self.contents)}
 
     def scene(self, rng, n, avoid=()):
-        """A random scene of n Things, without the (colour, shape) pairs of `avoid`. A later object
-        often has the colour or the shape of an earlier one, so that counts go up and attributes
-        have to be bound."""
+        """A random scene of n Things, without the (colour, shape) pairs of `avoid`.
+
+        A later object often shares its colour or its shape with an earlier one, so that counts go
+        up and attributes have to be bound. Or it is the earlier one's companion, so that certain
+        objects often occur together, which hard questions about existence need.
+        """
         p, things = self.preset, []
         for cell in rng.sample(range(p.grid ** 2), n):
             while True:
                 colour, shape = rng.randrange(p.colours), rng.randrange(p.shapes)
-                shared = rng.choice(("colour", "shape", "nothing"))
-                if things and shared == "colour":
-                    colour = rng.choice(things).colour
-                elif things and shared == "shape":
-                    shape = rng.choice(things).shape
+                if things:
+                    other = rng.choice(things)
+                    link = rng.randrange(4)                 # 3: none
+                    if link == 0:
+                        colour = other.colour
+                    elif link == 1:
+                        shape = other.shape
+                    elif link == 2:
+                        colour, shape = self.companion(other)
                 if (colour, shape) not in avoid:
                     break
             size = rng.randrange(2)
             dx, dy = rng.randint(-p.jitter, p.jitter), rng.randint(-p.jitter, p.jitter)
             things.append(Thing(size, colour, shape, cell, dx, dy))
         return tuple(sorted(things, key=lambda thing: thing.cell))
+
+    def companion(self, thing):
+        """The (colour, shape) that often occurs beside this one."""
+        p = self.preset
+        return (thing.colour + 1) % p.colours, (thing.shape + 1) % p.shapes
 
     def render(self, scenes):
         """N scenes -> (N, H, W, 3) uint8, by copying drawn cells: never what training waits for."""
@@ -376,8 +388,9 @@ class Shapes:
         return NUMBERS[number], self.phrase(example, fields, plural=True)
 
     def existence(self, rng, scene, thing, avoid, required):
-        """Is there ...? Half of the answers are no, and half of these are hard: one object's colour
-        with another's shape. Returns the answer and what is asked for."""
+        """Is there ...? Half of the answers are no, and most of these are hard, as in POPE (Li et
+        al. 2023): one object's colour with another's shape, or the companion of a present object.
+        Returns the answer and what is asked for."""
         fields = ("colour", "shape")
         if not required and rng.random() < .4:
             fields = rng.choice((("colour",), ("shape",)))
@@ -388,7 +401,7 @@ class Shapes:
         for _ in range(50):                                 # until something absent is drawn
             a, b = rng.choice(scene), rng.choice(scene)
             anything = rng.randrange(self.preset.colours), rng.randrange(self.preset.shapes)
-            pair = rng.choice(((a.colour, b.shape), anything))
+            pair = rng.choice(((a.colour, b.shape), self.companion(a), anything))
             if required:
                 pair = rng.choice(sorted(required))
             absent = Thing(0, *pair, 0)
@@ -431,8 +444,7 @@ class Shapes:
         avoid = {"train": held_out, "val": every_pair, "transfer": set()}[part]
         required = held_out if part == "transfer" else None
         binding = ["scene", "colours", "attribute binding"]             # name colour and shape
-        harder = ["scene", "scene", "two objects", "attribute binding", "attribute binding",
-                  "position"]
+        harder = ["scene", "scene", "two objects", "attribute binding", "position"]
         kinds = {"train": [*CAPTION_FIELDS, *harder], "val": [*CAPTION_FIELDS],
                  "transfer": binding}[part]
         question_kinds = {"train": [*QUESTION_KINDS, "relation", "relation"],

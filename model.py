@@ -26,6 +26,7 @@ from tokenizer import FIRST_CODE, Tokenizer
 # Question tokens and the ends of answers are predicted, too, with a small weight: without them
 # understanding learns less. Model.loss has the whole formula.
 AUXILIARY_WEIGHT = .05
+TASK_WEIGHT = {"und": 1., "gen": 2.}    # of the tasks in the gradient; logged losses are without it
 
 # Which sets of Q, K, V weights a block has. Text tokens always use "text".
 PROJECTIONS = {"shared": ["text"],                  # image tokens use those of text, too
@@ -411,7 +412,7 @@ class Model(nn.Module):
 
         Output tokens are those of answers, or of drawn images. The end of an answer is one of them,
         although its weight is small. The first token of a question is never predicted. A training
-        step adds the losses of both tasks.
+        step adds the losses of both tasks, times TASK_WEIGHT.
         """
         span = predicting(batch.layout, batch.image_loss)
         logits = self.head(self.norm(x[:, span]))

@@ -83,8 +83,8 @@ class Residual(nn.Module):
 class VQ(nn.Module):
     """Image tokenizer (van den Oord et al. 2017): pixels -> a grid of codes -> pixels.
 
-    Codes are low-dimensional unit vectors compared by cosine (Yu et al. 2022). The codebook follows
-    the encoder by a moving average.
+    Codes are low-dimensional unit vectors compared by cosine (Yu et al. 2022). The codebook starts
+    from k-means and follows the encoder by a moving average.
 
     The encoder sees one patch at a time, so that equal patches get equal codes. With 3x3
     convolutions reconstructions are as good, but a token carries 6 bits instead of 4, and the
@@ -120,6 +120,8 @@ class VQ(nn.Module):
     def forward(self, images):
         """Training: (B, 3, H, W) in -1..1 -> the reconstruction and the commitment loss."""
         z = self.features(images)
+        if not self.counts.any():
+            self.start_codebook(z)
         codes = self.nearest(z)
         quantized = self.codebook[codes].view_as(z)
         self.move_codebook(z.detach(), codes)
@@ -127,6 +129,19 @@ class VQ(nn.Module):
         # In value `quantized`, in gradient `z`: choosing a code has no gradient of its own.
         z = z + (quantized - z).detach()
         return self.decoder(z.permute(0, 3, 1, 2)), commitment
+
+    @torch.no_grad()
+    def start_codebook(self, z, rounds=10):
+        """k-means on the features of the first batch."""
+        z = z.flatten(0, -2)                            # (B * side * side, CODE_DIM)
+        centres = z[torch.randperm(len(z), device=z.device)[:len(self.codebook)]]
+        for _ in range(rounds):
+            nearest = (z @ centres.T).argmax(1)
+            sums = torch.zeros_like(centres).index_add_(0, nearest, z)
+            centres = F.normalize(sums + 1e-6 * centres, dim=1)     # unused ones stay
+        self.codebook.copy_(centres)
+        self.sums.copy_(centres)
+        self.counts.fill_(1)
 
     @torch.no_grad()
     def move_codebook(self, z, codes, decay=.95):
@@ -137,8 +152,7 @@ class VQ(nn.Module):
         self.counts.lerp_(counts, 1 - decay)
         self.sums.lerp_(sums, 1 - decay)
         self.codebook.copy_(F.normalize(self.sums, dim=1))
-        # A code that is hardly used, as all are in the first step, moves to a feature, likelier one
-        # that is far from its code.
+        # A code that is hardly used moves to a feature, likelier one that is far from its code.
         even_share = len(z) / len(self.codebook)
         unused = self.counts < .03 * even_share
         if unused.any():

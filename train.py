@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from data import PRESETS, load, load_of_run
 from eval import evaluate, save_scores, summary
-from model import PROJECTIONS, Config, Model, load_run, sequences
+from model import PROJECTIONS, TASK_WEIGHT, Config, Model, load_run, sequences
 from prune import PLANS, plans_of
 from tokenizer import (Tokenizer, default_path, default_preset, load_tokenizer, score_tokenizer,
                        train_tokenizer)
@@ -110,7 +110,7 @@ def train(options, device, resumed=None):
                 with mixed_precision(device):
                     _, loss = model(batch, plans[task])
                 loss = fraction * loss
-                loss.backward()
+                (TASK_WEIGHT[task] * loss).backward()
                 losses[task] += loss.detach()
         apply_gradients(optimizers)
 

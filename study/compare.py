@@ -41,7 +41,7 @@ import train
 from bench import bench_config, bench_step, synchronize, time_each
 from data import PRESETS
 from eval import SAMPLING, answer_all, check_pictures, draw_pictures, understanding_scores
-from model import Config, Model, attention, sequences
+from model import TASK_WEIGHT, Config, Model, attention, sequences
 from prune import make_plan
 from table import RESULTS, cell, markdown
 from tokenizer import Tokenizer, default_preset
@@ -312,7 +312,7 @@ def train_until_good(kind, options, material, log, device):
                 with mixed_precision(device):
                     _, loss = model(batch, plan)
                 loss = fraction * loss
-                loss.backward()
+                (TASK_WEIGHT[task] * loss).backward()
                 total += loss.detach()
         if kind == "ours":
             train.apply_gradients(optimizers)
