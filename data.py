@@ -48,7 +48,7 @@ COLUMNS = dict(
     layers=         (3,       4,       12),
     width=          (32,      128,     512),    # numbers in a hidden state
     heads=          (2,       4,       8),      # attention heads
-    max_text=       (40,      90,      192),    # tokens of all questions on a picture
+    max_text=       (40,      90,      192),    # tokens of all questions and answers on a picture
     # training
     steps=          (100,     1500,    3000),
     batch_size=     (8,       16,      64),     # pictures of each task in a step
@@ -531,7 +531,7 @@ def clean_text(text, longest):
 
 
 def read_folder(path, longest):
-    """A folder of images -> [(image path, caption, [(question, answer)], where it says so)].
+    """A folder of images -> [(image path, caption, [(question, answer)], place for messages)].
 
     It has a metadata.jsonl, as Hugging Face's ImageFolder has, or a folder for each class, whose
     name is the caption. longest: so many characters a text may have. Prints what was found.

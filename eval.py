@@ -321,7 +321,7 @@ def main():
     parser.add_argument("--data", help="where the run's images are now, if they have been moved")
     parser.add_argument("--und-plan", help="default: the one it was trained with")
     parser.add_argument("--gen-plan")
-    parser.add_argument("--shallow", type=int, metavar="K", help="of plans that touch some layers")
+    parser.add_argument("--shallow", type=int, metavar="K", help="of hmgen and naive")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"))
     instead.add_argument("--draw", metavar="CAPTION")

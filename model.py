@@ -4,7 +4,7 @@ From top to bottom: the configuration, how sequences are built, the transformer 
 It goes through its layers in three ways, which the tests hold equal, the first two with gradients:
 
 `Model.reference`   computes everything and hides what the plan drops: read this one
-`Model.gathered`    never computes what the plan drops: fast, used in training
+`Model.gathered`    takes only the plan's queries and keys into a layer: fast, used in training
 `Model.generate`    the same for one new token after the other, with a KV cache
 """
 import math
@@ -22,9 +22,9 @@ from common import read_checkpoint
 from prune import FFN, FULL, Layout, Positions, flops, positions, predicting
 from tokenizer import FIRST_CODE, Tokenizer
 
-# Each task predicts its own output (the sentence under eq. 1): answers, or the drawn image.
-# Question tokens and the ends of answers are predicted, too, with a small weight: without them
-# understanding learns less. Model.loss has the whole formula.
+# Each task predicts its own output (the sentence under eq. 1): answers, or the drawn image. We add
+# question tokens and the ends of answers, with a small weight: without them understanding learns
+# less. Model.loss has the whole formula.
 AUXILIARY_WEIGHT = .05
 TASK_WEIGHT = {"und": 1., "gen": 2.}    # of the tasks in the gradient; logged losses are without it
 
@@ -32,7 +32,7 @@ TASK_WEIGHT = {"und": 1., "gen": 2.}    # of the tasks in the gradient; logged l
 PROJECTIONS = {"shared": ["text"],                  # image tokens use those of text, too
                "image": ["text", "image"],          # image tokens have their own, for both tasks
                "task": ["text", "und", "gen"]}      # ... for each task: "share partial" (sec. 6.2)
-# Under HiMix image tokens are no queries: their own query weights are there, but never used.
+# Understanding with HiMix has no image tokens as queries: its image query weights are not used.
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Config:
     heads: int
     side: int                       # a picture has side x side image tokens
     und_text: int                   # tokens after the image in understanding: questions, answers
-    gen_text: int                   # tokens before the image in generation: bos, gen, a caption
+    gen_text: int                   # tokens before it in generation: bos, gen and a caption
     projections: str = "shared"
     image_loss: bool = False        # a control: understanding predicts its image tokens, too
 
@@ -65,9 +65,9 @@ PER_SEQUENCE = ("tokens", "position_ids", "segment_ids", "targets", "loss_weight
 
 
 class Batch(NamedTuple):
-    """Sequences of one task, all of one length N: a step's, or all that a task is trained on, of
-    which `rows` takes some. What stands at position i of `targets`,
-    `loss_weights` and `is_output` is about the token that should follow position i."""
+    """Equally long sequences of one task: those of a step, or all that a task is trained on, of
+    which `rows` selects some. What stands at position i of `targets`, `loss_weights` and
+    `is_output` is about the token that should follow position i."""
     task: str                       # "und" or "gen"
     layout: Layout
     image_loss: bool                # image tokens of understanding have targets
@@ -94,9 +94,9 @@ class Batch(NamedTuple):
     def attention_mask(self, queries, keys):
         """(B, 1, q, k) bool: what the tokens at the positions `queries` see of those at `keys`.
 
-        Causal. Questions on one picture do not see each other, so that they share its cost and are
-        answered as if each were asked alone. No token sees padding, but padding itself does: a
-        query without any key has no softmax.
+        Causal. Several questions share one picture, which saves computing it again; they do not
+        see each other, so that each is answered as if it were asked alone. No token sees padding,
+        but padding itself does: a query without any key has no softmax.
         """
         asker, seen = self.segment_ids[:, queries, None], self.segment_ids[:, None, keys]
         causal = keys <= queries[:, None]
@@ -325,12 +325,14 @@ def attention(q, k, v, mask, fused):
 
 def key_source(rule, x, embedding, is_image):
     """What the keys and values of a layer are made of, (B, n, d): hidden states x, but in HiMix the
-    input embeddings of image tokens (sec. 5.1). is_image: (n,) bool."""
+    input embeddings of image tokens (sec. 5.1). Each layer normalises and projects them itself, in
+    Block. is_image: (n,) bool."""
     return torch.where(is_image[:, None], embedding, x) if rule.keys == "embedding" else x
 
 
 def take(x, index):
-    """x (B, N, d) at the positions `index`. All of it is not copied: that is 5 % of a layer."""
+    """x (B, N, d) at the positions `index`. If these are all, x itself: a copy would take 5 % of a
+    layer's time."""
     return x if len(index) == x.size(1) else x[:, index]
 
 
@@ -348,8 +350,8 @@ class Model(nn.Module):
         super().__init__()
         self.config = c
         self.token_embedding = nn.Embedding(c.vocab, c.width)
-        # Louder than what a token shows: else a place cannot be read any more in the late layers,
-        # where a token knows which shape it belongs to ("where is the circle?").
+        # Twice the size of token embeddings: else a place cannot be read any more in the late
+        # layers, where a token knows which shape it belongs to ("where is the circle?").
         self.row = nn.Parameter(2 * torch.randn(c.side, c.width))
         self.column = nn.Parameter(2 * torch.randn(c.side, c.width))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
@@ -423,8 +425,9 @@ class Model(nn.Module):
     def reference(self, batch, plan):
         """Every layer computes all tokens; masks hide what the plan drops.
 
-        plan: one prune.Rule for each layer. Returns logits, loss, and the attention weights of
-        every layer, (B, H, N, N). Dropped queries have weights, too, which change nothing.
+        plan: one prune.Rule for each layer. Returns logits and loss, as `forward` does, and the
+        attention weights of every layer, (B, H, N, N). Tokens that are no queries have weights,
+        too, which change nothing.
         """
         x = embedding = self.embed(batch)                                       # (B, N, d)
         is_image = batch.is_image()                                             # (N,)
@@ -443,8 +446,9 @@ class Model(nn.Module):
         return *self.loss(x, batch), all_weights
 
     def gathered(self, batch, plan):
-        """The same, but only queries and keys are taken into a layer, so that dropped tokens enter
-        no matmul. Returns the last hidden states, (B, N, d)."""
+        """The same, but only queries and keys are taken into a layer: a token that is no query
+        enters neither the query projection nor the FFN, one that is no key enters no key or value
+        projection. Returns the last hidden states, (B, N, d)."""
         x = embedding = self.embed(batch)
         is_image = batch.is_image()
         inputs_of = {rule: self.layer_inputs(rule, batch) for rule in set(plan)}

@@ -31,7 +31,8 @@ def segments(batch):
     real, image = batch.segment_ids >= 0, batch.is_image()
     system = real & (real.cumsum(1) <= 2)                   # bos and the task's token
     output = torch.zeros_like(real)
-    output[:, 1:] = batch.is_output[:, :-1]     # output is what the token before it had to predict
+    # Output is what the token before it had to predict. The end of an answer is no token.
+    output[:, 1:] = batch.is_output[:, :-1] & real[:, 1:]
     instruction = real & ~system & ~image & ~output
     return {"system": system, "image": image & ~output, "instruction": instruction,
             "output": output}

@@ -34,26 +34,27 @@ FROZEN = Rule(query=False, keys="hidden")       # seen as they are: ShortV (Yuan
 LETTERS = {FULL: "F", HIMIX: "h", SHALLOW: "s", NAIVE: "n", FROZEN: "f"}     # as printed
 
 
-def alternating(rule, layers, shallow):
-    """`shallow` layers in the middle have this rule and alternate with full ones; the first and the
-    last layer are full (sec. 5.2). 2 of 6 layers: F s F s F F. ValueError where they do not fit."""
+def alternating(rule, layers, k):
+    """k layers in the middle have this rule and alternate with full ones; the first and the last
+    layer are full (sec. 5.2). 1 of 4: F s F F; 2 of 6: F s F s F F. ValueError where k does not
+    fit."""
     most = (layers - 1) // 2
-    if not 0 <= shallow <= most:
-        raise ValueError(f"{shallow} shallow layers do not fit into {layers}: expected 0 to "
-                         f"{most}: in HMGen the first, the last and every other one are full")
-    first = (layers - 2 * shallow + 1) // 2
-    chosen = range(first, first + 2 * shallow, 2)
+    if not 0 <= k <= most:
+        raise ValueError(f"--shallow {k}: {layers} layers have room for 0 to {most} that alternate "
+                         "with full ones")
+    first = (layers - 2 * k + 1) // 2
+    chosen = range(first, first + 2 * k, 2)
     return tuple(rule if layer in chosen else FULL for layer in range(layers))
 
 
 # A plan is one Rule for each layer, by the number of layers and HMGen's K.
 PLANS = {
-    "dense": lambda layers, shallow: (FULL,) * layers,
-    "himix": lambda layers, shallow: (HIMIX,) * layers,
-    "hmgen": lambda layers, shallow: alternating(SHALLOW, layers, shallow),
-    "naive": lambda layers, shallow: alternating(NAIVE, layers, shallow),
+    "dense": lambda layers, k: (FULL,) * layers,
+    "himix": lambda layers, k: (HIMIX,) * layers,
+    "hmgen": lambda layers, k: alternating(SHALLOW, layers, k),
+    "naive": lambda layers, k: alternating(NAIVE, layers, k),
     # Not in the paper: image tokens are updated in the first layer and frozen in all others.
-    "freeze": lambda layers, shallow: (FULL,) + (FROZEN,) * (layers - 1),
+    "freeze": lambda layers, k: (FULL,) + (FROZEN,) * (layers - 1),
 }
 
 
@@ -170,7 +171,7 @@ def flops(plan, layout, width, vocab, image_loss=False):
 
 def paper_cost(plan, layout, width):
     """The paper's formula (sec. 5): q k d + 8 q d^2, where 8 is 2 FFN. It leaves out the four
-    projections."""
+    projections, and counts q k d once, for the scores; their use takes as much again."""
     total = 0
     for rule in plan:
         q, k = count_tokens(rule, layout)

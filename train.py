@@ -145,7 +145,7 @@ def train(options, device, resumed=None):
 
 
 def learning_rate_factor(step, steps):
-    """Of the highest learning rate, from 0 to 1: up, level, and linearly down to .02."""
+    """What the highest learning rates are multiplied by: up to 1, level, linearly down to .02."""
     if step < WARM_UP:
         return (step + 1) / WARM_UP
     if step < (1 - DECAY) * steps:
@@ -261,7 +261,7 @@ class Muon(torch.optim.Optimizer):
                     state["average"] = torch.zeros_like(gradient)
                 average = state["average"].lerp_(gradient, 1 - MOMENTUM)
                 update = orthogonal(gradient.lerp(average, MOMENTUM))               # Nesterov
-                # An orthogonal update moves each output alike, however many inputs it has.
+                # Muon's usual factor: tall matrices take larger steps.
                 scale = group["lr"] * max(1, rows / columns) ** .5
                 torch._foreach_add_(matrices, list(update.unbind()), alpha=-scale)
 
@@ -362,7 +362,7 @@ def draw_losses(rows, path):
         points = [(row["step"], row[key]) for row in rows if row[key] is not None]
         if points:
             lines[name] = points
-    title = "training loss (nats per output token; questions and ends count .05)"
+    title = "training loss (nats per output token)"
     save_picture(line_chart(lines, title, "step"), path)
 
 
