@@ -40,8 +40,8 @@ def alternating(rule, layers, k):
     fit."""
     most = (layers - 1) // 2
     if not 0 <= k <= most:
-        raise ValueError(f"--shallow {k}: {layers} layers have room for 0 to {most} that alternate "
-                         "with full ones")
+        raise ValueError(f"--shallow {k}: expected 0 to {most}, so many of {layers} layers can "
+                         "alternate with full ones")
     first = (layers - 2 * k + 1) // 2
     chosen = range(first, first + 2 * k, 2)
     return tuple(rule if layer in chosen else FULL for layer in range(layers))
