@@ -40,8 +40,10 @@ def train_bpe(texts, size=MAX_TEXT_IDS):
     """
     ranks = {bytes([b]): b for b in range(256)}
     counts = Counter(word for text in texts for word in regex.findall(PATTERN, text))
-    # The most frequent ones: of texts without spaces every one may be a word of its own.
-    words = [([bytes([b]) for b in word.encode()], n) for word, n in counts.most_common(2000)]
+    # Of texts without spaces each may be a word of its own: the most frequent ones are enough.
+    frequent = {word for word, _ in counts.most_common(2000)}
+    words = [([bytes([b]) for b in word.encode()], n)
+             for word, n in counts.items() if word in frequent]
     while len(ranks) < size:
         pairs = Counter()
         for parts, n in words:

@@ -324,7 +324,7 @@ def test_frechet_distance_of_features():
 @pytest.mark.parametrize("args, complaint", [
     (("train.py", "--und-plan", "fast"), "expected one of dense"),
     (("train.py", "--gen-plan", "himix"), "--gen-plan himix"),
-    (("train.py", "--gen-plan", "hmgen", "--shallow", "9", "--preset", "tiny"), "do not fit"),
+    (("train.py", "--gen-plan", "hmgen", "--shallow", "9", "--preset", "tiny"), "expected 0 to 1"),
     (("train.py", "--objective", "und", "--gen-plan", "hmgen"), "no such task"),
     (("train.py", "--steps", "-1"), "--steps"),
     (("train.py", "--batch-size", "0"), "--batch-size"),
