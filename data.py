@@ -601,8 +601,8 @@ class Folder:
 
     def __init__(self, path, preset="cpu"):
         self.image_size = PRESETS[preset].image_size
-        # A text has some 4 characters a token.
-        entries = read_folder(path, longest=4 * PRESETS[preset].max_text)
+        # A common word is one token and has, with its space, some 6 characters.
+        entries = read_folder(path, longest=6 * PRESETS[preset].max_text)
         pixels, self.captions, self.questions, unusable = [], [], [], []
         for file, text, pairs, where in tqdm(entries, "reading images", leave=False):
             try:

@@ -129,7 +129,7 @@ def test_long_texts_of_a_folder(tmp_path, class_folders):
     for field in ("text", "question", "answer"):
         write(**{field: "a picture " * 100})
         printed = run("train.py", *args, code=2)
-        assert "metadata.jsonl line 2" in printed and "the preset takes 160" in printed
+        assert "metadata.jsonl line 2" in printed and "the preset takes 240" in printed
         assert not (tmp_path / "tokenizer.pt").exists()
     write()
     run("train.py", *args)
