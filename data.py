@@ -22,8 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-from common import (check_output, contact_sheet, fail, refuse_errors, run_script,
-                    script_parser)
+from common import check_output, contact_sheet, fail, refuse_errors, run_script, script_parser
 
 # All that has to fit together, and the machine. Options of the scripts override some of it.
 PATCH = 4           # pixels that an image token covers, height = width
@@ -501,22 +500,25 @@ def read_picture(path, size):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(path)
-    with image, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        image.draft(image.mode, (4 * size, 4 * size))       # of a JPEG no more than is needed
-        with suppress(Exception):                           # unreadable EXIF says nothing
-            image = ImageOps.exif_transpose(image)          # of an animation: the first frame
-        if image.mode.startswith("I") or image.mode == "F":
-            # Integers have 16 bits; fractions go from 0 to 1, or to 255 where one is above 1.
-            levels = np.asarray(image, np.float64)
-            white = 65535 if image.mode != "F" else 1 if levels.max() <= 1 else 255
-            levels = (levels / white * 255).round().clip(0, 255)
-            image = Image.fromarray(levels.astype(np.uint8))
-        image = image.convert("RGBA")
-        paper = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(paper, image).convert("RGB")
-        return np.array(ImageOps.fit(image, (size, size)))
+        with Image.open(path) as image:
+            image.draft(image.mode, (4 * size, 4 * size))   # of a JPEG no more than is needed
+            with suppress(Exception):                       # unreadable EXIF says nothing
+                image = ImageOps.exif_transpose(image)      # of an animation: the first frame
+            if image.mode.startswith("I") or image.mode == "F":
+                image = eight_bits(image)
+            image = image.convert("RGBA")
+            paper = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(paper, image).convert("RGB")
+            return np.array(ImageOps.fit(image, (size, size)))
+
+
+def eight_bits(image):
+    """Integers have 16 bits; fractions go from 0 to 1, or to 255 where one is above 1."""
+    levels = np.asarray(image, np.float64)
+    white = 65535
+    if image.mode == "F":
+        white = 1 if levels.max() <= 1 else 255
+    return Image.fromarray((levels / white * 255).round().clip(0, 255).astype(np.uint8))
 
 
 def clean_text(text, longest):

@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import (CAPTION_FIELDS, PRESETS, QUESTION_KINDS, Question, load_of_run,
-                  open_picture)
+from data import CAPTION_FIELDS, PRESETS, QUESTION_KINDS, Question, load_of_run, open_picture
 from model import generation, load_run, sequences, understanding
 from prune import make_plan, paper_cost, plans_of, predicting
 from tokenizer import FIRST_CODE

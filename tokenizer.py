@@ -320,9 +320,9 @@ def main():
     device = pick_device(args.device)
     preset = args.preset or default_preset(device)
     out = args.out or Path(default_path("tokenizer", args.data, preset, device, ".pt"))
-    picture = Path(f"{out}.png")
+    sheet = Path(f"{out}.png")
     check_output(out, "tokenizer")
-    check_output(picture, "picture")
+    check_output(sheet, "picture")
     dataset = load(args.data, preset)
     tokenizer, checkpoint = train_tokenizer(dataset, preset, device, args.steps)
     save_checkpoint(checkpoint, out)
@@ -330,8 +330,8 @@ def main():
     print(", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
     pictures = [picture for pair in zip(originals[:18], reconstructions[:18]) for picture in pair]
     texts = ["original", "reconstruction"] * (len(pictures) // 2)
-    contact_sheet(pictures, texts, picture)
-    print(f"{out}, and {picture}: originals beside reconstructions")
+    contact_sheet(pictures, texts, sheet)
+    print(f"{out}, and {sheet}: originals beside reconstructions")
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
-from common import (fail, has_bfloat16, join_processes, line_chart, lock_folder, make_folder,
-                    memory_bytes, mixed_precision, peak_flops, peak_memory_mb, pick_device, rank,
-                    run_script, save_checkpoint, save_picture, script_parser, sum_over_processes,
+from common import (fail, has_bfloat16, join_processes, line_chart, lock_folder, memory_bytes,
+                    mixed_precision, peak_flops, peak_memory_mb, pick_device, rank, run_script,
+                    save_checkpoint, save_picture, script_parser, sum_over_processes,
                     wait_for_processes, world, write_file)
 
 import torch
@@ -68,7 +68,6 @@ def train(options, device, resumed=None):
     began, out, steps = time.time(), Path(options["out"]), options["steps"]
     tasks = OBJECTIVES[options["objective"]]
     plans = plans_of(tasks, options, PRESETS[options["preset"]].layers)
-    make_folder(out)                            # fails now where it cannot be, not after training
 
     # Data: all sequences of a task are one Batch that stays on the device.
     dataset = (load_of_run(resumed, options["data"]) if resumed
@@ -345,8 +344,9 @@ def begin_log(path, start):
     for line in path.read_text().splitlines() if start and path.exists() else []:
         try:
             row = json.loads(line)
-            if row["step"] <= start:
-                rows.append({**row, "loss_und": row["loss_und"], "loss_gen": row["loss_gen"]})
+            step, *_ = [row[key] for key in ("step", "loss_und", "loss_gen")]   # for loss.png
+            if step <= start:
+                rows.append(row)
         except (ValueError, KeyError, TypeError):           # a full disk cuts lines
             damaged += 1
     if damaged:
