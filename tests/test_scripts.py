@@ -20,7 +20,8 @@ from match import log_likelihoods
 from model import Config, generation, load_run, understanding
 from prune import PLANS, make_plan
 from readout import named_by, token_labels
-from table import answer_claims, check_finished, exclusive, p_values, t_tail
+from table import (answer_claims, check_finished, differences_of, exclusive, p_values,
+                   t_tail)
 from test_model import decode, random_batch, words
 from tokenizer import FIRST_CODE
 
@@ -183,7 +184,7 @@ def test_claims_are_tested_seed_by_seed_and_corrected():
     """Differences of 4, 5 and 6 points: t = 5 sqrt(3), of which the two-sided p with 2 degrees of
     freedom is .0131. Holm's correction takes ten times that for the smallest of ten claims."""
     assert abs(t_tail(1, 1) - .25) < 1e-6 and abs(t_tail(-2.365, 7) - .975) < 1e-4
-    assert abs(2 * p_values([4, 5, 6], "more")[0] - .0131) < 1e-4
+    assert abs(2 * p_values([4, 5, 6], 0)[0] - .0131) < 1e-4
     joint = {seed: {"und": {"accuracy": .9}} for seed in range(1, 20)}
 
     def answer(*differences):
@@ -195,19 +196,32 @@ def test_claims_are_tested_seed_by_seed_and_corrected():
     assert (n, p, words) == (3, None, "3 of 8 seeds")
     eight = 1, 3, -1, 2, 4, 0, 2, 1
     *_, n, p, words = answer(*eight, 50)                    # nor is a ninth one
-    assert (n, words) == (8, "undecided") and abs(p - 20 * p_values(eight, "more")[0]) < 1e-9
+    assert (n, words) == (8, "undecided") and abs(p - 20 * p_values(eight, 0)[0]) < 1e-9
     assert answer(*(x + 5 for x in eight))[-1] == "holds"
     assert answer(*(x - 9 for x in eight))[-1] == "does not hold"
 
 
-def test_keeping_is_equivalence_and_not_the_lack_of_a_difference():
+def test_keeping_is_not_the_lack_of_a_difference():
+    """Of images within 2 points, the only claim for which these rows have scores."""
     tight, loose = [.5, -.4, .2, -.1, .3, 0, -.2, .1], [9, -8, 6, -7, 8, -9, 7, -5]
     for differences, right in ((tight, "holds"), (loose, "undecided"),
                                ([x - 5 for x in tight], "does not hold")):
-        found = {"u": {i: {"und": {"accuracy": .9}} for i in range(1, 9)},
-                 "u-himix": {i: {"und": {"accuracy": .9 + x / 100}}
-                             for i, x in enumerate(differences, 1)}}
-        assert answer_claims(found)[0][-1] == right
+        found = {"g": {i: {"gen": {"image_accuracy": .9}} for i in range(1, 9)},
+                 "joint": {i: {"gen": {"image_accuracy": .9 + x / 100}}
+                           for i, x in enumerate(differences, 1)}}
+        ((*_, answer),) = answer_claims(found)
+        assert answer == right
+
+
+def test_synergy_is_compared_as_a_difference_of_differences():
+    """Joint training adds 20 points without reduction, and 5 with it: 15 in between."""
+    accuracy = {"joint": .9, "u": .7, "share-all": .6, "u-himix": .55}
+    found = {row: {seed: {"und": {"transfer_accuracy": x + seed / 100}} for seed in (1, 2)}
+             for row, x in accuracy.items()}
+    path = "und", "transfer_accuracy"
+    assert np.allclose(differences_of(found, path, *accuracy), [15, 15])
+    del found["u"][2]                                       # then seed 2 lacks one
+    assert np.allclose(differences_of(found, path, *accuracy), [15])
 
 
 def test_bench_counts_what_it_times():
