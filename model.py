@@ -236,6 +236,7 @@ class LayerInputs(NamedTuple):
     """What all layers with one Rule have in common. It is made once, outside of them."""
     queries: Positions      # the tokens that a layer updates
     keys: Positions         # the tokens that they attend to
+    embedding_keys: torch.Tensor    # (N,) bool: their keys are made of input embeddings; or None
     query_rotary: tuple     # (cos, sin) of the queries, each (B, 1, q, Dh)
     key_rotary: tuple       # (cos, sin) of the keys, each (B, 1, k, Dh)
     mask: torch.Tensor      # (B, 1, q, k) bool: what each query sees
@@ -266,19 +267,29 @@ class Block(nn.Module):
         self.out = nn.Linear(d, d, bias=False)
         self.up, self.down = nn.Linear(d, FFN * d, bias=False), nn.Linear(FFN * d, d, bias=False)
 
-    def forward(self, x, source, inputs, task, fused=True, cache=None):
-        """One layer. x: (B, q, d), the queries. source: (B, k, d), what keys and values are made
-        of. Returns x after the layer, and the attention weights (B, H, q, k), or None where fused.
+    def forward(self, x, embedding, inputs, task, fused=True, cache=None):
+        """One layer. x: (B, N, d), the hidden states of all tokens; embedding: (B, N, d), what they
+        were before the first layer. Returns x after the layer, and the attention weights
+        (B, H, q, k), or None where fused.
 
-        cache: (keys, values) of all tokens, each (B, H, N, Dh), which take in those of `source`;
-        then x attends to all of them, and inputs.mask is (B, 1, q, N).
+        Only queries and keys are taken into the layer: a token that is no query enters neither the
+        query projection nor the FFN, one that is no key enters no key or value projection.
+
+        cache: (keys, values, position of x's first token). Keys and values of all tokens, each
+        (B, H, all, Dh), take in those of x; then x attends to all of them, and inputs.mask is
+        (B, 1, q, all).
         """
-        h = self.attention_norm(x)
-        h_source = h if source is x else self.attention_norm(source)
+        source = x                                          # of keys and values
+        if inputs.embedding_keys is not None:               # HiMix (sec. 5.1); normalised, projected
+            source = torch.where(inputs.embedding_keys[:, None], embedding, x)  # in each layer anew
+        updated = take(x, inputs.queries.index)                             # (B, q, d)
+        source = take(source, inputs.keys.index)                            # (B, k, d)
+        h = self.attention_norm(updated)
+        h_source = h if source is updated else self.attention_norm(source)
         attended, weights = self.attend(h, h_source, inputs, task, fused, cache)
-        x = x + attended
-        x = x + self.ffn(self.ffn_norm(x))
-        return x, weights
+        updated = updated + attended
+        updated = updated + self.ffn(self.ffn_norm(updated))
+        return put(x, inputs.queries.index, updated), weights
 
     def attend(self, h, h_source, inputs, task, fused, cache):
         q = self.split_heads(self.project(self.query, h, inputs.queries.layout, task))
@@ -289,9 +300,10 @@ class Block(nn.Module):
         k = self.key_norm(k.float() if k.dtype == torch.bfloat16 else k)
         q, k = rotate(q, *inputs.query_rotary), rotate(k, *inputs.key_rotary)
         if cache:
-            index = inputs.keys.index
-            cache[0][:, :, index], cache[1][:, :, index] = k, v.type_as(k)
-            k, v = cache
+            all_k, all_v, first = cache
+            index = first + inputs.keys.index
+            all_k[:, :, index], all_v[:, :, index] = k, v.type_as(k)
+            k, v = all_k, all_v
         attended, weights = attention(q, k, v, inputs.mask, fused)        # (B, H, q, Dh)
         return self.out(attended.transpose(1, 2).flatten(2)), weights
 
@@ -323,17 +335,10 @@ def attention(q, k, v, mask, fused):
     return weights @ v, weights
 
 
-def key_source(rule, x, embedding, is_image):
-    """What the keys and values of a layer are made of, (B, n, d): hidden states x, but in HiMix the
-    input embeddings of image tokens (sec. 5.1). Each layer normalises and projects them itself, in
-    Block. is_image: (n,) bool."""
-    return torch.where(is_image[:, None], embedding, x) if rule.keys == "embedding" else x
-
-
 def take(x, index):
     """x (B, N, d) at the positions `index`. If these are all, x itself: a copy would take 5 % of a
     layer's time."""
-    return x if len(index) == x.size(1) else x[:, index]
+    return x if len(index) == x.size(1) else x.index_select(1, index)
 
 
 def put(x, index, updated):
@@ -392,12 +397,13 @@ class Model(nn.Module):
         return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
     def layer_inputs(self, rule, batch, start=0, stop=None):
-        """The LayerInputs of all layers with this Rule, of all tokens or those from start to
-        stop."""
+        """The LayerInputs of all layers with this Rule, for the tokens from start to stop."""
         queries, keys = positions(rule, batch.layout, start, stop, batch.tokens.device)
-        return LayerInputs(queries, keys, self.rotary(batch, queries.index),
-                           self.rotary(batch, keys.index),
-                           batch.attention_mask(queries.index, keys.index))
+        return LayerInputs(
+            queries._replace(index=queries.index - start), keys._replace(index=keys.index - start),
+            batch.is_image()[start:stop] if rule.keys == "embedding" else None,
+            self.rotary(batch, queries.index), self.rotary(batch, keys.index),
+            batch.attention_mask(queries.index, keys.index))
 
     def loss(self, x, batch):
         """The logits (B, n, vocab) of the positions that prune.predicting names, and the loss of
@@ -430,34 +436,26 @@ class Model(nn.Module):
         too, which change nothing.
         """
         x = embedding = self.embed(batch)                                       # (B, N, d)
-        is_image = batch.is_image()                                             # (N,)
         full = self.layer_inputs(FULL, batch)
         every_position = full.queries.index                                     # (N,)
         all_weights = []
         for block, rule in zip(self.blocks, plan):
-            queries, keys = positions(rule, batch.layout, device=x.device)
+            queries, keys, embedding_keys, *_ = self.layer_inputs(rule, batch)
             is_query = torch.isin(every_position, queries.index)                # (N,)
             is_key = torch.isin(every_position, keys.index)
-            source = key_source(rule, x, embedding, is_image)
-            updated, weights = block(x, source, full._replace(mask=full.mask & is_key), batch.task,
-                                     fused=False)
+            inputs = full._replace(mask=full.mask & is_key, embedding_keys=embedding_keys)
+            updated, weights = block(x, embedding, inputs, batch.task, fused=False)
             x = torch.where(is_query[:, None], updated, x)
             all_weights.append(weights)
         return *self.loss(x, batch), all_weights
 
     def gathered(self, batch, plan):
-        """The same, but only queries and keys are taken into a layer: a token that is no query
-        enters neither the query projection nor the FFN, one that is no key enters no key or value
-        projection. Returns the last hidden states, (B, N, d)."""
+        """The same, but each layer takes in its queries and keys alone. Returns the last hidden
+        states, (B, N, d)."""
         x = embedding = self.embed(batch)
-        is_image = batch.is_image()
         inputs_of = {rule: self.layer_inputs(rule, batch) for rule in set(plan)}
         for block, rule in zip(self.blocks, plan):
-            inputs = inputs_of[rule]
-            source = key_source(rule, x, embedding, is_image)
-            updated, _ = block(take(x, inputs.queries.index), take(source, inputs.keys.index),
-                               inputs, batch.task)
-            x = put(x, inputs.queries.index, updated)
+            x, _ = block(x, embedding, inputs_of[rule], batch.task)
         return x
 
     def forward(self, batch, plan):
@@ -470,8 +468,7 @@ class Model(nn.Module):
         a layer reads new tokens only; keys and values of earlier ones are in its cache.
         choose: a function, logits (B, vocab) -> ids (B,). Returns batch.tokens."""
         rows, n = batch.tokens.shape
-        device, is_image = self.device, batch.is_image()
-        every_position = torch.arange(n, device=device)
+        every_position = torch.arange(n, device=self.device)
         shape = rows, self.config.heads, n, self.config.width // self.config.heads
         # Room for the keys and values of all tokens. What is not there yet lies in the future,
         # where the causal mask hides it; what is no key of a layer is hidden, too.
@@ -479,7 +476,7 @@ class Model(nn.Module):
         caches = [(room(shape), room(shape)) for _ in plan]
         is_key = {}                                         # rule -> (N,)
         for rule in set(plan):
-            _, keys = positions(rule, batch.layout, device=device)
+            _, keys = positions(rule, batch.layout, device=self.device)
             is_key[rule] = torch.isin(every_position, keys.index)
         read = 0                                            # so many tokens have been read
         for write in range(start, n):
@@ -487,15 +484,11 @@ class Model(nn.Module):
             inputs_of = {}
             for rule in set(plan):
                 inputs = self.layer_inputs(rule, batch, read, write)
-                mask = batch.attention_mask(inputs.queries.index, every_position) & is_key[rule]
+                queries = read + inputs.queries.index
+                mask = batch.attention_mask(queries, every_position) & is_key[rule]
                 inputs_of[rule] = inputs._replace(mask=mask)
             for block, rule, cache in zip(self.blocks, plan, caches):
-                inputs = inputs_of[rule]
-                queries, keys = inputs.queries.index - read, inputs.keys.index - read
-                source = key_source(rule, x, embedding, is_image[read:write])
-                updated, _ = block(take(x, queries), take(source, keys), inputs, batch.task,
-                                   cache=cache)
-                x = put(x, queries, updated)
+                x, _ = block(x, embedding, inputs_of[rule], batch.task, cache=(*cache, read))
             batch.tokens[:, write] = choose(self.head(self.norm(x[:, -1])))
             read = write
         return batch.tokens
