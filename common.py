@@ -28,7 +28,6 @@ if sys.version_info < (3, 10):
 # Operators that Apple GPUs lack run on the CPU. PyTorch reads this when it is imported.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 import torch                                                # noqa: E402
-import torch.distributed as dist                            # noqa: E402
 
 
 class Unbreakable(io.FileIO):
@@ -55,8 +54,6 @@ def run_script(main):
     sys.stdout, sys.stderr = unbreakable(sys.stdout, 1), unbreakable(sys.stderr, 2)
     try:
         main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
     except KeyboardInterrupt:
         tqdm.write("stopped", file=sys.stderr)
         raise SystemExit(130)
@@ -192,8 +189,6 @@ def pick_device(name):
     elif not available[name]:
         reason = problem if problem and name == "cuda" else "there is none that it can use"
         fail(f"--device {name}: PyTorch {torch.__version__} finds no such device here: {reason}")
-    if name == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))         # torchrun's, of many
     torch.set_float32_matmul_precision("high")              # TF32 where a GPU has it
     return torch.device(name)
 
@@ -226,13 +221,6 @@ def has_bfloat16(device):
 def mixed_precision(device):
     """Around a forward pass: matmuls in bfloat16 where the GPU has it, else all in float32."""
     return torch.autocast("cuda", torch.bfloat16, enabled=has_bfloat16(device))
-
-
-def memory_bytes(device):
-    """Of a GPU in all; of other devices what one may expect to be left to a program."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return 8 * 2 ** 30
 
 
 def hardware(device):
@@ -268,34 +256,6 @@ def peak_flops(device):
     """FLOP/s that the device's data sheet promises. None for others: they print no MFU."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
     return next((peak for begin, peak in PEAKS.items() if name.startswith(begin)), None)
-
-
-# ---------------------------------------------------------------------- several processes
-
-def rank():
-    return int(os.environ.get("RANK", 0))
-
-
-def world():
-    """How many processes torchrun started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def join_processes(device):
-    if world() > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-
-def wait_for_processes():
-    if world() > 1:
-        dist.barrier()
-
-
-def sum_over_processes(tensors):
-    """In place."""
-    if world() > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
 
 
 # ---------------------------------------------------------------------- pictures for people

@@ -452,7 +452,8 @@ class Model(nn.Module):
     def gathered(self, batch, plan):
         """The same, but each layer takes in its queries and keys alone. Returns the last hidden
         states, (B, N, d)."""
-        x = embedding = self.embed(batch)
+        embedding = self.embed(batch)
+        x = embedding.clone()       # one tensor in two places would be another case to compile
         inputs_of = {rule: self.layer_inputs(rule, batch) for rule in set(plan)}
         for block, rule in zip(self.blocks, plan):
             x, _ = block(x, embedding, inputs_of[rule], batch.task)

@@ -6,7 +6,6 @@
     python train.py --data PATH     a folder of your own captioned images
     python train.py --resume --out out/joint        goes on where that run stopped
     python train.py --preset tiny   every stage in a minute; too short to learn anything
-    torchrun --nproc_per_node=8 train.py            on several GPUs
 
 Finds the device and the size that fits it. `out/joint/` then holds checkpoint.pt, log.jsonl,
 loss.png, eval.json and samples.png.
@@ -26,10 +25,9 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
-from common import (fail, has_bfloat16, join_processes, line_chart, lock_folder, memory_bytes,
-                    mixed_precision, peak_flops, peak_memory_mb, pick_device, rank, run_script,
-                    save_checkpoint, save_picture, script_parser, sum_over_processes,
-                    wait_for_processes, world, write_file)
+from common import (fail, has_bfloat16, line_chart, lock_folder, mixed_precision, peak_flops,
+                    peak_memory_mb, pick_device, run_script, save_checkpoint, save_picture,
+                    script_parser, write_file)
 
 import torch
 from tqdm import tqdm
@@ -91,12 +89,10 @@ def train(options, device, resumed=None):
             parts = parts_that_fit({**options, "compile": False}, config, device)
 
     progress = Progress(options, config, plans, start, device)
-    if rank() == 0:
-        in_parts = f" in {parts} parts" if parts > 1 else ""
-        progress.bar.write(
-            f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
-            f"{progress.tokens} tokens and {progress.flops / 1e9:.0f} GFLOP a step{in_parts}; "
-            f"before the first step {time.time() - began:.0f} s")
+    in_parts = f" in {parts} parts" if parts > 1 else ""
+    progress.bar.write(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+                       f"{progress.tokens} tokens and {progress.flops / 1e9:.0f} GFLOP a "
+                       f"step{in_parts}; before the first step {time.time() - began:.0f} s")
     stop_requests = catch_stop_signals()
     saved = time.monotonic()
     model.train()
@@ -126,8 +122,6 @@ def train(options, device, resumed=None):
     progress.bar.close()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)
-    if rank() > 0:
-        return
 
     if progress.rows:
         draw_losses(progress.rows, out / "loss.png")
@@ -153,11 +147,11 @@ def learning_rate_factor(step, steps):
 
 
 def get_batches(examples, order, step, parts):
-    """The sequences that a step takes, of which this process has a fraction: as many Batches as
-    there are parts, each with its fraction of all output tokens of the step."""
+    """The sequences that a step takes: as many Batches as there are parts, each with its fraction
+    of all output tokens of the step."""
     index = order[step]
     outputs = examples.is_output[index].sum()
-    for part in index[rank()::world()].chunk(parts):
+    for part in index.chunk(parts):
         batch = examples.rows(part)
         yield batch, batch.is_output.sum() / outputs
 
@@ -168,12 +162,11 @@ def get_tokenizer(options, dataset, device, resumed=None):
     """The run's own tokenizer where it is resumed, else the one that --tokenizer names. Trained and
     saved there if there is none."""
     path = Path(options["tokenizer"])
-    if not resumed and rank() == 0 and not path.exists():
+    if not resumed and not path.exists():
         tokenizer, checkpoint = train_tokenizer(dataset, options["preset"], device)
         save_checkpoint(checkpoint, path)
         scores, _, _ = score_tokenizer(tokenizer, dataset)
         print(f"{path}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-    wait_for_processes()
     if resumed:
         tokenizer = Tokenizer.from_state(resumed["tokenizer"])
     else:
@@ -288,10 +281,7 @@ def optimizers_of(model, lr):
 
 def apply_gradients(optimizers):
     """One step of both optimizers, after which the gradients are gone."""
-    matrices, others = ([p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
-                        for optimizer in optimizers)
-    # Each process's loss is its fraction of the whole: gradients are summed, not averaged.
-    sum_over_processes([p.grad for p in matrices + others])
+    others = [p for p in optimizers[1].param_groups[0]["params"] if p.grad is not None]
     torch.nn.utils.clip_grad_norm_(others, CLIP)
     for optimizer in optimizers:
         optimizer.step()
@@ -311,7 +301,7 @@ class Progress:
         self.peak = peak_flops(device)
         self.rows = begin_log(self.path, start)
         self.bar = tqdm(total=options["steps"], initial=start, desc=self.path.parent.name,
-                        unit="step", disable=rank() > 0)
+                        unit="step")
         self.logged_step, self.logged_at = start, time.perf_counter()
 
     def step(self, step, losses, lr, last_step):
@@ -320,20 +310,18 @@ class Progress:
         if (step + 1) % LOG_EVERY and not last_step:
             return
         values = torch.stack(list(losses.values()))
-        sum_over_processes([values])
         values = dict(zip(losses, values.tolist()))                     # waits for the device
         check_finite(values.values(), self.path.parent, step)
         now = time.perf_counter()
         seconds = (now - self.logged_at) / (step + 1 - self.logged_step)            # a step
         self.logged_step, self.logged_at = step + 1, now
-        mfu = self.flops / seconds / self.peak / world() if self.peak else None
+        mfu = self.flops / seconds / self.peak if self.peak else None
         row = {"step": step + 1, "loss": sum(values.values()), "loss_und": values.get("und"),
                "loss_gen": values.get("gen"), "lr": lr, "tokens_per_s": self.tokens / seconds,
                "step_ms": 1e3 * seconds, "mfu": mfu, "peak_memory_mb": peak_memory_mb(self.device)}
         self.rows.append(row)
-        if rank() == 0:
-            with suppress(OSError), self.path.open("a") as log:         # a full disk stops no run
-                log.write(json.dumps(row) + "\n")
+        with suppress(OSError), self.path.open("a") as log:             # a full disk stops no run
+            log.write(json.dumps(row) + "\n")
         speed = f"loss {row['loss']:.3f}, {row['tokens_per_s'] / 1e3:.1f}k tokens/s"
         self.bar.set_postfix_str(speed + (f", MFU {mfu:.0%}" if mfu else ""))
 
@@ -351,8 +339,7 @@ def begin_log(path, start):
             damaged += 1
     if damaged:
         print(f"{path}: {damaged} damaged lines are left out")
-    if rank() == 0:
-        write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
@@ -374,11 +361,10 @@ def check_finite(values, out, step):
 
 def catch_stop_signals():
     """Ctrl-C, SIGTERM and a closed terminal end the loop when it has saved: they are noted in the
-    list that this returns. Not under torchrun, which ends its processes itself."""
+    list that this returns."""
     requests = []
-    if world() == 1:
-        for number in STOP_SIGNALS:
-            signal.signal(number, lambda number, _: requests.append(number))
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, _: requests.append(number))
     return requests
 
 
@@ -388,12 +374,11 @@ def hint(out):
 
 def save(out, options, dataset, tokenizer, model, optimizers, step):
     check_finite([p.sum().item() for p in model.parameters()], out, step)
-    if rank() == 0:
-        save_checkpoint({
-            "kind": "run", "options": options, "tasks": OBJECTIVES[options["objective"]],
-            "step": step + 1, "identity": dataset.identity, "tokenizer": tokenizer.state(),
-            "config": asdict(model.config), "model": model.state_dict(),
-            "optimizers": [o.state_dict() for o in optimizers]}, out / "checkpoint.pt")
+    save_checkpoint({"kind": "run", "options": options, "tasks": OBJECTIVES[options["objective"]],
+                     "step": step + 1, "identity": dataset.identity,
+                     "tokenizer": tokenizer.state(), "config": asdict(model.config),
+                     "model": model.state_dict(),
+                     "optimizers": [o.state_dict() for o in optimizers]}, out / "checkpoint.pt")
 
 
 def restore(checkpoint, model, optimizers):
@@ -407,14 +392,14 @@ def restore(checkpoint, model, optimizers):
 def parts_that_fit(options, config, device):
     """Into how many parts a step's sequences have to be split to fit into a GPU's memory. One part
     after the other leaves its gradients, so that a step learns the same, whatever this number."""
-    rows = options["batch_size"] // world()
+    rows = options["batch_size"]
     if options["parts"] or device.type != "cuda":
         return options["parts"] or 1
     # A backward pass needs so many bytes of each number in each layer's hidden states. Measured by
     # compiling for a card; 3 GB are for weights, optimizers and training sequences.
     bytes_each = 45 if options["compile"] else 70
     tokens = max(sum(config.layout(task)) for task in OBJECTIVES[options["objective"]])
-    room = memory_bytes(device) - 3e9
+    room = torch.cuda.get_device_properties(device).total_memory - 3e9
     fitting = room / (bytes_each * config.layers * tokens * config.width)       # rows
     return next(parts for parts in range(1, rows + 1)
                 if rows % parts == 0 and (rows / parts <= fitting or parts == rows))
@@ -479,16 +464,13 @@ def complete(given, device):
 
 def check(options):
     """Refuses options that make no sense, before any work begins."""
-    tasks, rows = OBJECTIVES[options["objective"]], options["batch_size"] // world()
+    tasks, rows = OBJECTIVES[options["objective"]], options["batch_size"]
     for key, least, most in (("steps", 1, 10 ** 7), ("batch_size", 1, 10 ** 6), ("lr", 1e-9, 10),
                              ("save_every", 0, 10 ** 9), ("seed", 0, 2 ** 32 - 1)):
         if not least <= options[key] <= most:
             fail(f"--{key.replace('_', '-')} {options[key]}: expected {least} to {most}")
-    if options["steps"] * options["batch_size"] > 10 ** 8:
-        fail(f"--steps {options['steps']}: expected at most {10 ** 8 // options['batch_size']}, "
-             "10^8 pictures in all")
-    if options["batch_size"] % world():
-        fail(f"--batch-size {options['batch_size']}: expected a multiple of {world()} processes")
+    if options["steps"] * rows > 10 ** 8:
+        fail(f"--steps {options['steps']}: expected at most {10 ** 8 // rows}, 10^8 pictures in all")
     if options["parts"] is not None and (options["parts"] < 1 or rows % options["parts"]):
         fail(f"--parts {options['parts']}: expected a divisor of {rows}, the pictures of each task "
              "in a step")
@@ -539,7 +521,7 @@ def main():
     add("--preset", choices=PRESETS, help="size of everything (default: what fits the device)")
     add("--data", help="shapes, or a folder of captioned images (default: shapes)")
     add("--steps", type=int)
-    add("--batch-size", type=int, help="pictures of each task in a step, over all processes")
+    add("--batch-size", type=int, help="pictures of each task in a step")
     add("--parts", type=int, metavar="N", help="take a step's pictures one Nth after the other: "
         "less memory, the same result (default: what the GPU's memory needs)")
     add("--lr", type=float, help="Muon's highest learning rate; AdamW's goes along")
@@ -554,7 +536,6 @@ def main():
     device, resuming = given.pop("device"), given.pop("resume")
 
     device = pick_device(device)
-    join_processes(device)
     options, checkpoint = complete(given, device), None
     if resuming:
         checkpoint, options = resume(given, options)
@@ -562,7 +543,7 @@ def main():
         fail(f"{options['out']} holds a run already: --resume goes on with it, --out PATH begins "
              "another")
     check(options)
-    if rank() == 0 and lock_folder(options["out"]) is None:
+    if lock_folder(options["out"]) is None:
         fail(f"another process is at work in {options['out']}: expected another --out")
     for part in Path(options["out"]).glob("*.part"):        # of saves that were killed
         part.unlink(missing_ok=True)

@@ -3,6 +3,7 @@ import json
 import random
 import tarfile
 import time
+from types import SimpleNamespace
 from functools import partialmethod
 
 import pytest
@@ -103,7 +104,8 @@ def test_parts_fit_into_the_memory(monkeypatch):
     c = Config(1024, 12, 512, 8, 16, 192, 48)
     found = []
     for gigabytes in (4, 8, 12, 24, 80):
-        monkeypatch.setattr(train, "memory_bytes", lambda device: gigabytes * 2 ** 30)
+        card = SimpleNamespace(total_memory=gigabytes * 2 ** 30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
         found.append(train.parts_that_fit(options, c, torch.device("cuda")))
     assert found == sorted(found, reverse=True) and found[-1] == 1 and found[0] > 4
     assert all(64 % parts == 0 for parts in found)

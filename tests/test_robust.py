@@ -100,7 +100,6 @@ def test_a_full_disk_leaves_the_last_checkpoint(trained):
     script.send(signal.SIGKILL)
     script.wait()
     before = (folder / "checkpoint.pt").read_bytes()
-    left_by_the_kill = set(folder.glob("*.part"))
     args = [sys.executable, ROOT / "train.py", "--preset", "tiny", "--resume", "--out", folder,
             "--device", "cpu"]
 
@@ -113,7 +112,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(trained):
     (line,) = [line for line in lines if line.startswith("error: ")]
     assert f"{folder}/checkpoint.pt cannot be written: File too large" in line
     assert (folder / "checkpoint.pt").read_bytes() == before
-    assert set(folder.glob("*.part")) == left_by_the_kill
+    assert not list(folder.glob("*.part"))      # neither of the kill nor of the full disk
 
 
 def test_output_where_no_folder_can_be_is_one_line(trained):
