@@ -303,33 +303,47 @@ def contact_sheet(pixels, texts, path, columns=6, size=160, wrong=()):
 
 
 def line_chart(lines, title, x_label, top_y=None, size=(560, 360)):
-    """{name: [(x, y)]}, y >= 0, as an Image with a legend. The y axis ends at top_y."""
+    """{name: [(x, y)]}, y >= 0, as an Image with a legend. The y axis goes from 0 to top_y; without
+    top_y it is logarithmic."""
     font = ImageFont.load_default(12)
-    left, top, right, bottom = 50, 50, size[0] - 16, size[1] - 40       # of the plot, in pixels
+    left, top, right, bottom = 50, 50, size[0] - 24, size[1] - 40       # of the plot, in pixels
     points = np.array([point for line in lines.values() for point in line])
-    first, last = points[:, 0].min(), points[:, 0].max()
-    top_y = top_y or points[:, 1].max() * 1.05 or 1
+    xs, ys = points[:, 0], points[:, 1].clip(1e-9)
+    low, high = (0, top_y) if top_y else (ys.min() / 1.1, ys.max() * 1.1)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
 
     def at(x, y):
-        x = left + (x - first) / max(1e-9, last - first) * (right - left)
-        return x, bottom - y / top_y * (bottom - top)
+        """Where a point lies, in pixels."""
+        x = (x - xs.min()) / max(1e-9, np.ptp(xs))
+        y = y / high if top_y else math.log(max(y, low) / low) / math.log(high / low)
+        return left + x * (right - left), bottom - y * (bottom - top)
 
-    # Horizontal lines at multiples of 1, 2 or 5 times a power of ten, at most six steps.
-    unit = 10 ** math.floor(math.log10(top_y / 2))
-    unit *= next(k for k in (1, 2, 5, 10) if top_y / (k * unit) <= 6)
-    for k in range(int(top_y / unit + 1e-9) + 1):
-        draw.line([at(first, k * unit), at(last, k * unit)], fill=GREY)
-        draw.text((left - 6, at(first, k * unit)[1]), f"{k * unit:.6g}", DARK, font, anchor="rm")
-    for x in sorted({first + round((last - first) * k / 5) for k in range(6)}):
-        draw.text((at(x, 0)[0], bottom + 6), f"{x:g}", DARK, font, anchor="mt")
+    for y in ticks(0, high) if top_y else log_ticks(low, high):
+        draw.line([at(xs.min(), y), at(xs.max(), y)], fill=GREY)
+        draw.text((left - 6, at(0, y)[1]), f"{y:.6g}", DARK, font, anchor="rm")
+    for x in ticks(xs.min(), xs.max()):
+        draw.text((at(x, high)[0], bottom + 6), f"{x:g}", DARK, font, anchor="mt")
     draw.text((left, 8), title, DARK, font)
     draw.text(((left + right) / 2, size[1] - 14), x_label, DARK, font, anchor="mm")
-    for i, (name, line) in enumerate(lines.items()):
-        colour = LINE_COLOURS[i % len(LINE_COLOURS)]
-        x = left + 105 * i                      # of its entry in the legend
+    x = left                                    # of the legend's next entry
+    for colour, (name, line) in zip(LINE_COLOURS, lines.items()):
         draw.line([at(*point) for point in line], fill=colour, width=2)
         draw.line([(x, 34), (x + 16, 34)], fill=colour, width=3)
         draw.text((x + 22, 34), name, DARK, font, anchor="lm")
+        x += 40 + font.getlength(name)
     return sheet
+
+
+def ticks(low, high):
+    """The multiples in low..high of 1, 2 or 5 times a power of ten: about six."""
+    unit = 10 ** math.floor(math.log10((high - low) / 2 or 1))
+    unit *= next(k for k in (1, 2, 5, 10) if (high - low) / (k * unit) <= 6)
+    return np.arange(math.ceil(low / unit - 1e-9), math.floor(high / unit + 1e-9) + 1) * unit
+
+
+def log_ticks(low, high):
+    """1, 2 and 5 times the powers of ten in low..high."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    marks = [k * 10. ** exponent for exponent in exponents for k in (1, 2, 5)]
+    return [mark for mark in marks if low <= mark <= high]

@@ -204,7 +204,8 @@ def main():
         line = lines.setdefault(f"{x['task']} {x['plan']}", [])
         line.append((x["image_tokens"], x["ms"] / n))
     title = "ms a picture in a training step"
-    save_picture(line_chart(lines, title, "image tokens"), path.with_suffix(".png"))
+    most = max(ms for line in lines.values() for _, ms in line)
+    save_picture(line_chart(lines, title, "image tokens", top_y=most), path.with_suffix(".png"))
     print(f"{result['hardware']}; preset {preset}, {n} sequences a step, K = {result['shallow']}; "
           f"matmuls alone {result['matmul_flops_per_s'] / 1e12:.3g} TFLOP/s")
     for key in ("steps", "image_tokens"):
