@@ -26,7 +26,8 @@ from tokenizer import FIRST_CODE, Tokenizer
 # question tokens and the ends of answers, with a small weight: without them understanding learns
 # less. Model.loss has the whole formula.
 AUXILIARY_WEIGHT = .05
-TASK_WEIGHT = {"und": 1., "gen": 2.}    # of the tasks in the gradient; logged losses are without it
+# Of the tasks in the gradient, also where there is only one. Logged losses are without it.
+TASK_WEIGHT = {"und": 1., "gen": 2.}
 
 # Which sets of Q, K, V weights a block has. Text tokens always use "text".
 PROJECTIONS = {"shared": ["text"],                  # image tokens use those of text, too
@@ -210,8 +211,8 @@ def generation(tokenizer, codes, captions, length=None):
 
 
 def sequences(task, tokenizer, split, most=None, image_loss=False):
-    """All pictures of a data.Split as one Batch. most: text tokens of several questions on one
-    picture; those that do not fit are left out."""
+    """All pictures of a data.Split as one Batch, as long as its longest text needs. most: text
+    tokens of several questions on one picture; those that do not fit are left out."""
     codes = tokenizer.encode(split.pixels)
     if task == "gen":
         return generation(tokenizer, codes, [caption.text for caption in split.captions])
@@ -236,7 +237,8 @@ class LayerInputs(NamedTuple):
     """What all layers with one Rule have in common. It is made once, outside of them."""
     queries: Positions      # the tokens that a layer updates
     keys: Positions         # the tokens that they attend to
-    embedding_keys: torch.Tensor    # (N,) bool: their keys are made of input embeddings; or None
+    embedding_keys: torch.Tensor    # (N,) bool: whose keys and values are made of input embeddings,
+                                    # or None: those of no token
     query_rotary: tuple     # (cos, sin) of the queries, each (B, 1, q, Dh)
     key_rotary: tuple       # (cos, sin) of the keys, each (B, 1, k, Dh)
     mask: torch.Tensor      # (B, 1, q, k) bool: what each query sees
@@ -272,16 +274,19 @@ class Block(nn.Module):
         were before the first layer. Returns x after the layer, and the attention weights
         (B, H, q, k), or None where fused.
 
-        Only queries and keys are taken into the layer: a token that is no query enters neither the
-        query projection nor the FFN, one that is no key enters no key or value projection.
+        Only the queries and keys of `inputs` are taken into the layer: a token that is no query
+        enters neither the query projection nor the FFN, one that is no key enters no key or value
+        projection.
 
         cache: (keys, values, position of x's first token). Keys and values of all tokens, each
         (B, H, all, Dh), take in those of x; then x attends to all of them, and inputs.mask is
         (B, 1, q, all).
         """
         source = x                                          # of keys and values
-        if inputs.embedding_keys is not None:               # HiMix (sec. 5.1); normalised, projected
-            source = torch.where(inputs.embedding_keys[:, None], embedding, x)  # in each layer anew
+        # HiMix (sec. 5.1). Each layer normalises and projects the input embeddings by its own
+        # attention_norm and key_value.
+        if inputs.embedding_keys is not None:
+            source = torch.where(inputs.embedding_keys[:, None], embedding, x)
         updated = take(x, inputs.queries.index)                             # (B, q, d)
         source = take(source, inputs.keys.index)                            # (B, k, d)
         h = self.attention_norm(updated)

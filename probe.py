@@ -27,7 +27,8 @@ TITLES = {"und": "understanding", "gen": "generation"}
 
 def segments(batch):
     """{segment: (B, N) bool}, which tokens belong to it. Padding belongs to none. The image of
-    generation is its output, as in the paper's fig. 3."""
+    generation is its output, as in the paper's fig. 3. Of understanding one question a picture:
+    the first token of a second one would count as output of the first."""
     real, image = batch.segment_ids >= 0, batch.is_image()
     system = real & (real.cumsum(1) <= 2)                   # bos and the task's token
     output = torch.zeros_like(real)
@@ -41,9 +42,9 @@ def segments(batch):
 @torch.no_grad()
 def allocation(model, batch, plan, chunk=16):
     """Attention allocation by layer (sec. 4.1, eq. 2): alpha_S = the mean, over heads and queries,
-    of the sum of A_ij over all keys j in segment S. Queries are the tokens of all sequences that
-    the layer updates, without padding. (Eq. 2 as printed sums over queries; fig. 3 shows shares
-    that sum to 1, so we read it as a mean.)
+    of the sum of A_ij over all keys j in segment S. Queries are the tokens that the layer updates,
+    pooled over all sequences, without padding. (Eq. 2 as printed sums over queries; fig. 3 shows
+    shares that sum to 1, so we read it as a mean.)
 
     Returns two things: {segment: [per layer]}, with the same over those queries alone that predict
     output under "output_queries"; and the attention of the first sequence, a mean over heads,

@@ -36,8 +36,8 @@ LETTERS = {FULL: "F", HIMIX: "h", SHALLOW: "s", NAIVE: "n", FROZEN: "f"}     # a
 
 def alternating(rule, layers, k):
     """k layers in the middle have this rule and alternate with full ones; the first and the last
-    layer are full (sec. 5.2). 1 of 4: F s F F; 2 of 6: F s F s F F. ValueError where k does not
-    fit."""
+    layer are full (sec. 5.2). 1 of 4: F s F F; 2 of 6: F s F s F F; 3 of 12: F F F s F s F s F F
+    F F. ValueError where k does not fit."""
     most = (layers - 1) // 2
     if not 0 <= k <= most:
         raise ValueError(f"--shallow {k}: expected 0 to {most}, so many of {layers} layers can "
@@ -149,7 +149,8 @@ def count_tokens(rule, layout):
 
 def flops(plan, layout, width, vocab, image_loss=False):
     """Floating-point operations of forward and backward for one sequence: every matmul, of padding
-    and of masked scores, too, because they are computed.
+    (up to the longest sequence of all) and of masked scores, too, because they are computed. The
+    optimizer's are left out.
 
     In a layer with q queries and k keys, d = width, these are the multiply-adds:
         query and output projections    2 q d^2

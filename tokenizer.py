@@ -66,7 +66,7 @@ def train_bpe(texts, size=MAX_TEXT_IDS):
 
 CODE_DIM = 8            # numbers in a code: few, so that no code is left unused
 DECODER_BLOCKS = 2
-LEARNING_RATE = 4e-3
+VQ_LEARNING_RATE = 4e-3
 COMMITMENT = 1 / 40     # weight of the commitment loss beside the squared error
 
 
@@ -237,7 +237,7 @@ def train_tokenizer(dataset, preset, device, steps=None):
     steps = steps or p.vq_steps
     torch.manual_seed(0)
     texts, pixels = [], []
-    for task in ("und", "gen"):
+    for task in ("und", "gen"):         # a folder gives the same pictures twice
         split = dataset.split(task, "train", p.vq_pictures // 2)
         pixels.append(split.pixels)
         texts += [caption.text for caption in split.captions]
@@ -248,12 +248,11 @@ def train_tokenizer(dataset, preset, device, steps=None):
     images = pixels.to(device).permute(0, 3, 1, 2)      # (N, 3, H, W) uint8
 
     vq = VQ(p.image_size, p.vq_width, p.codes).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vq.parameters(), lr=LEARNING_RATE, betas=(.9, .99),
-                                  weight_decay=0)
+    optimizer = torch.optim.AdamW(vq.parameters(), VQ_LEARNING_RATE, (.9, .99), weight_decay=0)
     progress = tqdm(range(steps), desc="tokenizer", unit="step")
     for step in progress:
         # Up during the first 100 steps, level, and in the second half down to zero.
-        rate = LEARNING_RATE * min((step + 1) / 100, 1, 2 * (1 - step / steps))
+        rate = VQ_LEARNING_RATE * min((step + 1) / 100, 1, 2 * (1 - step / steps))
         optimizer.param_groups[0]["lr"] = rate
         chosen = torch.randint(len(images), (p.vq_batch_size,)).to(device)
         batch = images[chosen].float() / 127.5 - 1

@@ -45,7 +45,8 @@ OBJECTIVES = {"joint": ["und", "gen"], "und": ["und"], "gen": ["gen"]}
 # How many steps, and how many pictures in a step, stand in data.PRESETS; the weights of the loss in
 # model.py.
 CAPTION_DROPOUT = .1    # of captions are empty in training, which classifier-free guidance needs
-LEARNING_RATE = .01     # Muon's highest, for the matrices in the layers; see study/README.md
+LEARNING_RATE = .01     # Muon's highest, for the matrices in the layers (of the tall ones times
+                        # the root of rows / columns); see study/README.md
 ADAMW_RATIO = .5        # AdamW's over Muon's, for embeddings, head, norms and positions
 WARM_UP = 50            # steps in which the learning rate rises
 DECAY = .7              # the last part of training, in which it falls to nearly nothing
@@ -349,7 +350,7 @@ def draw_losses(rows, path):
         points = [(row["step"], row[key]) for row in rows if row[key] is not None]
         if points:
             lines[name] = points
-    title = "training loss (nats per output token)"
+    title = "training loss (eq. 1, see Model.loss)"
     save_picture(line_chart(lines, title, "step"), path)
 
 
@@ -470,7 +471,7 @@ def check(options):
         if not least <= options[key] <= most:
             fail(f"--{key.replace('_', '-')} {options[key]}: expected {least} to {most}")
     if options["steps"] * rows > 10 ** 8:
-        fail(f"--steps {options['steps']}: expected at most {10 ** 8 // rows}, 10^8 pictures in all")
+        fail(f"--steps {options['steps']}: expected at most {10 ** 8 // rows} (10^8 pictures)")
     if options["parts"] is not None and (options["parts"] < 1 or rows % options["parts"]):
         fail(f"--parts {options['parts']}: expected a divisor of {rows}, the pictures of each task "
              "in a step")
