@@ -218,7 +218,7 @@ def test_a_large_jpeg_is_read_as_small_as_it_is_needed(tmp_path):
 
 def test_too_much_is_told_in_one_line(trained, monkeypatch):
     many = ("--steps", 10 ** 6, "--batch-size", 1000)
-    assert "pictures in all" in run("train.py", *train_args(trained, "many", *many), code=2)
+    assert "10^8 pictures" in run("train.py", *train_args(trained, "many", *many), code=2)
     assert "expected at least 10" in run("match.py", trained / "joint", "--n", 5, code=2)
 
     monkeypatch.setattr(prune, "main", lambda: np.empty(2 ** 45))
