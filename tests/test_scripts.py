@@ -71,6 +71,20 @@ def test_parts_change_nothing(trained):
     assert max(losses) - min(losses) < 1e-5, losses
 
 
+def test_the_trained_model_can_be_tried(tmp_path):
+    """study/trained as the README uses it: it draws what the caption says, answers, is probed."""
+    trained, caption = ROOT / "study" / "trained", "a big yellow circle and a small blue cross"
+    here = "--device", "cpu", "--out", tmp_path
+    run("eval.py", trained, "--draw", caption, "--n", 1, *here)
+    picture = tmp_path / "draw-0.png"
+    (seen,) = data.Shapes("cpu").read(np.array(Image.open(picture).convert("RGB"))[None])
+    assert {(thing.size, *thing.pair) for thing in seen} == {(1, 3, 0), (0, 2, 3)}
+    asked = run("eval.py", trained, "--ask", picture, "what colour is the circle?", *here)
+    assert asked.splitlines()[-1] == "yellow"
+    run("probe.py", trained, "--n", 8, *here)
+    assert {file.name for file in tmp_path.glob("*")} >= {"attention.json", "heatmaps.png"}
+
+
 def test_image_loss_and_practice(trained):
     """Options that belong to the run: its FLOPs tell of the first, its checkpoint of both."""
     run("train.py", *train_args(trained, "more", "--steps", 10, "--image-loss", "--practice"))
