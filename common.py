@@ -60,6 +60,10 @@ def run_script(main):
     except (torch.OutOfMemoryError, MemoryError):
         fail("out of memory: train.py takes more --parts or a smaller --batch-size; every script "
              "takes --device cpu")
+    except OSError as error:                                # of a user's file or folder
+        if error.filename is None:
+            raise
+        fail(f"{error.filename}: {error.strerror}")
 
 
 def script_parser(doc, device=True, **settings):
@@ -99,12 +103,14 @@ def lock_folder(path):
         import fcntl
     except ImportError:                                     # Windows has no such locks
         return os.open(os.devnull, os.O_RDONLY)
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(Path(path), os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(descriptor)
         return None
+    except OSError:                                         # some network folders have no locks
+        pass
     return descriptor
 
 
@@ -117,11 +123,8 @@ def check_output(path, kind):
         fail(f"--out {path}: no file can be written there")
     if path.exists() and kind != "picture":
         read_checkpoint(path, kind)
-    elif path.exists():
-        with refuse_errors(f"--out {path}: there is a file that this project did not write; "
-                           "expected a new name"), Image.open(path) as image:
-            if image.info.get("Software") != SOFTWARE:
-                raise ValueError("not its picture")
+    elif path.exists() and not is_ours(path):
+        fail(f"--out {path}: there is a file that this project did not write; expected a new name")
 
 
 def write_file(path, content):
@@ -137,11 +140,19 @@ def write_file(path, content):
             os.fsync(file.fileno())             # else a power cut may leave an empty file
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         fail(f"{path} cannot be written: {error.strerror}")
 
 
 SOFTWARE = "unified-vlm"        # stands in our pictures, so that no other is ever overwritten
+
+
+def is_ours(path):
+    """Whether this project wrote a picture."""
+    with suppress(Exception), Image.open(path) as image:
+        return image.info.get("Software") == SOFTWARE
+    return False
 
 
 def save_picture(image, path):
@@ -165,8 +176,8 @@ def read_checkpoint(path, kind):
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
         found = contents["kind"]
-    except Exception:                                       # PyTorch raises nearly anything
-        found = "something else"
+    except Exception as error:                              # PyTorch raises nearly anything
+        found = f"something else ({type(error).__name__})"
     if found != kind:
         fail(f"{path} is not a {kind} checkpoint of this project; found: {found}")
     return contents
@@ -281,24 +292,19 @@ def font_for(text, size):
 
 def contact_sheet(pixels, texts, path, columns=6, size=160, wrong=()):
     """A PNG: (N, H, W, 3) uint8 pictures over their N texts, those in `wrong` framed in red."""
-    font, gap, line_height = font_for("".join(texts), 12), 12, 15
-    wrapped = []                                # for each picture its lines of text
-    for text in texts:
-        lines = [textwrap.fill(line, size // 6) for line in text.split("\n")]
-        wrapped.append("\n".join(lines).split("\n"))
-    tops = [gap]                                # where each row of pictures begins
-    for i in range(0, len(wrapped), columns):
-        longest = max(len(lines) for lines in wrapped[i:i + columns])
-        tops.append(tops[-1] + size + 2 * gap + line_height * longest)
-    sheet = Image.new("RGB", (gap + columns * (size + gap), tops[-1]), "white")
+    font, gap = font_for("".join(texts), 12), 12
+    texts = ["\n".join(textwrap.fill(line, size // 6) for line in text.split("\n"))
+             for text in texts]
+    height = size + 2 * gap + 16 * (1 + max(text.count("\n") for text in texts))    # of a row
+    rows = math.ceil(len(texts) / columns)
+    sheet = Image.new("RGB", (gap + columns * (size + gap), gap + rows * height), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, lines in enumerate(wrapped):
-        x, y = gap + i % columns * (size + gap), tops[i // columns]
+    for i, text in enumerate(texts):
+        x, y = gap + i % columns * (size + gap), gap + i // columns * height
         sheet.paste(Image.fromarray(pixels[i]).resize((size, size), Image.NEAREST), (x, y))
         frame, ink = (RED, RED) if i in wrong else (GREY, DARK)
         draw.rectangle((x - 2, y - 2, x + size + 1, y + size + 1), outline=frame, width=2)
-        for j, line in enumerate(lines):
-            draw.text((x, y + size + 4 + line_height * j), line, ink, font)
+        draw.text((x, y + size + 4), text, ink, font)
     save_picture(sheet, path)
 
 

@@ -7,6 +7,7 @@
 Both give the project the same: a `Split` of pixels, with a caption and questions for each picture.
 """
 import json
+import os
 import random
 import warnings
 import zlib
@@ -22,7 +23,10 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-from common import check_output, contact_sheet, fail, refuse_errors, run_script, script_parser
+from common import (check_output, contact_sheet, fail, is_ours, refuse_errors, run_script,
+                    script_parser)
+
+import torch                            # after common.py, which sets an environment variable
 
 # All that has to fit together, and the machine. Options of the scripts override some of it.
 PATCH = 4           # pixels that an image token covers, height = width
@@ -102,6 +106,7 @@ COLOUR_NAMES = tuple(COLOURS)
 SIZE_NAMES = ("small", "big")
 DIAMETERS = (.42, .75)                                      # of small and big, in cells
 BACKGROUND = (245, 245, 240)
+WORST = 17.                     # PSNR (dB) of a cell that can still be recognised
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = (1, 0, 3, 2)                                     # of each relation, as an index
@@ -162,26 +167,25 @@ class Shapes:
         # One word, and so one token: the second of two would have to look for the object once more.
         cells = [f"{row}-{column}" for row in rows for column in columns]
         self.cell_names = [cell.replace("middle-middle", "middle") for cell in cells]
+        self.names = {"size": SIZE_NAMES, "colour": COLOUR_NAMES, "shape": SHAPES,
+                      "cell": self.cell_names}
         # Pairs of (colour, shape) that a task never sees in training, while the other task does:
         # one of each of the first shapes. Red and green circle, blue and yellow square, ...
         self.held_out = {"und": set(), "gen": set()}
         for shape in range(p.held_out):
             self.held_out["und"].add((2 * shape % p.colours, shape))
             self.held_out["gen"].add(((2 * shape + 1) % p.colours, shape))
-        self.draw_cells()
-
-    def draw_cells(self):
-        """Draw every object that a cell can hold once; number 0 is the empty cell."""
-        p, size = self.preset, self.cell_size
+        # Every object that a cell can hold is drawn once; number 0 is the empty cell.
+        size = self.cell_size
         self.contents, drawn = [None], [np.full((size, size, 3), BACKGROUND)]
         offsets = range(-p.jitter, p.jitter + 1)
         for z, colour, shape, dx, dy in product(range(2), range(p.colours), range(p.shapes),
                                                 offsets, offsets):
-            mask = shape_mask(SHAPES[shape], round(size * DIAMETERS[z]), size)
-            mask = np.pad(mask, p.jitter)                   # room to move the shape in
-            # Cut out further up and left, and the shape lies further down and right.
-            top, left = p.jitter - dy, p.jitter - dx
-            cover = mask[top:top + size, left:left + size, None]
+            # 8 x 8 points a pixel, in radii from the shape's centre.
+            points = np.arange(size * 8) + .5 - size * 4
+            x, y = ((points - 8 * moved) / (4 * round(size * DIAMETERS[z])) for moved in (dx, dy))
+            inside = INSIDE[SHAPES[shape]](x[None, :], y[:, None])
+            cover = inside.reshape(size, 8, size, 8).mean((1, 3))[..., None]
             ink, paper = np.array(COLOURS[COLOUR_NAMES[colour]]), np.array(BACKGROUND)
             self.contents.append(Thing(z, colour, shape, 0, dx, dy))
             drawn.append(np.round(cover * ink + (1 - cover) * paper))
@@ -201,13 +205,8 @@ class Shapes:
                 colour, shape = rng.randrange(p.colours), rng.randrange(p.shapes)
                 if things:
                     other = rng.choice(things)
-                    link = rng.randrange(4)                 # 3: none
-                    if link == 0:
-                        colour = other.colour
-                    elif link == 1:
-                        shape = other.shape
-                    elif link == 2:
-                        colour, shape = self.companion(other)
+                    linked = (other.colour, shape), (colour, other.shape), self.companion(other)
+                    colour, shape = rng.choice((*linked, (colour, shape)))
                 if (colour, shape) not in avoid:
                     break
             size = rng.randrange(2)
@@ -233,43 +232,29 @@ class Shapes:
                 picture[y:y + size, x:x + size] = self.drawn[number]
         return pixels
 
-    def read(self, pixels, worst=17.0):
+    def read(self, pixels):
         """The checker: (N, H, W, 3) uint8 -> N scenes, by the nearest drawn cell.
 
         Nearest is the least squared error, so this is exact on drawn pictures. A cell whose
-        nearest match has a PSNR under `worst` dB shows nothing that can be named: shape -1.
+        nearest match has a PSNR under WORST dB shows nothing that can be named: shape -1.
         """
-        grid, size = self.preset.grid, self.cell_size
-        drawn = self.drawn.reshape(len(self.drawn), -1).astype(np.float32)
-        drawn_norms = (drawn ** 2).sum(1)
-        limit = 255 ** 2 * 10 ** (-worst / 10) * drawn.shape[1]     # squared error of that PSNR
-        scenes = []
-        for picture in pixels[:, :grid * size, :grid * size]:
-            cells = picture.reshape(grid, size, grid, size, 3).transpose(0, 2, 1, 3, 4)
-            cells = cells.reshape(grid ** 2, -1).astype(np.float32)
-            # |cell - drawn|^2 of all pairs at once, less |cell|^2, which changes no order
-            scores = drawn_norms - 2 * cells @ drawn.T
-            errors = scores.min(1) + (cells ** 2).sum(1)
-            things = []
-            for cell, number in enumerate(scores.argmin(1)):
-                if errors[cell] > limit:
-                    things.append(Thing(-1, -1, -1, cell))
-                elif number != 0:                           # 0: empty
-                    things.append(self.contents[number]._replace(cell=cell))
-            scenes.append(tuple(things))
-        return scenes
+        n, grid, size = len(pixels), self.preset.grid, self.cell_size
+        cells = pixels[:, :grid * size, :grid * size].reshape(n, grid, size, grid, size, 3)
+        cells = torch.from_numpy(cells.swapaxes(2, 3).reshape(n, grid ** 2, -1)).float()
+        drawn = torch.from_numpy(self.drawn).flatten(1).float()
+        distances, numbers = torch.cdist(cells, drawn).min(-1)          # (N, cells)
+        numbers[distances ** 2 / drawn.size(1) > 255 ** 2 * 10 ** (-WORST / 10)] = -1
+        unknown = Thing(-1, -1, -1, 0)
+        return [tuple((self.contents[number] if number > 0 else unknown)._replace(cell=cell)
+                      for cell, number in enumerate(row) if number != 0)        # 0: empty
+                for row in numbers.tolist()]
 
     # ------------------------------------------------------------------ language
 
     def phrase(self, thing, fields, plural=False):
         """These fields of a thing in words: "top-left small red circle"."""
-        words = []
-        if "cell" in fields:
-            words.append(self.cell_names[thing.cell])
-        if "size" in fields:
-            words.append(SIZE_NAMES[thing.size])
-        if "colour" in fields:
-            words.append(COLOUR_NAMES[thing.colour])
+        words = [self.names[field][getattr(thing, field)] for field in ("cell", "size", "colour")
+                 if field in fields]
         noun = SHAPES[thing.shape] if "shape" in fields else "object"
         if plural:
             noun += "es" if noun.endswith("s") else "s"
@@ -282,19 +267,12 @@ class Shapes:
         holds = (column_a < column_b, column_a > column_b, row_a < row_b, row_a > row_b)
         return [i for i in range(4) if holds[i]]
 
-    def caption_kinds(self, scene):
-        """The kinds of captions that a scene can have."""
-        n, shapes = len(scene), {thing.shape for thing in scene}
-        kinds = ["scene"]
-        if n == 1:
-            kinds += ["single object", "colours"]
-        elif len(shapes) == 1:
-            kinds += ["counting"]
-        if n == 2:
-            kinds += ["two objects", "attribute binding"]
-            if len(shapes) == 2:
-                kinds += ["position"]
-        return kinds
+    def has_caption(self, scene, kind):
+        """Whether a scene can have a caption of this kind."""
+        n, shapes = len(scene), len({thing.shape for thing in scene})
+        return {"scene": True, "single object": n == 1, "colours": n == 1,
+                "counting": n > 1 and shapes == 1, "two objects": n == 2,
+                "attribute binding": n == 2, "position": n == 2 and shapes == 2}[kind]
 
     def caption(self, rng, scene, kind):
         """A Caption that tells of every object, in reading order: all about it, or less."""
@@ -348,8 +326,8 @@ class Shapes:
         answer = None
         if kind in ("colour", "shape", "size") or (kind == "place" and len(scene) > 1):
             parts = [self.refer(rng, scene, thing, kind)]
-            answer = {"colour": COLOUR_NAMES[thing.colour], "shape": SHAPES[thing.shape],
-                      "size": SIZE_NAMES[thing.size], "place": self.cell_names[thing.cell]}[kind]
+            field = "cell" if kind == "place" else kind
+            answer = self.names[field][getattr(thing, field)]
         elif kind == "existence":
             answer, *parts = self.existence(rng, scene, thing, avoid, required)
         elif kind == "count":
@@ -463,7 +441,7 @@ class Shapes:
             if required and not any(thing.pair in required for thing in scene):
                 continue
             kind = kinds[len(scenes) % len(kinds)] if task == "gen" else "scene"
-            if kind not in self.caption_kinds(scene):
+            if not self.has_caption(scene, kind):
                 tries += 1
                 if tries < 100:                 # a small world may have no scene for this kind
                     continue
@@ -474,13 +452,6 @@ class Shapes:
             asked.append(self.questions(question_rng, scene, questions, question_kinds, counts,
                                         avoid, required))
         return Split(self.render(scenes), captions, asked, scenes)
-
-
-def shape_mask(shape, diameter, size):
-    """How far a shape covers each pixel of its cell: (size, size) in 0..1, 8x8 points each."""
-    points = (np.arange(size * 8) + .5 - size * 4) / (diameter * 4)     # in radii, from the centre
-    inside = INSIDE[shape](points[None, :], points[:, None])
-    return inside.reshape(size, 8, size, 8).mean((1, 3))
 
 
 # ---------------------------------------------------------------------- your own images
@@ -505,20 +476,15 @@ def read_picture(path, size):
             with suppress(Exception):                       # unreadable EXIF says nothing
                 image = ImageOps.exif_transpose(image)      # of an animation: the first frame
             if image.mode.startswith("I") or image.mode == "F":
-                image = eight_bits(image)
+                # Integers have 16 bits; fractions go to 1, or to 255 where one is above 1.
+                levels = np.nan_to_num(np.asarray(image, np.float64))
+                white = 65535 if image.mode != "F" else 1 if levels.max() <= 1 else 255
+                levels = (levels / white * 255).round().clip(0, 255).astype(np.uint8)
+                image = Image.fromarray(levels)
             image = image.convert("RGBA")
             paper = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(paper, image).convert("RGB")
             return np.array(ImageOps.fit(image, (size, size)))
-
-
-def eight_bits(image):
-    """Integers have 16 bits; fractions go from 0 to 1, or to 255 where one is above 1."""
-    levels = np.asarray(image, np.float64)
-    white = 65535
-    if image.mode == "F":
-        white = 1 if levels.max() <= 1 else 255
-    return Image.fromarray((levels / white * 255).round().clip(0, 255).astype(np.uint8))
 
 
 def clean_text(text, longest):
@@ -534,10 +500,7 @@ def clean_text(text, longest):
 
 def read_folder(path, longest):
     """A folder of images -> [(image path, caption, [(question, answer)], place for messages)].
-
-    It has a metadata.jsonl, as Hugging Face's ImageFolder has, or a folder for each class, whose
-    name is the caption. longest: so many characters a text may have. Prints what was found.
-    """
+    longest: so many characters a text may have. Prints what was found."""
     root, file = Path(path), Path(path) / "metadata.jsonl"
     if not root.is_dir():
         fail(f"--data {path}: expected `shapes` or a folder of images")
@@ -558,12 +521,19 @@ def read_folder(path, longest):
 
 
 def read_classes(root, longest):
+    deeper = sorted(map(str, root.glob("*/metadata.jsonl")))
+    if deeper:
+        fail(f"--data {root}: expected its folder instead: {', '.join(deeper)}")
+    for folder in root.iterdir():
+        if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+            fail(f"--data {root}: {folder} cannot be read")
     entries = []
     for picture in sorted(root.glob("*/*")):
         folder = picture.parent
         hidden = picture.name.startswith(".") or folder.name.startswith(".")
-        is_run = (folder / "log.jsonl").exists()            # its pictures are results
-        if picture.suffix.lower() in SUFFIXES and picture.is_file() and not hidden and not is_run:
+        # Results of a run, or of these scripts, are no data.
+        ours = (folder / "log.jsonl").exists() or is_ours(picture)
+        if picture.suffix.lower() in SUFFIXES and picture.is_file() and not hidden and not ours:
             with refuse_errors(f"{folder}: the name of a class"):
                 name = clean_text(folder.name.replace("_", " "), longest)
             entries.append((picture, name, [], str(folder)))
@@ -610,7 +580,7 @@ class Folder:
             try:
                 pixels.append(read_picture(file, self.image_size))
             except Exception as error:                      # Pillow raises nearly anything
-                unusable.append(f"{where}: {file} ({type(error).__name__}: {error})"[:300])
+                unusable.append(f"{where}: {str(file)!r} ({type(error).__name__}: {error})"[:300])
                 continue
             self.captions.append(Caption(text, "text"))
             pairs = pairs or [("what is this?", text)]
@@ -622,8 +592,9 @@ class Folder:
         is_val = np.array([zlib.crc32(p.tobytes()) % 10 == 0 for p in pixels], bool)
         self.indices = {"train": np.flatnonzero(~is_val), "val": np.flatnonzero(is_val)}
         if min(len(self.indices["val"]), len(self.indices["train"])) < 10:
-            fail(f"--data {path}: {len(pixels)} images are too few: about one in ten is kept for "
-                 "validation, where ten are needed. Expected a metadata.jsonl, or a folder of "
+            different = len({p.tobytes() for p in pixels})
+            fail(f"--data {path}: {len(pixels)} images, {different} of them different, are too "
+                 "few: about one in ten is kept for validation, where ten are needed. Expected a metadata.jsonl, or a folder of "
                  "images for each class")
         self.pixels = np.stack(pixels)                      # (N, H, W, 3) uint8
         texts = zlib.crc32(repr((self.captions, self.questions)).encode())

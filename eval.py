@@ -8,11 +8,12 @@
 import json
 import math
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
-from common import (contact_sheet, fail, hardware, pick_device, run_script,
+from common import (check_output, contact_sheet, fail, hardware, pick_device, run_script,
                     save_picture, script_parser, write_file)
 
 import numpy as np
@@ -144,11 +145,6 @@ def answer_all(model, tokenizer, split, batch, plan):
     return answers, loss / batch.is_output.sum().item()
 
 
-def mean(numbers):
-    numbers = list(numbers)
-    return sum(numbers) / len(numbers)
-
-
 def understanding_scores(answers):
     """Accuracy, also by kind of question. `chance`: the accuracy of always giving the most frequent
     answer to each kind of question."""
@@ -159,9 +155,9 @@ def understanding_scores(answers):
         if of_kind:
             (_, most), = Counter(a.question.answer for a in of_kind).most_common(1)
             guessed += most
-            by_type[kind] = {"accuracy": mean(a.correct for a in of_kind),
+            by_type[kind] = {"accuracy": fmean(a.correct for a in of_kind),
                              "chance": most / len(of_kind), "n": len(of_kind)}
-    return {"n": len(answers), "accuracy": mean(a.correct for a in answers),
+    return {"n": len(answers), "accuracy": fmean(a.correct for a in answers),
             "chance": guessed / len(answers), "by_type": by_type}
 
 
@@ -170,22 +166,17 @@ def understanding_scores(answers):
 def check_pictures(dataset, split, pixels):
     """What the checker says of pictures beside their captions: object and image accuracy, also by
     kind of caption; and which pictures are wrong (a list of indices)."""
-    by_kind, wrong = defaultdict(list), []
-    for i, seen in enumerate(dataset.read(pixels)):
-        caption, scene = split.captions[i], split.scenes[i]
-        objects, right = dataset.fulfilled(caption, scene, seen)
-        by_kind[caption.kind].append((objects, len(scene), right))
-        if not right:
-            wrong.append(i)
+    rows = [(caption.kind, len(scene), *dataset.fulfilled(caption, scene, seen))
+            for caption, scene, seen in zip(split.captions, split.scenes, dataset.read(pixels))]
 
-    def rates(checked):
-        objects, stated, right = zip(*checked)
-        return {"object_accuracy": sum(objects) / sum(stated), "image_accuracy": mean(right),
-                "n": len(checked)}
+    def rates(kinds):
+        _, stated, found, right = zip(*(row for row in rows if row[0] in kinds))
+        return {"object_accuracy": sum(found) / sum(stated), "image_accuracy": fmean(right),
+                "n": len(right)}
 
-    by_type = {kind: rates(by_kind[kind]) for kind in CAPTION_FIELDS if kind in by_kind}
-    everything = [row for checked in by_kind.values() for row in checked]
-    return {**rates(everything), "by_type": by_type}, wrong
+    kinds = [kind for kind in CAPTION_FIELDS if kind in {row[0] for row in rows}]
+    wrong = [i for i, row in enumerate(rows) if not row[-1]]
+    return {**rates(kinds), "by_type": {kind: rates([kind]) for kind in kinds}}, wrong
 
 
 @torch.no_grad()
@@ -330,6 +321,8 @@ def main():
     args = parser.parse_args()
     if args.n < 1:
         fail(f"--n {args.n}: expected at least 1")
+    if not 0 <= args.seed < 2 ** 32:
+        fail(f"--seed {args.seed}: expected 0 to {2 ** 32 - 1}")
     device, out = pick_device(args.device), args.out or args.run
     model, tokenizer, checkpoint = load_run(args.run, device)
     options, tasks, suffix = checkpoint["options"], checkpoint["tasks"], ""
@@ -342,15 +335,14 @@ def main():
     if changed:
         options |= changed
         suffix = "-{und_plan}-{gen_plan}{shallow}".format(**options)
-    try:
-        plans = plans_of(tasks, options, model.config.layers)
-    except ValueError as error:
-        fail(str(error))
+    plans = plans_of(tasks, options, model.config.layers)
     if args.ask:
         pixels = open_picture(Path(args.ask[0]), tokenizer.vq.image_size, "--ask")
         codes = tokenizer.encode(pixels[None])[0]
         print(answer(model, tokenizer, codes, args.ask[1], plans["und"]))
     elif args.draw is not None:
+        check_output(out / "draw.png", "picture")
+        check_output(out / "draw-0.png", "picture")
         texts = [args.draw] * args.n
         pixels = draw_pictures(model, tokenizer, texts, plans["gen"], sampling_of(options),
                                seed=args.seed)
@@ -360,8 +352,9 @@ def main():
     else:
         dataset = load_of_run(checkpoint, args.data)
         scores, shown = evaluate(model, tokenizer, options, checkpoint["step"], dataset, plans)
+        print(summary(scores))
         save_scores(scores, shown, out, suffix)
-        print(f"{summary(scores)}\n{out}/eval{suffix}.json, samples{suffix}.png")
+        print(f"{out}/eval{suffix}.json, samples{suffix}.png")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ It goes through its layers in three ways, which the tests hold equal, the first 
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -62,9 +61,6 @@ class Config:
 
 # ---------------------------------------------------------------------- sequences
 
-PER_SEQUENCE = ("tokens", "position_ids", "segment_ids", "targets", "loss_weights", "is_output")
-
-
 class Batch(NamedTuple):
     """Equally long sequences of one task: those of a step, or all that a task is trained on, of
     which `rows` selects some. What stands at position i of `targets`, `loss_weights` and
@@ -81,10 +77,10 @@ class Batch(NamedTuple):
 
     def rows(self, index):
         """Those sequences, as a Batch."""
-        return self._replace(**{name: getattr(self, name)[index] for name in PER_SEQUENCE})
+        return Batch(*self[:3], *(tensor[index] for tensor in self[3:]))
 
     def to(self, device):
-        return self._replace(**{name: getattr(self, name).to(device) for name in PER_SEQUENCE})
+        return Batch(*self[:3], *(tensor.to(device) for tensor in self[3:]))
 
     def is_image(self):
         """(N,) bool: which tokens are image tokens."""
@@ -104,19 +100,13 @@ class Batch(NamedTuple):
         return (causal & ((seen == 0) | (seen == asker)))[:, None]
 
 
-def blank(rows, length, pad):
-    """The arrays of a Batch, padding everywhere. Arrays of numpy are faster to fill piece by piece
-    than tensors."""
-    shape = rows, length
-    return SimpleNamespace(
-        tokens=np.full(shape, pad), position_ids=np.zeros((*shape, 2), np.int64),
-        segment_ids=np.full(shape, -1), targets=np.full(shape, -1),
-        loss_weights=np.zeros(shape, np.float32), is_output=np.zeros(shape, bool))
-
-
-def to_batch(task, layout, image_loss, arrays):
-    tensors = {name: torch.from_numpy(array) for name, array in vars(arrays).items()}
-    return Batch(task, layout, image_loss, **tensors)
+def blank(task, layout, image_loss, rows, pad):
+    """A Batch of padding, of arrays still: they are faster to fill piece by piece."""
+    shape = rows, sum(layout)
+    return Batch(task, layout, image_loss, tokens=np.full(shape, pad),
+                 position_ids=np.zeros((*shape, 2), np.int64), segment_ids=np.full(shape, -1),
+                 targets=np.full(shape, -1), loss_weights=np.zeros(shape, np.float32),
+                 is_output=np.zeros(shape, bool))
 
 
 def grid_positions(m):
@@ -124,10 +114,11 @@ def grid_positions(m):
     return np.stack(np.divmod(np.arange(m), math.isqrt(m)), 1)
 
 
-def understanding(tokenizer, codes, questions, length=None, image_loss=False):
+def understanding(tokenizer, codes, questions, length=None, image_loss=False, most=None):
     """[bos] [und] image, then questions with answers, up to the first that does not fit into
     `length` tokens, by default all. codes: (B, M). questions: for each picture a list of
-    (question, answer) strings. image_loss: also predict the image tokens.
+    (question, answer) strings. image_loss: also predict the image tokens. most: the default
+    `length` is at most this, unless a single question is longer.
 
     A picture of 4 tokens i0 to i3, two questions, and a length of 8; `-` is a target of -1, w is
     AUXILIARY_WEIGHT:
@@ -146,10 +137,13 @@ def understanding(tokenizer, codes, questions, length=None, image_loss=False):
     encoded = [[(tokenizer.ids(question), tokenizer.ids(answer)) for question, answer in pairs]
                for pairs in questions]
     if length is None:
-        length = max(sum(len(q) + len(a) for q, a in pairs) for pairs in encoded)
+        lengths = [[len(q) + len(a) for q, a in pairs] for pairs in encoded]
+        length = max(map(sum, lengths))
+        if most is not None:
+            length = min(length, max([most, *(n for row in lengths for n in row)]))
     rows, m = codes.shape
     first = 2 + m                                   # the position after the image
-    a = blank(rows, first + length, tokenizer.pad)
+    a = blank("und", Layout(2, m, length), image_loss, rows, tokenizer.pad)
     a.tokens[:, :2] = tokenizer.bos, tokenizer.und
     a.tokens[:, 2:first] = FIRST_CODE + codes
     a.position_ids[:, 1] = 1
@@ -175,7 +169,7 @@ def understanding(tokenizer, codes, questions, length=None, image_loss=False):
             a.loss_weights[row, start:stop] = AUXILIARY_WEIGHT
             a.loss_weights[row, answer:stop - 1] = 1
             start = stop
-    return to_batch("und", Layout(2, m, length), image_loss, a)
+    return Batch(*a[:3], *map(torch.from_numpy, a[3:]))
 
 
 def generation(tokenizer, codes, captions, length=None):
@@ -197,7 +191,7 @@ def generation(tokenizer, codes, captions, length=None):
     prefixes = [[tokenizer.bos, tokenizer.gen] + tokenizer.ids(caption) for caption in captions]
     length = length or max(map(len, prefixes))
     rows, m = codes.shape
-    a = blank(rows, length + m, tokenizer.pad)
+    a = blank("gen", Layout(length, m, 0), False, rows, tokenizer.pad)
     a.tokens[:, length:] = a.targets[:, length - 1:-1] = FIRST_CODE + codes
     a.loss_weights[:, length - 1:-1] = 1
     a.is_output[:, length - 1:-1] = True
@@ -207,23 +201,17 @@ def generation(tokenizer, codes, captions, length=None):
         a.position_ids[row, start:length] = np.arange(len(prefix))[:, None]
         a.position_ids[row, length:] = len(prefix) + grid_positions(m)
         a.segment_ids[row, start:] = 0
-    return to_batch("gen", Layout(length, m, 0), False, a)
+    return Batch(*a[:3], *map(torch.from_numpy, a[3:]))
 
 
 def sequences(task, tokenizer, split, most=None, image_loss=False):
-    """All pictures of a data.Split as one Batch, as long as its longest text needs. most: text
-    tokens of several questions on one picture; those that do not fit are left out."""
+    """All pictures of a data.Split as one Batch, as long as its longest text needs. most: see
+    `understanding`."""
     codes = tokenizer.encode(split.pixels)
     if task == "gen":
         return generation(tokenizer, codes, [caption.text for caption in split.captions])
-    pairs, longest, longest_one = [], 0, 0
-    for questions in split.questions:
-        pairs.append([(q.text, q.answer) for q in questions])
-        lengths = [len(tokenizer.ids(q) + tokenizer.ids(a)) for q, a in pairs[-1]]
-        longest = max(longest, sum(lengths))
-        longest_one = max([longest_one, *lengths])
-    length = longest if most is None else min(longest, max(most, longest_one))
-    return understanding(tokenizer, codes, pairs, length, image_loss)
+    pairs = [[(q.text, q.answer) for q in questions] for questions in split.questions]
+    return understanding(tokenizer, codes, pairs, None, image_loss, most)
 
 
 # ---------------------------------------------------------------------- the block
@@ -488,7 +476,7 @@ class Model(nn.Module):
         for write in range(start, n):
             x = embedding = self.embed(batch, read, write)      # the prompt, then token by token
             inputs_of = {}
-            for rule in set(plan):
+            for rule in is_key:
                 inputs = self.layer_inputs(rule, batch, read, write)
                 queries = read + inputs.queries.index
                 mask = batch.attention_mask(queries, every_position) & is_key[rule]

@@ -10,12 +10,12 @@ sequences. """
 import json
 from pathlib import Path
 
-from common import (fail, line_chart, pick_device, run_script, save_picture, script_parser,
-                    write_file)
+from common import (contact_sheet, fail, line_chart, pick_device, run_script, save_picture,
+                    script_parser, write_file)
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageOps
 
 from data import load_of_run
 from model import Model, load_run, sequences
@@ -87,43 +87,22 @@ def measure(model, tokenizer, checkpoint, n, source=None):
     return shares, attention, batches
 
 
-def heat_colours(attention):
-    """(n, n) in 0..1 -> (n, n, 3) uint8, on a logarithmic scale from 0.0001 (dark) to 1 (light)."""
-    stops = np.array([(10, 8, 40), (90, 20, 110), (200, 60, 80), (250, 160, 60), (255, 250, 200)],
-                     float)
-    level = (np.log10(attention.clip(1e-4)) + 4) / 4 * (len(stops) - 1)
-    low = level.astype(int).clip(0, len(stops) - 2)
-    mixed = stops[low] + (stops[low + 1] - stops[low]) * (level - low)[..., None]
-    return mixed.round().astype(np.uint8)
-
-
 def draw_heatmaps(attention, batches, path, columns=4):
     """Fig. 2: attention of one sequence, queries downwards and keys to the right, at several layers
-    from first to last. attention, batches: {task: ...}."""
+    from first to last, from 0.0001 (dark) to 1 (light). attention, batches: {task: ...}."""
     columns = min(columns, *map(len, attention.values()))
-    font, size, gap, ink = ImageFont.load_default(13), 260, 24, (60, 60, 60)
-    height = len(attention) * (size + 2 * gap) + gap
-    sheet = Image.new("RGB", (gap + columns * (size + gap), height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (task, layers) in enumerate(attention.items()):
+    pictures, texts = [], []
+    for task, layers in attention.items():
         real = (batches[task].segment_ids[0] >= 0).cpu()
-        n = int(real.sum())
-        for column in range(columns):
-            layer = round(column * (len(layers) - 1) / max(1, columns - 1))
-            x, y = gap + column * (size + gap), gap + 20 + row * (size + 2 * gap)
-            picture = Image.fromarray(heat_colours(layers[layer][real][:, real].numpy()))
-            sheet.paste(picture.resize((size, size), Image.NEAREST), (x, y))
-            draw.text((x, y - 18), f"{TITLES[task]}, layer {layer + 1}", ink, font)
-            for name, members in segments(batches[task]).items():
-                where = torch.nonzero(members[0].cpu()[real]).flatten().tolist()
-                if not where:
-                    continue
-                edge = x + size * where[0] / n
-                draw.line([(edge, y + size), (edge, y + size + 6)], fill=ink)
-                if len(where) > 5:                              # else there is no room for its name
-                    middle = x + size * (where[0] + where[-1] + 1) / 2 / n
-                    draw.text((middle, y + size + 4), name, ink, font, anchor="mt")
-    save_picture(sheet, path)
+        sizes = [f"{name} {int(members[0].sum())}"
+                 for name, members in segments(batches[task]).items() if members[0].any()]
+        for layer in np.linspace(0, len(layers) - 1, columns).round().astype(int):
+            level = layers[layer][real][:, real].clamp(min=1e-4).log10() / 4 + 1        # 0 to 1
+            grey = Image.fromarray((255 * level).byte().numpy())
+            heat = ImageOps.colorize(grey, (10, 8, 40), (255, 250, 200), mid=(200, 60, 80))
+            pictures.append(np.array(heat))
+            texts.append(f"{TITLES[task]}, layer {layer + 1}\ntokens: {', '.join(sizes)}")
+    contact_sheet(pictures, texts, path, columns, size=260)
 
 
 def draw_shares(shares, path):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from common import check_output, run_script, save_picture, script_parser
+from common import check_output, fail, run_script, save_picture, script_parser
 from data import PATCH, PRESETS
 from tokenizer import FIRST_CODE
 
@@ -47,7 +47,7 @@ def alternating(rule, layers, k):
     return tuple(rule if layer in chosen else FULL for layer in range(layers))
 
 
-# A plan is one Rule for each layer, by the number of layers and HMGen's K.
+# A plan is one Rule for each layer, made from the number of layers and HMGen's K.
 PLANS = {
     "dense": lambda layers, k: (FULL,) * layers,
     "himix": lambda layers, k: (HIMIX,) * layers,
@@ -59,27 +59,26 @@ PLANS = {
 
 
 def make_plan(name, layers, shallow=1):
-    """The plan of that name: a tuple of `layers` Rules. `shallow` is HMGen's K.
-
-    ValueError for an unknown name, and for a K that does not fit.
-    """
+    """The plan of that name. ValueError for an unknown name, and for a K that does not fit."""
     if name not in PLANS:
         raise ValueError(f"unknown plan {name!r}: expected one of {', '.join(PLANS)}")
     return PLANS[name](layers, shallow)
 
 
 def plans_of(tasks, options, layers):
-    """{task: plan} of a run with train.py's options. ValueError for a plan that cannot work."""
-    plans = {task: make_plan(options[f"{task}_plan"], layers, options["shallow"])
-             for task in tasks}
+    """{task: plan} of a run with train.py's options."""
+    try:
+        plans = {task: make_plan(options[f"{task}_plan"], layers, options["shallow"])
+                 for task in tasks}
+    except ValueError as error:
+        fail(str(error))
     if "gen" in plans and not can_generate(plans["gen"]):
-        raise ValueError(f"--gen-plan {options['gen_plan']}: image tokens that are never updated "
-                         "cannot predict the next one; expected another plan")
+        fail(f"--gen-plan {options['gen_plan']}: image tokens that are never updated cannot "
+             "predict the next one; expected another plan")
     return plans
 
 
 def can_generate(plan):
-    """Image tokens that are updated in no layer cannot predict the next one."""
     return any(rule.query for rule in plan)
 
 
@@ -141,12 +140,6 @@ def mask(rule, layout):
 FFN = 4
 
 
-def count_tokens(rule, layout):
-    """How many queries and how many keys a layer has."""
-    queries, keys = positions(rule, layout)
-    return len(queries.index), len(keys.index)
-
-
 def flops(plan, layout, width, vocab, image_loss=False):
     """Floating-point operations of forward and backward for one sequence: every matmul, of padding
     (up to the longest sequence of all) and of masked scores, too, because they are computed. The
@@ -165,7 +158,7 @@ def flops(plan, layout, width, vocab, image_loss=False):
     span = predicting(layout, image_loss)
     multiply_adds = (span.stop - span.start) * d * vocab
     for rule in plan:
-        q, k = count_tokens(rule, layout)
+        q, k = (sum(tokens.layout) for tokens in positions(rule, layout))
         multiply_adds += 2 * q * d * d + 2 * k * d * d + 2 * q * k * d + 2 * FFN * q * d * d
     return 6 * multiply_adds
 
@@ -175,7 +168,7 @@ def paper_cost(plan, layout, width):
     projections, and counts q k d once, for the scores; their use takes as much again."""
     total = 0
     for rule in plan:
-        q, k = count_tokens(rule, layout)
+        q, k = (sum(tokens.layout) for tokens in positions(rule, layout))
         total += q * k * width + 2 * FFN * q * width ** 2
     return total
 

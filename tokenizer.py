@@ -199,20 +199,15 @@ class Tokenizer:
         """Ids -> text, special tokens left out."""
         return self.text.decode([i for i in ids if i < len(self.ranks)])
 
-    def encode(self, pixels, batch=256):
+    def encode(self, pixels):
         """(N, H, W, 3) uint8 array -> (N, M) codes, from 0, on the CPU."""
-        device, codes = self.vq.codebook.device, []
-        for i in range(0, len(pixels), batch):
-            part = torch.as_tensor(pixels[i:i + batch]).to(device)
-            codes.append(self.vq.encode(part).cpu())
-        return torch.cat(codes)
+        device, parts = self.vq.codebook.device, torch.as_tensor(pixels).split(256)
+        return torch.cat([self.vq.encode(part.to(device)).cpu() for part in parts])
 
-    def decode(self, codes, batch=256):
+    def decode(self, codes):
         """(N, M) codes -> (N, H, W, 3) uint8 array."""
-        device, pixels = self.vq.codebook.device, []
-        for i in range(0, len(codes), batch):
-            pixels.append(self.vq.decode(codes[i:i + batch].to(device)).cpu())
-        return torch.cat(pixels).numpy()
+        device, parts = self.vq.codebook.device, codes.split(256)
+        return torch.cat([self.vq.decode(part.to(device)).cpu() for part in parts]).numpy()
 
     def state(self):
         """All of it as plain tensors, numbers and strings, for a checkpoint."""
@@ -285,7 +280,7 @@ def score_tokenizer(tokenizer, dataset, n=1000):
     pixels = dataset.split("gen", "val", n, questions=0).pixels
     codes = tokenizer.encode(pixels)
     decoded = tokenizer.decode(codes)
-    error = ((pixels.astype(float) - decoded) ** 2).mean()
+    error = max(((pixels.astype(float) - decoded) ** 2).mean(), 1e-9)
     scores = {"n": len(pixels), "psnr": 10 * math.log10(255 ** 2 / error),
               "codes_used": len(codes.unique()) / len(tokenizer.vq.codebook)}
     return scores, pixels, decoded

@@ -26,18 +26,18 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from common import (fail, has_bfloat16, line_chart, lock_folder, mixed_precision, peak_flops,
-                    peak_memory_mb, pick_device, run_script, save_checkpoint, save_picture,
-                    script_parser, write_file)
+                    peak_memory_mb, pick_device, read_checkpoint, run_script, save_checkpoint,
+                    save_picture, script_parser, write_file)
 
 import torch
 from tqdm import tqdm
 
-from data import PRESETS, load, load_of_run
+import data
+from data import PRESETS
 from eval import evaluate, save_scores, summary
-from model import PROJECTIONS, TASK_WEIGHT, Config, Model, load_run, sequences
+from model import PROJECTIONS, TASK_WEIGHT, Config, Model, sequences
 from prune import PLANS, plans_of
-from tokenizer import (Tokenizer, default_path, default_preset, load_tokenizer, score_tokenizer,
-                       train_tokenizer)
+from tokenizer import Tokenizer, default_path, default_preset, load_tokenizer, train_tokenizer
 
 # The switch between joint and isolated training. A step takes one batch of each task.
 OBJECTIVES = {"joint": ["und", "gen"], "und": ["und"], "gen": ["gen"]}
@@ -65,12 +65,13 @@ def train(options, device, resumed=None):
     """Trains and scores one run, or goes on with the checkpoint `resumed`. Everything is written
     into the folder options["out"]."""
     began, out, steps = time.time(), Path(options["out"]), options["steps"]
+    go_on = f"python train.py --resume --out {shlex.quote(str(out))}"
     tasks = OBJECTIVES[options["objective"]]
     plans = plans_of(tasks, options, PRESETS[options["preset"]].layers)
 
     # Data: all sequences of a task are one Batch that stays on the device.
-    dataset = (load_of_run(resumed, options["data"]) if resumed
-               else load(options["data"], options["preset"]))
+    dataset = (data.load_of_run(resumed, options["data"]) if resumed
+               else data.load(options["data"], options["preset"]))
     tokenizer = get_tokenizer(options, dataset, device, resumed)
     examples = {task: training_sequences(task, options, dataset, tokenizer).to(device)
                 for task in tasks}
@@ -81,7 +82,12 @@ def train(options, device, resumed=None):
     torch.manual_seed(options["seed"])
     model = Model(config, tokenizer.vq.codebook.cpu()).to(device)
     optimizers = optimizers_of(model, options["lr"])
-    start = restore(resumed, model, optimizers) if resumed else 0
+    start, rows = 0, []                                 # rows: of log.jsonl
+    if resumed:
+        start, rows = resumed["step"], resumed["log"]
+        model.load_state_dict(resumed["model"])
+        for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
     parts = parts_that_fit(options, config, device)
     if options["compile"]:
         first = {task: next(get_batches(examples[task], order[task], 0, parts))[0]
@@ -89,12 +95,15 @@ def train(options, device, resumed=None):
         if not compile_blocks(model, first, plans, out / "compile-error.txt"):
             parts = parts_that_fit({**options, "compile": False}, config, device)
 
-    progress = Progress(options, config, plans, start, device)
+    progress = Progress(options, config, plans, start, rows, device)
     in_parts = f" in {parts} parts" if parts > 1 else ""
     progress.bar.write(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
                        f"{progress.tokens} tokens and {progress.flops / 1e9:.0f} GFLOP a "
                        f"step{in_parts}; before the first step {time.time() - began:.0f} s")
-    stop_requests = catch_stop_signals()
+    stop_requests = []                  # Ctrl-C and the like end the loop after the step, saved
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:      # nohup ignores a closed terminal
+            signal.signal(number, lambda number, _: stop_requests.append(number))
     saved = time.monotonic()
     model.train()
     for step in range(start, steps):
@@ -113,25 +122,25 @@ def train(options, device, resumed=None):
         last_step = step == steps - 1
         progress.step(step, losses, optimizers[0].param_groups[0]["lr"], last_step)
         if stop_requests or last_step or time.monotonic() - saved >= options["save_every"]:
-            save(out, options, dataset, tokenizer, model, optimizers, step)
+            save(out, options, dataset, tokenizer, model, optimizers, step, progress.rows)
             saved = time.monotonic()
         if stop_requests:
             progress.bar.close()
-            print(f"stopped after step {step + 1} and saved; {hint(out)} goes on",
-                  file=sys.stderr)
+            print(f"stopped after step {step + 1} and saved; {go_on} goes on", file=sys.stderr)
             raise SystemExit(128 + stop_requests[0])
     progress.bar.close()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)
 
-    if progress.rows:
-        draw_losses(progress.rows, out / "loss.png")
+    lines = {task: [(row["step"], row[f"loss_{task}"]) for row in progress.rows] for task in tasks}
+    chart = line_chart(lines, "training loss (eq. 1, see Model.loss)", "step")
+    save_picture(chart, out / "loss.png")
     try:
         with torch.compiler.set_stance("force_eager"):      # its batches have other sizes
             scores, shown = evaluate(model, tokenizer, options, steps, dataset, plans)
         save_scores(scores, shown, out)
     except KeyboardInterrupt:
-        print(f"trained, but not scored; {hint(out)} scores it", file=sys.stderr)
+        print(f"trained, but not scored; {go_on} scores it", file=sys.stderr)
         raise SystemExit(130)
     print(f"{summary(scores)}\n{time.time() - began:.0f} s in all, peak memory "
           f"{peak_memory_mb(device) or math.nan:.0f} MB\nlook at {out}/samples.png, "
@@ -162,16 +171,13 @@ def get_batches(examples, order, step, parts):
 def get_tokenizer(options, dataset, device, resumed=None):
     """The run's own tokenizer where it is resumed, else the one that --tokenizer names. Trained and
     saved there if there is none."""
-    path = Path(options["tokenizer"])
-    if not resumed and not path.exists():
-        tokenizer, checkpoint = train_tokenizer(dataset, options["preset"], device)
-        save_checkpoint(checkpoint, path)
-        scores, _, _ = score_tokenizer(tokenizer, dataset)
-        print(f"{path}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    path, preset = Path(options["tokenizer"]), options["preset"]
     if resumed:
         tokenizer = Tokenizer.from_state(resumed["tokenizer"])
     else:
-        tokenizer = load_tokenizer(path, dataset, options["preset"])
+        if not path.exists():
+            save_checkpoint(train_tokenizer(dataset, preset, device)[1], path)
+        tokenizer = load_tokenizer(path, dataset, preset)
     tokenizer.vq.to(device)
     return tokenizer
 
@@ -183,7 +189,10 @@ def training_sequences(task, options, dataset, tokenizer):
         split = dataset.split("und", "train", preset.und_scenes, seed, preset.questions)
     else:
         split = dataset.split("gen", "train", preset.gen_scenes, seed, questions=0)
-        split, dropped = drop_captions(split, seed)
+        rng = random.Random(f"{seed} dropout")
+        dropped = [i for i in range(len(split.captions)) if rng.random() < CAPTION_DROPOUT]
+        for i in dropped:
+            split.captions[i] = split.captions[i]._replace(text="")
         if options["practice"]:
             practice = dataset.split("und", "train", len(dropped), seed, questions=0)
             split.pixels[dropped] = practice.pixels
@@ -196,17 +205,6 @@ def training_sequences(task, options, dataset, tokenizer):
             left_out += f", {batch.segment_ids.amax(1).sum()} of {asked} questions on them"
         print(f"{task}: {left_out}, as many as the preset takes")
     return batch
-
-
-def drop_captions(split, seed):
-    """Makes a part of the captions empty, for the whole run: that is what guidance subtracts. Also
-    returns which, a list of indices."""
-    rng = random.Random(f"{seed} dropout")
-    dropped = [i for i in range(len(split.captions)) if rng.random() < CAPTION_DROPOUT]
-    captions = list(split.captions)
-    for i in dropped:
-        captions[i] = captions[i]._replace(text="")
-    return split._replace(captions=captions), dropped
 
 
 def draw_order(task, examples, options):
@@ -294,13 +292,15 @@ def apply_gradients(optimizers):
 class Progress:
     """What people see of a run: a bar, log.jsonl."""
 
-    def __init__(self, options, config, plans, start, device):
+    def __init__(self, options, config, plans, start, rows, device):
         self.path, self.device = Path(options["out"]) / "log.jsonl", device
         batch_size = options["batch_size"]
         self.tokens = batch_size * sum(sum(config.layout(task)) for task in plans)
         self.flops = batch_size * sum(config.flops(task, plan) for task, plan in plans.items())
         self.peak = peak_flops(device)
-        self.rows = begin_log(self.path, start)
+        # What came after the checkpoint comes again.
+        self.rows = list(rows)
+        write_file(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.bar = tqdm(total=options["steps"], initial=start, desc=self.path.parent.name,
                         unit="step")
         self.logged_step, self.logged_at = start, time.perf_counter()
@@ -327,67 +327,19 @@ class Progress:
         self.bar.set_postfix_str(speed + (f", MFU {mfu:.0%}" if mfu else ""))
 
 
-def begin_log(path, start):
-    """The rows of a run up to step `start`: what came after the checkpoint comes again."""
-    rows, damaged = [], 0
-    for line in path.read_text().splitlines() if start and path.exists() else []:
-        try:
-            row = json.loads(line)
-            step, *_ = [row[key] for key in ("step", "loss_und", "loss_gen")]   # for loss.png
-            if step <= start:
-                rows.append(row)
-        except (ValueError, KeyError, TypeError):           # a full disk cuts lines
-            damaged += 1
-    if damaged:
-        print(f"{path}: {damaged} damaged lines are left out")
-    write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return rows
-
-
-def draw_losses(rows, path):
-    lines = {}
-    for key, name in (("loss_und", "understanding"), ("loss_gen", "generation")):
-        points = [(row["step"], row[key]) for row in rows if row[key] is not None]
-        if points:
-            lines[name] = points
-    title = "training loss (eq. 1, see Model.loss)"
-    save_picture(line_chart(lines, title, "step"), path)
-
-
 def check_finite(values, out, step):
     if not all(map(math.isfinite, values)):
         fail(f"a loss or a weight is not finite at step {step + 1}: --resume goes on from the last "
              f"checkpoint in {out}, if there is one; or begin again with a lower --lr")
 
 
-def catch_stop_signals():
-    """Ctrl-C, SIGTERM and a closed terminal end the loop when it has saved: they are noted in the
-    list that this returns."""
-    requests = []
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda number, _: requests.append(number))
-    return requests
-
-
-def hint(out):
-    return f"python train.py --resume --out {shlex.quote(str(out))}"
-
-
-def save(out, options, dataset, tokenizer, model, optimizers, step):
+def save(out, options, dataset, tokenizer, model, optimizers, step, rows):
     check_finite([p.sum().item() for p in model.parameters()], out, step)
     save_checkpoint({"kind": "run", "options": options, "tasks": OBJECTIVES[options["objective"]],
                      "step": step + 1, "identity": dataset.identity,
                      "tokenizer": tokenizer.state(), "config": asdict(model.config),
-                     "model": model.state_dict(),
+                     "model": model.state_dict(), "log": rows,
                      "optimizers": [o.state_dict() for o in optimizers]}, out / "checkpoint.pt")
-
-
-def restore(checkpoint, model, optimizers):
-    """Puts a checkpoint into model and optimizers; returns the step to go on with."""
-    model.load_state_dict(checkpoint["model"])
-    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
-    return checkpoint["step"]
 
 
 def parts_that_fit(options, config, device):
@@ -483,17 +435,14 @@ def check(options):
     for key, task in (("image_loss", "und"), ("practice", "gen")):
         if options[key] and task not in tasks:
             fail(f"--{key.replace('_', '-')} is of no use with --objective {options['objective']}")
-    try:
-        plans_of(tasks, options, PRESETS[options["preset"]].layers)
-    except ValueError as error:
-        fail(str(error))
+    plans_of(tasks, options, PRESETS[options["preset"]].layers)
 
 
 def resume(given, options):
     """The checkpoint in --out, and the options to go on with: what decides what is learned stays
     what it was."""
     out = options["out"]
-    _, _, checkpoint = load_run(out, "cpu")
+    checkpoint = read_checkpoint(Path(out) / "checkpoint.pt", "run")
     kept = checkpoint["options"]
     for key in ("out", "compile", "save_every", "parts"):
         kept[key] = options[key]
@@ -546,7 +495,7 @@ def main():
     check(options)
     if lock_folder(options["out"]) is None:
         fail(f"another process is at work in {options['out']}: expected another --out")
-    for part in Path(options["out"]).glob("*.part"):        # of saves that were killed
+    for part in Path(options["out"]).glob("checkpoint.pt.*.part"):      # of saves that were killed
         part.unlink(missing_ok=True)
     train(options, device, checkpoint)
 

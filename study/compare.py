@@ -155,13 +155,15 @@ def compare_speed(preset, batch_size, repeats, compiled, device):
 
 class UsualBlock(GPTBlock):
     """The same layer, to be called as model.Block is. In a dense plan, the only one that it knows,
-    queries and keys are the same tokens: `source` is x."""
+    all tokens are queries and keys."""
 
-    def forward(self, x, source, inputs, task, fused=True, cache=None):
+    def forward(self, x, embedding, inputs, task, fused=True, cache=None):
         q, k, v = self.heads_of(x)
         if cache:
-            cache[0][:, :, inputs.keys.index], cache[1][:, :, inputs.keys.index] = k, v
-            k, v = cache
+            all_k, all_v, first = cache
+            index = first + inputs.keys.index
+            all_k[:, :, index], all_v[:, :, index] = k, v
+            k, v = all_k, all_v
         attended, weights = attention(q, k, v, inputs.mask, fused)
         return self.update(x, attended), weights
 

@@ -38,7 +38,8 @@ from prune import make_plan
 from tokenizer import default_preset
 
 # Seconds that a part may take. The default run has what is left, but for SCORING.
-PARTS = {"versions": 30, "scripts": 90, "right": 75, "fast": 75, "train": None, "table": None}
+PARTS = {"versions": 30, "scripts": 120, "right": 110, "fast": 90, "graphs": 60, "train": None,
+         "table": None}
 SCORING = 70            # seconds kept to score a run that its limit has stopped
 PATIENCE = 25           # seconds that a stopped process has to save and end
 METHODS = [("und", "dense"), ("und", "himix"), ("gen", "dense"), ("gen", "hmgen")]
@@ -135,6 +136,38 @@ def fast(preset, device):
         with emit_errors(beside=kind.__name__):
             other = kind(c.vocab, c.layers, c.width, c.heads, length).to(device)
             emit(beside=kind.__name__, ms=milliseconds(usual_step(other, ids, compiled)))
+
+
+def graphs(preset, device):
+    """Forward and backward of a step, launched kernel by kernel and replayed as a CUDA graph: how
+    long a GPU waits for the CPU. All launches of a graph are one."""
+    c, rows = bench_config(preset), PRESETS[preset].batch_size
+    for task, name in METHODS:
+        for compiled in (False, True):
+            with emit_errors(graph=name, task=task, compiled=compiled):
+                batch, plan = random_batch(task, c, rows).to(device), make_plan(name, c.layers)
+                model = Model(c).to(device)
+                if compiled:
+                    for block in model.blocks:
+                        block.compile(dynamic=False)
+
+                def step():
+                    with mixed_precision(device):
+                        _, loss = model(batch, plan)
+                    loss.backward()
+                    model.zero_grad(set_to_none=False)      # a graph needs gradients that stay
+
+                stream = torch.cuda.Stream()                # where graphs have to be warmed up
+                with torch.cuda.stream(stream):
+                    for _ in range(3):
+                        step()
+                torch.cuda.current_stream().wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    step()
+                times = time_each({"launched": step, "replayed": graph.replay}, device, 15)
+                emit(task=task, plan=name, compiled=compiled,
+                     ms={way: 1e3 * statistics.median(times[way]) for way in times})
 
 
 # ---------------------------------------------------------------------- parts by other scripts
@@ -238,7 +271,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=9.5)
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART",
                         help=f"some of: {', '.join(PARTS)}")
-    parser.add_argument("--part", choices=("versions", "right", "fast"),
+    parser.add_argument("--part", choices=("versions", "right", "fast", "graphs"),
                         help="that part, in this process")
     parser.add_argument("--preset", choices=PRESETS, help="default: what fits the device")
     parser.add_argument("--out", type=Path, default=WORK / "results")
@@ -248,7 +281,8 @@ def main():
     device = pick_device(args.device)
     preset = args.preset or default_preset(device)
     if args.part:
-        {"versions": versions, "right": right, "fast": fast}[args.part](preset, device)
+        parts = {"versions": versions, "right": right, "fast": fast, "graphs": graphs}
+        parts[args.part](preset, device)
         return
     WORK.mkdir(parents=True, exist_ok=True)
     visit(args.minutes, args.only, preset, device, args.out.resolve())

@@ -5,6 +5,7 @@
 import sys
 from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import fail, pick_device, run_script, script_parser
@@ -14,7 +15,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import load_of_run
-from eval import mean
 from model import generation, load_run, understanding
 from prune import plans_of, predicting
 
@@ -66,7 +66,7 @@ def matching(model, tokenizer, split, task, plan, group=10):
             hits["caption"].append(texts[table[k].argmax()] == text)
             hits["image"].append(texts[table[:, k].argmax()] == text)
             hits["chance"].append(texts.count(text) / group)
-    return {what: mean(flags) for what, flags in hits.items()}
+    return {what: fmean(flags) for what, flags in hits.items()}
 
 
 def main():

@@ -10,6 +10,7 @@ import json
 import sys
 from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 
 import data
 from data import BACKGROUND, COLOUR_NAMES, NAMED_BY, PATCH, PRESETS, SHAPES, SIZE_NAMES, Thing
-from eval import BATCH, answer_all, mean
+from eval import BATCH, answer_all
 from model import Model, load_run, sequences, understanding
 from prune import plans_of
 from table import markdown
@@ -167,13 +168,13 @@ def questions_by_name(model, tokenizer, dataset, plan, n, seed):
         for question, _, right in of_picture:
             if len(scene) > 1 and question.kind in ASKS_FOR:
                 field = ASKS_FOR[question.kind]
-                fitting = mean(names[field][getattr(thing, field)] == question.answer
-                               for thing in scene)
+                fitting = fmean(names[field][getattr(thing, field)] == question.answer
+                                for thing in scene)
                 groups[question.kind, named_by(question, names)].append((right, fitting))
     found = {kind: {} for kind in ASKS_FOR}
     for kind, name in sorted(groups):
         right, fitting = zip(*groups[kind, name])
-        found[kind][name] = {"accuracy": mean(right), "any_object": mean(fitting),
+        found[kind][name] = {"accuracy": fmean(right), "any_object": fmean(fitting),
                              "n": len(right)}
     return found
 

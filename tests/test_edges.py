@@ -1,7 +1,6 @@
 """What people run into who do this every day: each test stands for a kind of trouble that public
 bug reports of comparable projects are full of."""
 import io
-import json
 import os
 import struct
 import subprocess
@@ -16,7 +15,6 @@ from PIL import Image, ImageOps
 import common
 import data
 import prune
-import train
 from conftest import ROOT, run, train_args
 from data import open_picture
 
@@ -101,16 +99,6 @@ def test_results_can_go_elsewhere(trained, tmp_path):
     assert (tmp_path / "attention.json").exists()
     assert (tmp_path / "draw-0.png").read_bytes() != first
     assert before == sorted(path.name for path in (trained / "joint").iterdir())
-
-
-@pytest.mark.parametrize("damage", ["", "{}\n", '[1]\n{"step": 1}\n', '{"step": 10, "loss_u'])
-def test_the_log_is_for_people(damage, tmp_path, capsys):
-    log = tmp_path / "log.jsonl"
-    assert train.begin_log(log, 20) == []
-    good = {"step": 10, "loss_und": 1., "loss_gen": None}
-    log.write_text(json.dumps(good) + "\n" + damage)
-    assert train.begin_log(log, 20) == [good]
-    assert ("damaged" in capsys.readouterr().out) == bool(damage)
 
 
 # ---------------------------------------------------------------------- one's own images

@@ -151,15 +151,18 @@ def test_long_texts_of_a_folder(tmp_path, class_folders):
 def test_the_table_trains_what_is_missing(trained, tmp_path, monkeypatch):
     import table
     monkeypatch.setattr(table, "RESULTS", tmp_path)
-    args = (trained / "table", "--preset", "tiny", "--steps", 5, "--rows", "u", "share-all",
-            "--tokenizer", trained / "tokenizer.pt", "--device", "cpu")
+    args = (trained / "table", "--preset", "tiny", "--steps", 5, "--rows", "u", "joint",
+            "joint-shuffled", "--tokenizer", trained / "tokenizer.pt", "--device", "cpu")
     first = run("table.py", *args)
-    assert first.count("GFLOP a step") == 2 and "at inference only" in first and "52.86" in first
+    assert first.count("GFLOP a step") == 3 and "at inference only" in first and "52.86" in first
     assert "GFLOP a step" not in run("table.py", *args)     # nothing is trained twice
     stored = json.loads((tmp_path / "table-tiny.json").read_text())
-    assert set(stored["runs"]) == {"u", "u-inference", "share-all"}
-    assert "cost" not in stored["runs"]["u-inference"]["1"]             # nobody trained like that
-    assert Image.open(tmp_path / "table-tiny-samples.png").width > 600
+    assert set(stored["runs"]) == {"u", "u-inference", "joint", "joint-shuffled"}
+    # Two rows that differ in the world alone: captions beside the wrong pictures.
+    logs = [(trained / "table" / f"{row}-seed1" / "log.jsonl").read_text()
+            for row in ("joint", "joint-shuffled")]
+    losses = [json.loads(log.splitlines()[-1])["loss_gen"] for log in logs]
+    assert losses[0] != losses[1]
 
 
 def test_the_table_of_stored_results(tmp_path, monkeypatch):
