@@ -9,6 +9,7 @@ Both give the project the same: a `Split` of pixels, with a caption and question
 import json
 import os
 import random
+import unicodedata
 import warnings
 import zlib
 from collections import Counter
@@ -495,7 +496,7 @@ def clean_text(text, longest):
         raise ValueError(f"{text[:40]!r} ... has {len(text)} characters, the preset takes "
                          f"{longest}")
     text.encode()                               # fails for lone surrogates, which JSON may hold
-    return " ".join(text.split())
+    return unicodedata.normalize("NFC", " ".join(text.split()))
 
 
 def read_folder(path, longest):

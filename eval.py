@@ -52,7 +52,7 @@ def answer(model, tokenizer, codes, question, plan, longest=None):
     return tokenizer.string(ids).strip()
 
 
-# (guidance, temperature) of drawing: see study/README.md, what was tried. A folder's few pictures
+# (guidance, temperature) of drawing: see study/NOTES.md, what was tried. A folder's few pictures
 # are known by heart, with an empty caption, too: guidance leads astray there.
 SAMPLING = {"shapes": (1.5, .7), "folder": (1., .1)}
 

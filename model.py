@@ -217,7 +217,7 @@ def sequences(task, tokenizer, split, most=None, image_loss=False):
 # ---------------------------------------------------------------------- the block
 
 # What is not the paper's, and was needed so that a million parameters learn this in minutes
-# (study/README.md has the figures): QK norm, squared ReLU, rotary positions by row and column that
+# (study/NOTES.md has the figures): QK norm, squared ReLU, rotary positions by row and column that
 # begin anew for each question, strong row and column embeddings, image embeddings that start from
 # the codebook, layers that start as the identity; and Muon, in train.py.
 

@@ -8,6 +8,7 @@ Ids of the one vocabulary: 0 to 255 bytes, from 256 merged text, 507 to 511 spec
 512 image codes.
 """
 import math
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -39,8 +40,9 @@ def train_bpe(texts, size=MAX_TEXT_IDS):
     Again and again the most frequent pair of neighbours becomes one token.
     """
     ranks = {bytes([b]): b for b in range(256)}
-    counts = Counter(word for text in texts for word in regex.findall(PATTERN, text))
-    # Of texts without spaces each may be a word of its own: the most frequent ones are enough.
+    # Of texts without spaces each may be a word of its own: the beginnings of the most frequent ones
+    # are enough.
+    counts = Counter(word[:40] for text in texts for word in regex.findall(PATTERN, text))
     frequent = {word for word, _ in counts.most_common(2000)}
     words = [([bytes([b]) for b in word.encode()], n)
              for word, n in counts.items() if word in frequent]
@@ -192,8 +194,9 @@ class Tokenizer:
         self.vocab = FIRST_CODE + len(vq.codebook)
 
     def ids(self, text):
-        """Text -> ids. What looks like a special token is text like any other."""
-        return self.text.encode_ordinary(text)
+        """Text -> ids. What looks like a special token is text like any other, and what looks alike
+        is the same text, however its accents are stored."""
+        return self.text.encode_ordinary(unicodedata.normalize("NFC", text))
 
     def string(self, ids):
         """Ids -> text, special tokens left out."""

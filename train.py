@@ -46,7 +46,7 @@ OBJECTIVES = {"joint": ["und", "gen"], "und": ["und"], "gen": ["gen"]}
 # model.py.
 CAPTION_DROPOUT = .1    # of captions are empty in training, which classifier-free guidance needs
 LEARNING_RATE = .01     # Muon's highest, for the matrices in the layers (of the tall ones times
-                        # the root of rows / columns); see study/README.md
+                        # the root of rows / columns); see study/NOTES.md
 ADAMW_RATIO = .5        # AdamW's over Muon's, for embeddings, head, norms and positions
 WARM_UP = 50            # steps in which the learning rate rises
 DECAY = .7              # the last part of training, in which it falls to nearly nothing
@@ -443,6 +443,8 @@ def resume(given, options):
     what it was."""
     out = options["out"]
     checkpoint = read_checkpoint(Path(out) / "checkpoint.pt", "run")
+    if "optimizers" not in checkpoint:                      # study/trained
+        fail(f"--out {out}: this run was kept without its optimizers and cannot be trained on")
     kept = checkpoint["options"]
     for key in ("out", "compile", "save_every", "parts"):
         kept[key] = options[key]

@@ -16,7 +16,8 @@ import common
 import data
 import prune
 from conftest import ROOT, run, train_args
-from data import open_picture
+from data import clean_text, open_picture
+from tokenizer import VQ, Tokenizer, train_bpe
 
 TINY = ("--preset", "tiny", "--device", "cpu")
 
@@ -211,3 +212,18 @@ def test_too_much_is_told_in_one_line(trained, monkeypatch):
 
     monkeypatch.setattr(prune, "main", lambda: np.empty(2 ** 45))
     assert "error: out of memory" in run("prune.py", code=2)
+
+
+def test_what_looks_alike_is_one_text():
+    """An accent may be stored as a letter of its own, as macOS does."""
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    assert clean_text(decomposed, 99) == composed
+    tokenizer = Tokenizer(train_bpe([composed]), VQ(8, 8, 4))
+    assert tokenizer.ids(decomposed) == tokenizer.ids(composed)
+
+
+def test_metadata_one_folder_deeper_is_told(tmp_path):
+    """... and not taken for classes called "train" and "test"."""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "metadata.jsonl").write_text("")
+    assert "train/metadata.jsonl" in run("data.py", "--data", tmp_path, code=2)

@@ -90,6 +90,19 @@ def test_ctrl_c_saves_and_says_how_to_go_on(trained, number, code):
     assert same(learned(trained / "joint"), learned(folder))
 
 
+def test_nohup_outlives_the_terminal(trained):
+    """A signal that was ignored before stays ignored."""
+    folder = trained / "nohup"
+    args = [sys.executable, ROOT / "train.py", *train_args(trained, "nohup", "--steps", 40)]
+    process = subprocess.Popen(list(map(str, args)), stderr=subprocess.DEVNULL, preexec_fn=lambda:
+                               signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    while not (folder / "log.jsonl").exists() or not (folder / "log.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(.01)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait() == 0 and (folder / "eval.json").exists()
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(trained):
     """No file may grow beyond 100 kB, as if the disk were full: one line, and what was there is
     whole."""
