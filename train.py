@@ -100,10 +100,11 @@ def train(options, device, resumed=None):
     progress.bar.write(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
                        f"{progress.tokens} tokens and {progress.flops / 1e9:.0f} GFLOP a "
                        f"step{in_parts}; before the first step {time.time() - began:.0f} s")
-    stop_requests = []                  # Ctrl-C and the like end the loop after the step, saved
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:      # nohup ignores a closed terminal
-            signal.signal(number, lambda number, _: stop_requests.append(number))
+    # Ctrl-C and the like end the loop after a step, saved. What is ignored stays so (nohup).
+    stop_signals = [s for s in STOP_SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
+    stop_requests = []
+    for number in stop_signals:
+        signal.signal(number, lambda number, _: stop_requests.append(number))
     saved = time.monotonic()
     model.train()
     for step in range(start, steps):
@@ -129,7 +130,7 @@ def train(options, device, resumed=None):
             print(f"stopped after step {step + 1} and saved; {go_on} goes on", file=sys.stderr)
             raise SystemExit(128 + stop_requests[0])
     progress.bar.close()
-    for number in STOP_SIGNALS:
+    for number in stop_signals:
         signal.signal(number, signal.default_int_handler)
 
     lines = {task: [(row["step"], row[f"loss_{task}"]) for row in progress.rows] for task in tasks}
