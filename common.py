@@ -110,7 +110,7 @@ def lock_folder(path):
         os.close(descriptor)
         return None
     except OSError:                                         # some network folders have no locks
-        pass
+        print(f"{path} has no locks: start no other process there")
     return descriptor
 
 
@@ -314,8 +314,9 @@ def line_chart(lines, title, x_label, top_y=None, size=(560, 360)):
     font = ImageFont.load_default(12)
     left, top, right, bottom = 50, 50, size[0] - 24, size[1] - 40       # of the plot, in pixels
     points = np.array([point for line in lines.values() for point in line])
-    xs, ys = points[:, 0], points[:, 1].clip(1e-9)
-    low, high = (0, top_y) if top_y else (ys.min() / 1.1, ys.max() * 1.1)
+    xs, ys = points[:, 0], points[:, 1]
+    ys = ys.clip(max(1e-9, 1e-4 * ys.max()))                # zeros have no logarithm
+    low, high = (0, top_y) if top_y else (ys.min() / 1.5, ys.max() * 1.5)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
 

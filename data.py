@@ -241,14 +241,14 @@ class Shapes:
         """
         n, grid, size = len(pixels), self.preset.grid, self.cell_size
         cells = pixels[:, :grid * size, :grid * size].reshape(n, grid, size, grid, size, 3)
-        cells = torch.from_numpy(cells.swapaxes(2, 3).reshape(n, grid ** 2, -1)).float()
+        cells = torch.from_numpy(cells.swapaxes(2, 3).reshape(n * grid ** 2, -1)).float()
         drawn = torch.from_numpy(self.drawn).flatten(1).float()
-        distances, numbers = torch.cdist(cells, drawn).min(-1)          # (N, cells)
+        distances, numbers = torch.cdist(cells, drawn).min(1)           # of each cell
         numbers[distances ** 2 / drawn.size(1) > 255 ** 2 * 10 ** (-WORST / 10)] = -1
         unknown = Thing(-1, -1, -1, 0)
         return [tuple((self.contents[number] if number > 0 else unknown)._replace(cell=cell)
                       for cell, number in enumerate(row) if number != 0)        # 0: empty
-                for row in numbers.tolist()]
+                for row in numbers.view(n, -1).tolist()]
 
     # ------------------------------------------------------------------ language
 
@@ -522,22 +522,23 @@ def read_folder(path, longest):
 
 
 def read_classes(root, longest):
-    deeper = sorted(map(str, root.glob("*/metadata.jsonl")))
-    if deeper:
-        fail(f"--data {root}: expected its folder instead: {', '.join(deeper)}")
-    for folder in root.iterdir():
-        if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
-            fail(f"--data {root}: {folder} cannot be read")
     entries = []
-    for picture in sorted(root.glob("*/*")):
-        folder = picture.parent
-        hidden = picture.name.startswith(".") or folder.name.startswith(".")
-        # Results of a run, or of these scripts, are no data.
-        ours = (folder / "log.jsonl").exists() or is_ours(picture)
-        if picture.suffix.lower() in SUFFIXES and picture.is_file() and not hidden and not ours:
-            with refuse_errors(f"{folder}: the name of a class"):
-                name = clean_text(folder.name.replace("_", " "), longest)
-            entries.append((picture, name, [], str(folder)))
+    for folder in sorted(root.iterdir()):
+        if folder.name.startswith(".") or not folder.is_dir():
+            continue
+        if not os.access(folder, os.R_OK | os.X_OK):
+            fail(f"--data {root}: {folder} cannot be read")
+        if (folder / "metadata.jsonl").exists():
+            fail(f"--data {root}: expected {folder}, where there is a metadata.jsonl")
+        if (folder / "log.jsonl").exists():
+            continue                                        # a run: its pictures are results
+        with refuse_errors(f"{folder}: the name of a class"):
+            name = clean_text(folder.name.replace("_", " "), longest)
+        for picture in sorted(folder.iterdir()):
+            hidden = picture.name.startswith(".")
+            if picture.suffix.lower() in SUFFIXES and picture.is_file() and not hidden \
+                    and not is_ours(picture):
+                entries.append((picture, name, [], str(folder)))
     return entries
 
 
@@ -595,8 +596,8 @@ class Folder:
         if min(len(self.indices["val"]), len(self.indices["train"])) < 10:
             different = len({p.tobytes() for p in pixels})
             fail(f"--data {path}: {len(pixels)} images, {different} of them different, are too "
-                 "few: about one in ten is kept for validation, where ten are needed. Expected a metadata.jsonl, or a folder of "
-                 "images for each class")
+                 "few: about one in ten is kept for validation, where ten are needed. Expected a "
+                 "metadata.jsonl, or a folder of images for each class")
         self.pixels = np.stack(pixels)                      # (N, H, W, 3) uint8
         texts = zlib.crc32(repr((self.captions, self.questions)).encode())
         self.identity = f"{len(pixels)} images {zlib.crc32(self.pixels.tobytes(), texts):08x}"

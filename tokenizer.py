@@ -40,8 +40,8 @@ def train_bpe(texts, size=MAX_TEXT_IDS):
     Again and again the most frequent pair of neighbours becomes one token.
     """
     ranks = {bytes([b]): b for b in range(256)}
-    # Of texts without spaces each may be a word of its own: the beginnings of the most frequent ones
-    # are enough.
+    # Of texts without spaces each may be a word of its own: the beginnings of the most frequent
+    # ones are enough.
     counts = Counter(word[:40] for text in texts for word in regex.findall(PATTERN, text))
     frequent = {word for word, _ in counts.most_common(2000)}
     words = [([bytes([b]) for b in word.encode()], n)

@@ -444,8 +444,8 @@ def resume(given, options):
     what it was."""
     out = options["out"]
     checkpoint = read_checkpoint(Path(out) / "checkpoint.pt", "run")
-    if "optimizers" not in checkpoint:                      # study/trained
-        fail(f"--out {out}: this run was kept without its optimizers and cannot be trained on")
+    if not {"optimizers", "log"} <= checkpoint.keys():      # study/trained, or an earlier version's
+        fail(f"--out {out}: this checkpoint lacks what training needs; expected another run")
     kept = checkpoint["options"]
     for key in ("out", "compile", "save_every", "parts"):
         kept[key] = options[key]

@@ -1,12 +1,12 @@
 """What the README shows: a trained model to try, and an animation of it at work.
 
-    python study/front.py out/joint --trained       study/trained: that run in half precision, without
-                                                    its optimizers, and its scores
+    python study/front.py out/joint --trained       study/trained: that run in half precision,
+                                                    without its optimizers
     python study/front.py study/trained             study/results/drawing.gif
 
-The animation draws the first validation caption of each kind, token by token in the order of
-generation, and then asks the same model a question about each picture. Nothing is chosen; what is
-wrong is red.
+The animation draws the first validation caption of each kind but "scene", token by token in the
+order of generation, and then asks the same model a question about each picture. Nothing is chosen;
+what is wrong is red.
 """
 import random
 import sys
@@ -92,7 +92,7 @@ def animate(run, device, path):
         lines.append((f"{question.text} {said}", said == question.answer))
     steps = [*range(0, side * side, 2), side * side]
     frames = [frame(pictures, captions, lines, tokens, side) for tokens in steps]
-    palette = frames[-1].quantize(128)                      # one for all, so that no colour flickers
+    palette = frames[-1].quantize(128)                      # one for all: no colour flickers
     frames = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in frames]
     frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
                    duration=[FRAME_MS] * (len(frames) - 1) + [LAST_MS])

@@ -226,4 +226,4 @@ def test_metadata_one_folder_deeper_is_told(tmp_path):
     """... and not taken for classes called "train" and "test"."""
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "metadata.jsonl").write_text("")
-    assert "train/metadata.jsonl" in run("data.py", "--data", tmp_path, code=2)
+    assert "train, where there is a metadata.jsonl" in run("data.py", "--data", tmp_path, code=2)
