@@ -68,6 +68,9 @@ def run_script(main):
 
 def script_parser(doc, device=True, **settings):
     """For a script's options. Its help begins with the docstring of the script."""
+    # A shell puts the home folder in place of ~ in `--out ~/run`, but not in `--out=~/run`.
+    home = os.path.expanduser("~")
+    sys.argv[1:] = [re.sub(r"^(--[a-z-]+=)~(?=/)", rf"\1{home}", arg) for arg in sys.argv[1:]]
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
     if device:
@@ -129,7 +132,7 @@ def check_output(path, kind):
 
 def write_file(path, content):
     """Write bytes or text; whatever happens, `path` holds either all of the old or of the new."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))                     # of a link the file that it stands for
     make_folder(path.parent)
     # The process id, because two runs may want to write the same tokenizer.
     part = path.with_name(f"{path.name}.{os.getpid()}.part")

@@ -477,9 +477,11 @@ def read_picture(path, size):
             with suppress(Exception):                       # unreadable EXIF says nothing
                 image = ImageOps.exif_transpose(image)      # of an animation: the first frame
             if image.mode.startswith("I") or image.mode == "F":
-                # Integers have 16 bits; fractions go to 1, or to 255 where one is above 1.
+                # White is 65535 in 16 bits. Fractions and 32 bits do not tell: the least of the usual
+                # values that is not far below the largest one.
                 levels = np.nan_to_num(np.asarray(image, np.float64))
-                white = 65535 if image.mode != "F" else 1 if levels.max() <= 1 else 255
+                whites = {"F": (1, 255), "I": (255, 65535)}.get(image.mode, (65535,))
+                white = next((w for w in whites if levels.max() < 2 * w), whites[-1])
                 levels = (levels / white * 255).round().clip(0, 255).astype(np.uint8)
                 image = Image.fromarray(levels)
             image = image.convert("RGBA")
@@ -560,7 +562,9 @@ def read_metadata(file, longest):
                      for pair in entry.get("qa", [entry] if "question" in entry else [])]
             name = entry.get("file_name")
             clean_text(name, 4096)
-            picture = root / name
+            # An accent may be stored in two ways, in a file's name, too.
+            forms = [root / unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
+            picture = next((file for file in forms if file.is_file()), root / name)
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ValueError(f"{name!r} leads out of {root}")
             if not picture.is_file():

@@ -227,3 +227,19 @@ def test_metadata_one_folder_deeper_is_told(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "metadata.jsonl").write_text("")
     assert "train, where there is a metadata.jsonl" in run("data.py", "--data", tmp_path, code=2)
+
+
+@pytest.mark.parametrize("kind, values, seen", [
+    (np.int32, (0, 128, 255), (0, 128, 255)), (np.int32, (0, 32768, 65535), (0, 128, 255)),
+    (np.float32, (0, .5, 1.2), (0, 128, 255)), (np.float32, (0, 128, np.nan), (0, 128, 0))])
+def test_white_where_no_format_tells_it(kind, values, seen, tmp_path):
+    Image.fromarray(np.tile(np.array(values, kind), (3, 1))).save(tmp_path / "x.tiff")
+    read = open_picture(tmp_path / "x.tiff", 3, "here")[..., 0]
+    assert np.abs(read.astype(int) - np.array(seen)).max() <= 1
+
+
+def test_names_of_files_may_be_links_and_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "link.png").symlink_to(tmp_path / "real.png")
+    run("prune.py", "--out=~/link.png", folder=tmp_path)
+    assert (tmp_path / "link.png").is_symlink() and (tmp_path / "real.png").stat().st_size > 1000
