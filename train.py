@@ -423,6 +423,8 @@ def check(options):
                              ("save_every", 0, 10 ** 9), ("seed", 0, 2 ** 32 - 1)):
         if not least <= options[key] <= most:
             fail(f"--{key.replace('_', '-')} {options[key]}: expected {least} to {most}")
+    if not options["out"]:                                  # an empty variable of a shell
+        fail("--out is empty: expected a folder")
     if options["steps"] * rows > 10 ** 8:
         fail(f"--steps {options['steps']}: expected at most {10 ** 8 // rows} (10^8 pictures)")
     if options["parts"] is not None and (options["parts"] < 1 or rows % options["parts"]):
@@ -495,6 +497,9 @@ def main():
     elif (Path(options["out"]) / "checkpoint.pt").exists():
         fail(f"{options['out']} holds a run already: --resume goes on with it, --out PATH begins "
              "another")
+    elif (Path(options["out"]) / "eval.json").exists():
+        fail(f"{options['out']} holds the scores of a run without its checkpoint: expected another "
+             "--out")
     check(options)
     if lock_folder(options["out"]) is None:
         fail(f"another process is at work in {options['out']}: expected another --out")
