@@ -57,7 +57,10 @@ def run_script(main):
     except KeyboardInterrupt:
         tqdm.write("stopped", file=sys.stderr)
         raise SystemExit(130)
-    except (torch.OutOfMemoryError, MemoryError):
+    except (RuntimeError, MemoryError) as error:
+        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not out_of_memory and "allocate memory" not in str(error):       # as on a CPU
+            raise
         fail("out of memory: train.py takes more --parts or a smaller --batch-size; every script "
              "takes --device cpu")
     except OSError as error:                                # of a user's file or folder

@@ -10,6 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 import common
@@ -210,8 +211,9 @@ def test_too_much_is_told_in_one_line(trained, monkeypatch):
     assert "10^8 pictures" in run("train.py", *train_args(trained, "many", *many), code=2)
     assert "expected at least 10" in run("match.py", trained / "joint", "--n", 5, code=2)
 
-    monkeypatch.setattr(prune, "main", lambda: np.empty(2 ** 45))
-    assert "error: out of memory" in run("prune.py", code=2)
+    for too_much in (lambda: np.empty(2 ** 45), lambda: torch.empty(2 ** 45)):
+        monkeypatch.setattr(prune, "main", too_much)
+        assert "error: out of memory" in run("prune.py", code=2)
 
 
 def test_what_looks_alike_is_one_text():
