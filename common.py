@@ -255,6 +255,10 @@ def peak_memory_mb(device):
     """The most that was used so far: of the GPU, or of this process. None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 20
+    status = Path("/proc/self/status")                      # only Linux has it
+    high_water_mark = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
+    if high_water_mark:                     # ru_maxrss may be that of the process that started us
+        return int(high_water_mark[1]) / 2 ** 10
     try:
         import resource
     except ImportError:
