@@ -9,6 +9,7 @@ import shutil
 import sys
 import textwrap
 from contextlib import contextmanager, suppress
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -344,7 +345,7 @@ def line_chart(lines, title, x_label, top_y=None, size=(560, 360)):
     draw.text((left, 8), title, DARK, font)
     draw.text(((left + right) / 2, size[1] - 14), x_label, DARK, font, anchor="mm")
     x = left                                    # of the legend's next entry
-    for colour, (name, line) in zip(LINE_COLOURS, lines.items()):
+    for colour, (name, line) in zip(cycle(LINE_COLOURS), lines.items()):
         draw.line([at(*point) for point in line], fill=colour, width=2)
         draw.line([(x, 34), (x + 16, 34)], fill=colour, width=3)
         draw.text((x + 22, 34), name, DARK, font, anchor="lm")

@@ -245,10 +245,16 @@ class Shapes:
         drawn = torch.from_numpy(self.drawn).flatten(1).float()
         distances, numbers = torch.cdist(cells, drawn).min(1)           # of each cell
         numbers[distances ** 2 / drawn.size(1) > 255 ** 2 * 10 ** (-WORST / 10)] = -1
-        unknown = Thing(-1, -1, -1, 0)
-        return [tuple((self.contents[number] if number > 0 else unknown)._replace(cell=cell)
-                      for cell, number in enumerate(row) if number != 0)        # 0: empty
-                for row in numbers.view(n, -1).tolist()]
+        scenes = []
+        for row in numbers.view(n, -1).tolist():
+            things = []
+            for cell, number in enumerate(row):
+                if number == -1:
+                    things.append(Thing(-1, -1, -1, cell))
+                elif number != 0:                           # 0: empty
+                    things.append(self.contents[number]._replace(cell=cell))
+            scenes.append(tuple(things))
+        return scenes
 
     # ------------------------------------------------------------------ language
 
@@ -477,8 +483,8 @@ def read_picture(path, size):
             with suppress(Exception):                       # unreadable EXIF says nothing
                 image = ImageOps.exif_transpose(image)      # of an animation: the first frame
             if image.mode.startswith("I") or image.mode == "F":
-                # White is 65535 in 16 bits. Fractions and 32 bits do not tell: the least of the usual
-                # values that is not far below the largest one.
+                # White is 65535 in 16 bits. Fractions and 32 bits do not tell: the least of the
+                # usual values that is not far below the largest one.
                 levels = np.nan_to_num(np.asarray(image, np.float64))
                 whites = {"F": (1, 255), "I": (255, 65535)}.get(image.mode, (65535,))
                 white = next((w for w in whites if levels.max() < 2 * w), whites[-1])

@@ -245,3 +245,10 @@ def test_names_of_files_may_be_links_and_begin_with_the_home_folder(tmp_path, mo
     (tmp_path / "link.png").symlink_to(tmp_path / "real.png")
     run("prune.py", "--out=~/link.png", folder=tmp_path)
     assert (tmp_path / "link.png").is_symlink() and (tmp_path / "real.png").stat().st_size > 1000
+
+
+def test_a_chart_shows_all_its_lines():
+    """... though there are more of them than colours."""
+    lines = {str(i): [(0, i), (9, i)] for i in range(1, 7)}
+    charts = [common.line_chart(dict(list(lines.items())[:n]), "", "", top_y=9) for n in (5, 6)]
+    assert charts[0].tobytes() != charts[1].tobytes()

@@ -158,6 +158,8 @@ def test_the_table_trains_what_is_missing(trained, tmp_path, monkeypatch):
     assert "GFLOP a step" not in run("table.py", *args)     # nothing is trained twice
     stored = json.loads((tmp_path / "table-tiny.json").read_text())
     assert set(stored["runs"]) == {"u", "u-inference", "joint", "joint-shuffled"}
+    assert "cost" not in stored["runs"]["u-inference"]["1"]             # nobody trained like that
+    assert Image.open(tmp_path / "table-tiny-samples.png").width > 600
     # Two rows that differ in the world alone: captions beside the wrong pictures.
     logs = [(trained / "table" / f"{row}-seed1" / "log.jsonl").read_text()
             for row in ("joint", "joint-shuffled")]
