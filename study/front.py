@@ -1,7 +1,8 @@
 """What the README shows: a trained model to try, and an animation of it at work.
 
-    python study/front.py out/joint --trained       study/trained: that run in half precision,
-                                                    without its optimizers
+    python study/front.py out/joint --trained       study/trained/checkpoint.pt: that run in half
+                                                    precision, without its optimizers
+    python eval.py study/trained                    its scores, study/trained/eval.json
     python study/front.py study/trained             study/results/drawing.gif
 
 The animation draws the first validation caption of each kind but "scene", token by token in the
@@ -15,11 +16,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import (DARK, GREY, RED, pick_device, run_script, save_checkpoint, script_parser,
-                    write_file)
+from common import (DARK, GREY, RED, pick_device, read_checkpoint, run_script, save_checkpoint,
+                    script_parser)
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from data import CAPTION_FIELDS, QUESTION_KINDS, Shapes
@@ -32,12 +32,11 @@ FRAME_MS, LAST_MS = 80, 5000
 
 
 def shrink(run, folder):
-    """A run that can be asked, drawn with and probed, for a quarter of the bytes."""
-    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    """A run that can be asked, drawn with and probed, for a third of the bytes."""
+    checkpoint = read_checkpoint(run / "checkpoint.pt", "run")
     del checkpoint["optimizers"]
     checkpoint["model"] = {name: weight.half() for name, weight in checkpoint["model"].items()}
     save_checkpoint(checkpoint, folder / "checkpoint.pt")
-    write_file(folder / "eval.json", (run / "eval.json").read_text())
 
 
 def reveal(picture, tokens, side):

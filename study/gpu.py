@@ -170,6 +170,9 @@ def graphs(preset, device):
                      ms={way: 1e3 * statistics.median(times[way]) for way in times})
 
 
+IN_PROCESS = {"versions": versions, "right": right, "fast": fast, "graphs": graphs}
+
+
 # ---------------------------------------------------------------------- parts by other scripts
 
 def script_commands(device):
@@ -271,7 +274,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=9.5)
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART",
                         help=f"some of: {', '.join(PARTS)}")
-    parser.add_argument("--part", choices=("versions", "right", "fast", "graphs"),
+    parser.add_argument("--part", choices=IN_PROCESS,
                         help="that part, in this process")
     parser.add_argument("--preset", choices=PRESETS, help="default: what fits the device")
     parser.add_argument("--out", type=Path, default=WORK / "results")
@@ -281,8 +284,7 @@ def main():
     device = pick_device(args.device)
     preset = args.preset or default_preset(device)
     if args.part:
-        parts = {"versions": versions, "right": right, "fast": fast, "graphs": graphs}
-        parts[args.part](preset, device)
+        IN_PROCESS[args.part](preset, device)
         return
     WORK.mkdir(parents=True, exist_ok=True)
     visit(args.minutes, args.only, preset, device, args.out.resolve())
