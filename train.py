@@ -25,7 +25,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
-from common import (fail, has_bfloat16, line_chart, lock_folder, mixed_precision, peak_flops,
+from common import (cuda_graph, fail, has_bfloat16, line_chart, lock_folder, mixed_precision, peak_flops,
                     peak_memory_mb, pick_device, read_checkpoint, run_script, save_checkpoint,
                     save_picture, script_parser, write_file)
 
@@ -75,7 +75,8 @@ def train(options, device, resumed=None):
     tokenizer = get_tokenizer(options, dataset, device, resumed)
     examples = {task: training_sequences(task, options, dataset, tokenizer).to(device)
                 for task in tasks}
-    order = {task: draw_order(task, examples[task], options) for task in tasks}
+    # (steps, tasks, batch_size): which sequences each step takes.
+    order = torch.stack([draw_order(task, examples[task], options) for task in tasks], 1)
 
     # The model and its optimizers.
     config = make_config(options, tokenizer, examples)
@@ -90,10 +91,25 @@ def train(options, device, resumed=None):
             optimizer.load_state_dict(state)
     parts = parts_that_fit(options, config, device)
     if options["compile"]:
-        first = {task: next(get_batches(examples[task], order[task], 0, parts))[0]
-                 for task in tasks}
+        first = {task: next(get_batches(examples[task], index, parts))[0]
+                 for task, index in zip(tasks, order[0])}
         if not compile_blocks(model, first, plans, out / "compile-error.txt"):
             parts = parts_that_fit({**options, "compile": False}, config, device)
+
+    def forward_backward(index):
+        """Leaves the gradients of one step. index: (tasks, batch_size). Returns {task: loss}."""
+        losses = dict.fromkeys(tasks, 0.)
+        for task, of_task in zip(tasks, index):
+            for batch, fraction in get_batches(examples[task], of_task, parts):
+                with mixed_precision(device):
+                    _, loss = model(batch, plans[task])
+                loss = fraction * loss
+                (TASK_WEIGHT[task] * loss).backward()
+                losses[task] += loss.detach()
+        return losses
+
+    if options["compile"] and device.type == "cuda":
+        forward_backward = cuda_graph(forward_backward, model, order[0])
 
     progress = Progress(options, config, plans, start, rows, device)
     in_parts = f" in {parts} parts" if parts > 1 else ""
@@ -110,14 +126,7 @@ def train(options, device, resumed=None):
     for step in range(start, steps):
         for optimizer, highest in zip(optimizers, (options["lr"], ADAMW_RATIO * options["lr"])):
             optimizer.param_groups[0]["lr"] = highest * learning_rate_factor(step, steps)
-        losses = dict.fromkeys(tasks, 0.)
-        for task in tasks:
-            for batch, fraction in get_batches(examples[task], order[task], step, parts):
-                with mixed_precision(device):
-                    _, loss = model(batch, plans[task])
-                loss = fraction * loss
-                (TASK_WEIGHT[task] * loss).backward()
-                losses[task] += loss.detach()
+        losses = forward_backward(order[step])
         apply_gradients(optimizers)
 
         last_step = step == steps - 1
@@ -157,10 +166,9 @@ def learning_rate_factor(step, steps):
     return max(.02, (1 - step / steps) / DECAY)
 
 
-def get_batches(examples, order, step, parts):
-    """The sequences that a step takes: as many Batches as there are parts, each with its fraction
-    of all output tokens of the step."""
-    index = order[step]
+def get_batches(examples, index, parts):
+    """The sequences that a step takes of a task: as many Batches as there are parts, each with its
+    fraction of all output tokens. index: (batch_size,)."""
     outputs = examples.is_output[index].sum()
     for part in index.chunk(parts):
         batch = examples.rows(part)

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "study"))
-from common import (hardware, line_chart, mixed_precision, pick_device, run_script, save_picture,
+from common import (cuda_graph, hardware, line_chart, mixed_precision, pick_device, run_script, save_picture,
                     script_parser, write_file)
 
 import torch
@@ -65,9 +65,9 @@ def random_batch(task, c, rows):
                  tokens.roll(-1, 1), everywhere, everywhere.bool())
 
 
-def bench_step(task, plan, c, rows, device, compiled, muon=True):
-    """A function that takes one training step on random tokens. Without `muon`, AdamW updates the
-    matrices, too."""
+def bench_step(task, plan, c, rows, device, compiled, muon=True, graph=True):
+    """A function that takes one training step on random tokens, as train.py does. Without `muon`,
+    AdamW updates the matrices, too. graph: on CUDA, a compiled step is a CUDA graph."""
     torch.manual_seed(0)
     model = Model(c).to(device)
     if compiled:
@@ -78,10 +78,16 @@ def bench_step(task, plan, c, rows, device, compiled, muon=True):
         matrices = optimizers[0].param_groups[0]["params"]
         optimizers = torch.optim.AdamW(matrices, 1e-3, fused=True), optimizers[1]
 
-    def step():
+    def forward_backward():
         with mixed_precision(device):
             _, loss = model(batch, plan)
         loss.backward()
+
+    if compiled and graph and device.type == "cuda":
+        forward_backward = cuda_graph(forward_backward, model)
+
+    def step():
+        forward_backward()
         apply_gradients(optimizers)
 
     return step

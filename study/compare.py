@@ -296,7 +296,7 @@ def train_until_good(kind, options, material, log, device):
              for task, batch in material.examples.items()}
     parts = train.parts_that_fit(options, c, device)
     if options["compile"]:                                  # before the clock starts
-        first = {task: next(train.get_batches(batch, order[task], 0, parts))[0]
+        first = {task: next(train.get_batches(batch, order[task][0], parts))[0]
                  for task, batch in material.examples.items()}
         torch.compiler.reset()                              # else the code of every run stays
         train.compile_blocks(model, first, dict.fromkeys(first, plan), log)
@@ -310,7 +310,7 @@ def train_until_good(kind, options, material, log, device):
             group["lr"] = lr * learning_rate(step, steps)
         total = 0.
         for task, examples in material.examples.items():
-            for batch, fraction in train.get_batches(examples, order[task], step, parts):
+            for batch, fraction in train.get_batches(examples, order[task][step], parts):
                 with mixed_precision(device):
                     _, loss = model(batch, plan)
                 loss = fraction * loss

@@ -25,7 +25,7 @@ BEGAN = time.time()     # imports count: the first ones on a fresh machine take 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "study"))
-from common import (fail, hardware, mixed_precision, peak_flops, pick_device, run_script,
+from common import (cuda_graph, fail, hardware, mixed_precision, peak_flops, pick_device, run_script,
                     script_parser, write_file)
 
 import torch
@@ -38,8 +38,7 @@ from prune import make_plan
 from tokenizer import default_preset
 
 # Seconds that a part may take. The default run has what is left, but for SCORING.
-PARTS = {"versions": 30, "scripts": 120, "right": 110, "fast": 90, "graphs": 60, "train": None,
-         "table": None}
+PARTS = {"versions": 30, "scripts": 120, "right": 110, "fast": 150, "train": None, "table": None}
 SCORING = 70            # seconds kept to score a run that its limit has stopped
 PATIENCE = 25           # seconds that a stopped process has to save and end
 METHODS = [("und", "dense"), ("und", "himix"), ("gen", "dense"), ("gen", "hmgen")]
@@ -75,7 +74,7 @@ def versions(preset, device):
 
 def right(preset, device):
     """Is what a GPU does for speed also right? Loss and gradient norm of one step in float32, in
-    mixed precision and compiled; and cached beside uncached drawing."""
+    mixed precision, compiled, and as a CUDA graph; and cached beside uncached drawing."""
     c, rows = bench_config(preset), PRESETS[preset].batch_size
     for task, name in METHODS:
         batch, plan = random_batch(task, c, rows).to(device), make_plan(name, c.layers)
@@ -83,16 +82,23 @@ def right(preset, device):
         model, found = Model(c).to(device), {}
         for p in model.parameters():
             p.data.add_(.02 * torch.randn_like(p))          # zeros would hide mistakes
-        for precision in ("float32", "mixed", "compiled"):
+
+        def forward_backward():
+            with nullcontext() if exact else mixed_precision(device):
+                _, loss = model(batch, plan)
+            loss.backward()
+            return loss.detach()
+
+        for precision in ("float32", "mixed", "compiled", "graph"):
             if precision == "compiled":
                 for block in model.blocks:
                     block.compile(dynamic=False)
             exact = precision == "float32"
             torch.set_float32_matmul_precision("highest" if exact else "high")
             with emit_errors(task=task, plan=name, precision=precision):
-                with nullcontext() if exact else mixed_precision(device):
-                    _, loss = model(batch, plan)
-                loss.backward()
+                if precision == "graph" and device.type == "cuda":
+                    forward_backward = cuda_graph(forward_backward, model)
+                loss = forward_backward()
                 gradients = [p.grad for p in model.parameters() if p.grad is not None]
                 norm = torch.nn.utils.get_total_norm(gradients)
                 found[precision] = {"loss": loss.item(), "gradient_norm": norm.item()}
@@ -114,22 +120,29 @@ def fast(preset, device):
         (seconds,) = time_each({"": step}, device, repeats).values()
         return 1e3 * statistics.median(seconds)
 
-    with emit_errors(uncompiled="und dense"):
-        step = bench_step("und", dense, c, size.batch_size, device, False)
-        emit(uncompiled_ms=milliseconds(step), memory_mb=memory_of(step, device))
+    for how, settings in {"not compiled": dict(compiled=False),
+                          "AdamW alone": dict(compiled=compiled, muon=False)}.items():
+        with emit_errors(how=how):
+            step = bench_step("und", dense, c, size.batch_size, device, **settings)
+            emit(how=how, ms=milliseconds(step), memory_mb=memory_of(step, device))
     for task, name in METHODS:
         with emit_errors(task=task, plan=name):
             plan = make_plan(name, c.layers, shallow)
-            ms = milliseconds(bench_step(task, plan, c, size.batch_size, device, compiled))
+            step = task, plan, c, size.batch_size, device, compiled
+            launched_ms = milliseconds(bench_step(*step, graph=False))
+            ms = milliseconds(bench_step(*step))
             dense_ms.setdefault(task, ms)
             flops = size.batch_size * c.flops(task, plan)
-            emit(task=task, plan=name, batch=size.batch_size, ms=ms, flops=flops,
-                 mfu=flops / ms * 1e3 / peak if peak else None, time_ratio=ms / dense_ms[task],
+            emit(task=task, plan=name, batch=size.batch_size, ms=ms, launched_ms=launched_ms,
+                 flops=flops, mfu=flops / ms * 1e3 / peak if peak else None,
+                 time_ratio=ms / dense_ms[task],
                  flops_ratio=c.flops(task, plan) / c.flops(task, dense))
     for rows in (size.batch_size // 2, size.batch_size, 2 * size.batch_size):
-        with emit_errors(batch=rows):
-            step = bench_step("und", dense, c, rows, device, compiled)
-            emit(batch=rows, ms=milliseconds(step), memory_mb=memory_of(step, device))
+        for name in ("dense", "himix"):
+            with emit_errors(batch=rows, plan=name):
+                step = bench_step("und", make_plan(name, c.layers), c, rows, device, compiled)
+                emit(batch=rows, plan=name, ms=milliseconds(step),
+                     memory_mb=memory_of(step, device))
     length = sum(c.layout("und"))
     ids = torch.randint(c.vocab, (size.batch_size, length), device=device)
     for kind in (GPT, Llama):
@@ -138,39 +151,7 @@ def fast(preset, device):
             emit(beside=kind.__name__, ms=milliseconds(usual_step(other, ids, compiled)))
 
 
-def graphs(preset, device):
-    """Forward and backward of a step, launched kernel by kernel and replayed as a CUDA graph: how
-    long a GPU waits for the CPU. All launches of a graph are one."""
-    c, rows = bench_config(preset), PRESETS[preset].batch_size
-    for task, name in METHODS:
-        for compiled in (False, True):
-            with emit_errors(graph=name, task=task, compiled=compiled):
-                batch, plan = random_batch(task, c, rows).to(device), make_plan(name, c.layers)
-                model = Model(c).to(device)
-                if compiled:
-                    for block in model.blocks:
-                        block.compile(dynamic=False)
-
-                def step():
-                    with mixed_precision(device):
-                        _, loss = model(batch, plan)
-                    loss.backward()
-                    model.zero_grad(set_to_none=False)      # a graph needs gradients that stay
-
-                stream = torch.cuda.Stream()                # where graphs have to be warmed up
-                with torch.cuda.stream(stream):
-                    for _ in range(3):
-                        step()
-                torch.cuda.current_stream().wait_stream(stream)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    step()
-                times = time_each({"launched": step, "replayed": graph.replay}, device, 15)
-                emit(task=task, plan=name, compiled=compiled,
-                     ms={way: 1e3 * statistics.median(times[way]) for way in times})
-
-
-IN_PROCESS = {"versions": versions, "right": right, "fast": fast, "graphs": graphs}
+IN_PROCESS = {"versions": versions, "right": right, "fast": fast}
 
 
 # ---------------------------------------------------------------------- parts by other scripts

@@ -1,4 +1,5 @@
 """What a GPU does, as far as a machine without one can show it."""
+import copy
 import json
 import random
 import tarfile
@@ -86,7 +87,7 @@ def test_a_step_in_parts_has_the_same_gradients():
         expected = None
         for parts in (1, 2, 4):
             model.zero_grad()
-            batches = list(get_batches(examples, order, 0, parts))
+            batches = list(get_batches(examples, order[0], parts))
             assert [len(batch.tokens) for batch, _ in batches] == parts * [8 // parts]
             outputs = sum(batch.is_output.sum().double() for batch, _ in batches)
             for batch, fraction in batches:
@@ -220,3 +221,34 @@ def test_a_gpu_that_cannot_be_used_is_told(capability, built_for, driver, compla
     monkeypatch.setattr(common.shutil, "which", lambda name: driver)
     found = common.why_no_gpu()
     assert (found is None) == (complaint is None) and (not complaint or complaint in found)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA graph without CUDA")
+def test_a_cuda_graph_takes_the_same_steps():
+    """Three steps on other sequences each, launched and replayed."""
+    rng, device = random.Random(0), torch.device("cuda")
+    first = random_model(rng, layers=3).float().to(device)
+    examples = random_batch(rng, "und", first.config, rows=24)
+    examples = examples._replace(loss_weights=examples.loss_weights.float()).to(device)
+    weights = {}
+    for how in ("launched", "replayed"):
+        model = copy.deepcopy(first)
+        optimizers, plan = optimizers_of(model, .01), make_plan("himix", 3, 1)
+
+        def forward_backward(index):
+            _, loss = model(examples.rows(index), plan)
+            loss.backward()
+            return loss.detach()
+
+        if how == "replayed":
+            first_index = torch.arange(8, device=device)
+            forward_backward = common.cuda_graph(forward_backward, model, first_index)
+        losses = []
+        for index in torch.arange(24, device=device).view(3, 8):
+            losses.append(forward_backward(index).item())
+            apply_gradients(optimizers)
+        weights[how] = torch.cat([p.flatten() for p in model.parameters()])
+        assert len(set(losses)) == 3
+    before = torch.cat([p.flatten() for p in first.parameters()])
+    assert (weights["launched"] - before).abs().max() > .01
+    assert torch.allclose(weights["launched"], weights["replayed"], atol=1e-4)
