@@ -270,6 +270,7 @@ def cuda_graph(function, model, *inputs):
             p.grad = gradient
         return result
 
+    replay.function = function      # whose tensors the graph reads: they must stay where they are
     return replay
 
 
