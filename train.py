@@ -22,6 +22,7 @@ import zlib
 from argparse import SUPPRESS, BooleanOptionalAction
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -75,8 +76,7 @@ def train(options, device, resumed=None):
     tokenizer = get_tokenizer(options, dataset, device, resumed)
     examples = {task: training_sequences(task, options, dataset, tokenizer).to(device)
                 for task in tasks}
-    # (steps, tasks, batch_size): which sequences each step takes.
-    order = torch.stack([draw_order(task, examples[task], options) for task in tasks], 1)
+    order = draw_order(examples, options)
 
     # The model and its optimizers.
     config = make_config(options, tokenizer, examples)
@@ -90,24 +90,10 @@ def train(options, device, resumed=None):
         for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
             optimizer.load_state_dict(state)
     parts = parts_that_fit(options, config, device)
-    if options["compile"]:
-        first = {task: next(get_batches(examples[task], index, parts))[0]
-                 for task, index in zip(tasks, order[0])}
-        if not compile_blocks(model, first, plans, out / "compile-error.txt"):
-            parts = parts_that_fit({**options, "compile": False}, config, device)
-
-    def forward_backward(index):
-        """Leaves the gradients of one step. index: (tasks, batch_size). Returns {task: loss}."""
-        losses = dict.fromkeys(tasks, 0.)
-        for task, of_task in zip(tasks, index):
-            for batch, fraction in get_batches(examples[task], of_task, parts):
-                with mixed_precision(device):
-                    _, loss = model(batch, plans[task])
-                loss = fraction * loss
-                (TASK_WEIGHT[task] * loss).backward()
-                losses[task] += loss.detach()
-        return losses
-
+    if options["compile"] and not compile_blocks(model, plans, examples, parts, order[0],
+                                                 out / "compile-error.txt"):
+        parts = parts_that_fit({**options, "compile": False}, config, device)
+    forward_backward = partial(leave_gradients, model, plans, examples, parts)
     if options["compile"] and device.type == "cuda":
         forward_backward = cuda_graph(forward_backward, model, order[0])
 
@@ -166,9 +152,23 @@ def learning_rate_factor(step, steps):
     return max(.02, (1 - step / steps) / DECAY)
 
 
+def leave_gradients(model, plans, examples, parts, index):
+    """Forward and backward pass of a step. examples: {task: Batch}; index: (tasks, batch_size),
+    which of them. Returns {task: loss}."""
+    losses = dict.fromkeys(plans, 0.)
+    for (task, plan), index_of_task in zip(plans.items(), index):
+        for batch, fraction in get_batches(examples[task], index_of_task, parts):
+            with mixed_precision(model.device):
+                _, loss = model(batch, plan)
+            loss = fraction * loss
+            (TASK_WEIGHT[task] * loss).backward()
+            losses[task] += loss.detach()
+    return losses
+
+
 def get_batches(examples, index, parts):
-    """The sequences that a step takes of a task: as many Batches as there are parts, each with its
-    fraction of all output tokens. index: (batch_size,)."""
+    """Those sequences of a task: as many Batches as there are parts, each with its fraction of all
+    output tokens. index: (batch_size,)."""
     outputs = examples.is_output[index].sum()
     for part in index.chunk(parts):
         batch = examples.rows(part)
@@ -216,13 +216,14 @@ def training_sequences(task, options, dataset, tokenizer):
     return batch
 
 
-def draw_order(task, examples, options):
-    """Which sequences each step takes, (steps, batch_size). Drawn beforehand: no step waits for it,
-    and a resumed run needs nothing else to go on as if nothing had happened."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{options['seed']} {task}".encode()))
-    shape = options["steps"], options["batch_size"]
-    order = torch.randint(len(examples.tokens), shape, generator=generator)
-    return order.to(examples.tokens.device)
+def draw_order(examples, options):
+    """Which sequences each step takes, (steps, tasks, batch_size). Drawn beforehand: no step waits
+    for it, and a resumed run needs nothing else to go on as if nothing had happened."""
+    order, shape = [], (options["steps"], options["batch_size"])
+    for task, batch in examples.items():
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{options['seed']} {task}".encode()))
+        order.append(torch.randint(len(batch.tokens), shape, generator=generator))
+    return torch.stack(order, 1).to(batch.tokens.device)
 
 
 def make_config(options, tokenizer, examples):
@@ -367,23 +368,17 @@ def parts_that_fit(options, config, device):
                 if rows % parts == 0 and (rows / parts <= fitting or parts == rows))
 
 
-def compile_blocks(model, batches, plans, log):
-    """torch.compile for each block, in place: layers with one Rule share their code. Tried at once;
-    what this machine cannot compile runs as it is. Returns whether it worked. batches, plans:
-    {task: ...}; log: a path for the compiler's complaint."""
-    def step(batch, plan):
-        with mixed_precision(model.device):
-            _, loss = model(batch, plan)
-        loss.backward()
-
-    for task, batch in batches.items():     # a mistake in the forward pass itself ends here
-        step(batch.rows(slice(0, 2)), plans[task])
+def compile_blocks(model, plans, examples, parts, index, log):
+    """torch.compile for each block, in place: layers with one Rule share their code. Tried at once
+    with the sequences `index`; what this machine cannot compile runs as it is. Returns whether it
+    worked. log: a path for the compiler's complaint."""
+    # A mistake in the forward pass itself ends here.
+    leave_gradients(model, plans, examples, 1, index[:, :2])
     torch.compiler.set_stance("default")
     for block in model.blocks:
         block.compile(dynamic=False)
     try:
-        for task, batch in batches.items():
-            step(batch, plans[task])
+        leave_gradients(model, plans, examples, parts, index)
         return True
     except torch.OutOfMemoryError:
         raise

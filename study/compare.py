@@ -22,13 +22,14 @@ import math
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "study"))
-from common import (fail, hardware, line_chart, mixed_precision, pick_device, run_script,
+from common import (cuda_graph, fail, hardware, line_chart, mixed_precision, pick_device, run_script,
                     save_picture, script_parser, write_file)
 
 import torch
@@ -41,7 +42,7 @@ import train
 from bench import bench_config, bench_step, synchronize, time_each
 from data import PRESETS
 from eval import SAMPLING, answer_all, check_pictures, draw_pictures, understanding_scores
-from model import TASK_WEIGHT, Config, Model, attention, sequences
+from model import Config, Model, attention, sequences
 from prune import make_plan
 from table import RESULTS, cell, markdown
 from tokenizer import Tokenizer, default_preset
@@ -292,14 +293,15 @@ def train_until_good(kind, options, material, log, device):
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     highest = [group["lr"] for group in groups]
     # Of the same seed, so the shorter run takes the same rows as the longer one's beginning.
-    order = {task: train.draw_order(task, batch, options)
-             for task, batch in material.examples.items()}
+    order = train.draw_order(material.examples, options)
     parts = train.parts_that_fit(options, c, device)
+    work = model, dict.fromkeys(material.examples, plan), material.examples, parts
     if options["compile"]:                                  # before the clock starts
-        first = {task: next(train.get_batches(batch, order[task][0], parts))[0]
-                 for task, batch in material.examples.items()}
         torch.compiler.reset()                              # else the code of every run stays
-        train.compile_blocks(model, first, dict.fromkeys(first, plan), log)
+        train.compile_blocks(*work, order[0], log)
+    forward_backward = partial(train.leave_gradients, *work)
+    if options["compile"] and device.type == "cuda":
+        forward_backward = cuda_graph(forward_backward, model, order[0])
 
     curve, reached, seconds = [], dict.fromkeys(THRESHOLDS), 0.
     bar = tqdm(total=steps, desc=f"{kind}, seed {options['seed']}", unit="step")
@@ -308,14 +310,7 @@ def train_until_good(kind, options, material, log, device):
     for step in range(steps):
         for group, lr in zip(groups, highest):
             group["lr"] = lr * learning_rate(step, steps)
-        total = 0.
-        for task, examples in material.examples.items():
-            for batch, fraction in train.get_batches(examples, order[task][step], parts):
-                with mixed_precision(device):
-                    _, loss = model(batch, plan)
-                loss = fraction * loss
-                (TASK_WEIGHT[task] * loss).backward()
-                total += loss.detach()
+        losses = forward_backward(order[step])
         if kind == "ours":
             train.apply_gradients(optimizers)
         else:
@@ -326,7 +321,7 @@ def train_until_good(kind, options, material, log, device):
         if (step + 1) % SCORE_EVERY == 0 or step == steps - 1:
             synchronize(device)
             seconds += time.perf_counter() - clock
-            total = total.item()
+            total = sum(losses.values()).item()
             if not math.isfinite(total):
                 fail(f"{kind}, seed {options['seed']}: the loss is not finite at step {step + 1}")
             with torch.compiler.set_stance("force_eager"):              # batches of other sizes

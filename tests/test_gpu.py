@@ -50,7 +50,8 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_says_why(tmp_path, capsys, mo
     """... but a mistake in the forward pass is not taken for the compiler's."""
     rng = random.Random(0)
     model, plans = random_model(rng, layers=3).float(), {"und": make_plan("dense", 3)}
-    batches, log = {"und": random_batch(rng, "und", model.config)}, tmp_path / "error.txt"
+    examples, log = {"und": random_batch(rng, "und", model.config)}, tmp_path / "error.txt"
+    batch, index = examples["und"], torch.arange(len(examples["und"].tokens))[None]
 
     def no_compiler(graph, inputs):
         raise RuntimeError("no such card\nand much more")
@@ -59,8 +60,8 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_says_why(tmp_path, capsys, mo
     monkeypatch.setattr(Block, "compile", compile_in_vain)
     torch._dynamo.reset()
     try:
-        compile_blocks(model, batches, plans, log)
-        assert model(batches["und"], plans["und"])[1].isfinite()        # it goes on
+        assert not compile_blocks(model, plans, examples, 1, index, log)
+        assert model(batch, plans["und"])[1].isfinite()        # it goes on
         assert all(p.grad is None for p in model.parameters())
     finally:
         torch.compiler.set_stance("default")
@@ -73,7 +74,7 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_says_why(tmp_path, capsys, mo
 
     monkeypatch.setattr(Block, "forward", wrong)
     with pytest.raises(ValueError, match="mistake"):
-        compile_blocks(model, batches, plans, log)
+        compile_blocks(model, plans, examples, 1, index, log)
 
 
 def test_a_step_in_parts_has_the_same_gradients():
@@ -83,11 +84,12 @@ def test_a_step_in_parts_has_the_same_gradients():
         model, plan = random_model(rng, layers=3), make_plan("hmgen", 3, 1)
         examples = random_batch(rng, task, model.config, rows=20)
         examples = examples._replace(loss_weights=examples.loss_weights.double())
-        order = draw_order(task, examples, {"seed": 0, "steps": 1, "batch_size": 8})
+        options = {"seed": 0, "steps": 1, "batch_size": 8}
+        ((index,),) = draw_order({task: examples}, options)
         expected = None
         for parts in (1, 2, 4):
             model.zero_grad()
-            batches = list(get_batches(examples, order[0], parts))
+            batches = list(get_batches(examples, index, parts))
             assert [len(batch.tokens) for batch, _ in batches] == parts * [8 // parts]
             outputs = sum(batch.is_output.sum().double() for batch, _ in batches)
             for batch, fraction in batches:
