@@ -81,7 +81,7 @@ def test_results_are_those_of_the_committed_runs():
 def test_the_default_run_is_that_of_the_committed_scores():
     cpu = [json.loads((ROOT / f"study/results/cpu-seed{seed}.json").read_text())
            for seed in range(5)]
-    gpu = json.loads((ROOT / "study/results/gpu-seed1.json").read_text())
+    gpu = json.loads((ROOT / "study/results/scale/joint-seed1/eval.json").read_text())
     shown = {device: cells for device, *cells in table_under("device")}
     for cell, (task, name) in zip(shown["2 CPU cores"][2:], (("und", "accuracy"),
                                                              ("gen", "image_accuracy"))):
