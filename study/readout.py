@@ -1,10 +1,13 @@
 """What image tokens know, layer by layer: can an object's shape, colour, size and cell be read from
 the tokens that show it? And how well does understanding find objects by each of these?
 
-    python study/readout.py out/joint out/u         readout.json in each run's folder, two tables
+    python study/readout.py out/joint out/u         readout.json in each run's folder, tables
+    python study/readout.py study/results/synergy/{u,joint}-seed* --chart readout-cpu
+        also study/results/readout-cpu.json and .png: means over the seeds of each row
 
 A readout is ridge regression from hidden states to one-hot labels, fitted on some validation
-pictures and tested on others. Only the shapes world says what a patch shows.
+pictures and tested on others, and on objects of pairs that understanding never trains on. Only the
+shapes world says what a patch shows.
 """
 import json
 import sys
@@ -15,18 +18,20 @@ from statistics import fmean
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "study"))
-from common import fail, hardware, pick_device, run_script, script_parser, write_file
+from common import (fail, hardware, line_chart, pick_device, run_script, save_picture,
+                    script_parser, write_file)
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import data
 from data import BACKGROUND, COLOUR_NAMES, NAMED_BY, PATCH, PRESETS, SHAPES, SIZE_NAMES, Thing
 from eval import BATCH, answer_all
-from model import Model, load_run, sequences, understanding
+from model import Model, generation, load_run, sequences, understanding
 from prune import plans_of
-from table import markdown
+from table import RESULTS, markdown
 
 PICTURES = 900          # two thirds of them to fit on, one third to test on
 RIDGE = .01             # the penalty, as a share of what each standardised feature weighs
@@ -36,12 +41,12 @@ ASKS_FOR = {"colour": "colour", "shape": "shape", "size": "size", "place": "cell
 
 # ---------------------------------------------------------------------- what tokens show
 
-def distinct_scenes(dataset, n, seed):
-    """Up to n scenes of validation pictures, no two of which look alike (but for where in its cell
+def distinct_scenes(dataset, part, n, seed):
+    """Up to n scenes of understanding's "val" or "transfer", no two of which look alike (but for where in its cell
     an object lies). Pictures with one object come again and again, and a readout that was fitted on
     one of them would know the others."""
     found = {}                                              # look -> its first scene
-    for scene in dataset.split("und", "val", 2 * n, seed, questions=0).scenes:
+    for scene in dataset.split("und", part, 2 * n, seed, questions=0).scenes:
         found.setdefault(tuple(thing[:4] for thing in scene), scene)
     return list(found.values())[:n]
 
@@ -80,15 +85,15 @@ def hidden_states(model, batch, plan, chosen):
     return torch.cat(states).double()
 
 
-def readout(states, labels, to_fit):
+def readout(states, labels, to_fit, to_test):
     """The share of test tokens whose label is read right, {field: accuracy}.
 
-    states: (tokens, d). labels: (tokens, 4). to_fit: (tokens,) bool; the other tokens are the test.
-    A class's score is linear. Features are centred, so its constant is the class's share.
+    states: (tokens, d). labels: (tokens, 4). to_fit, to_test: (tokens,) bool. A class's score is
+    linear. Features are centred, so its constant is the class's share.
     """
     center, scale = states[to_fit].mean(0), states[to_fit].std(0).clamp(min=1e-9)
     states = (states - center) / scale
-    fitted, tested = states[to_fit], states[~to_fit]
+    fitted, tested = states[to_fit], states[to_test]
     penalty = RIDGE * len(fitted) * torch.eye(states.size(1), dtype=states.dtype)
     factor = torch.linalg.cholesky(fitted.T @ fitted + penalty)
     accuracy = {}
@@ -97,46 +102,61 @@ def readout(states, labels, to_fit):
         share = one_hot.mean(0)
         weights = torch.cholesky_solve(fitted.T @ (one_hot - share), factor)    # (d, classes)
         guess = (tested @ weights + share).argmax(1)
-        accuracy[field] = (guess == label[~to_fit]).double().mean().item()
+        accuracy[field] = (guess == label[to_test]).double().mean().item()
     return accuracy
 
 
-def read_tokens(model, untrained, tokenizer, dataset, plan, seed):
-    """What is read from all tokens, and from the last one of each object: {tokens: {field:
-    {"trained": [the embedding, then after each layer], "untrained", "chance" and "tested", the
-    number of tokens}}}; and how many pictures were fitted on and tested.
+def read_tokens(model, untrained, tokenizer, dataset, plans, seed):
+    """What is read from image tokens while the model looks at them (plans["und"]) and while it
+    draws them (plans["gen"]): {task: {tokens: {field: {"trained": [the embedding, then after each
+    layer], "untrained", "chance" and "tested", the number of tokens}}}}; and how many pictures were
+    fitted on and tested.
 
     Before training every layer is the identity, so "untrained" is one number. "chance" is the
-    accuracy of who always says the most frequent class of the tokens to fit on.
+    accuracy of always saying the most frequent class of the tokens to fit on.
     """
-    scenes = distinct_scenes(dataset, PICTURES, seed)
+    known = distinct_scenes(dataset, "val", PICTURES, seed)
+    scenes = known + distinct_scenes(dataset, "transfer", PICTURES // 2, seed)
     labels, is_last = token_labels(dataset, scenes)
-    # Every third picture is tested on: looks that come often come first.
-    to_fit = torch.arange(len(scenes)) % 3 != 0             # (B,)
-    pictures = {"fitted": int(to_fit.sum()), "tested": int((~to_fit).sum())}
-    to_fit = to_fit[:, None].expand_as(is_last)             # (B, M)
+    pairs = torch.tensor(sorted(dataset.held_out["und"]))               # (pairs, 2)
+    is_held_out = (labels[..., None, 1:3] == pairs).all(-1).any(-1)     # (B, M)
+    number = torch.arange(len(scenes))
+    # Every third known picture is tested on: looks that come often come first.
+    to_fit = (number < len(known)) & (number % 3 != 0)                  # (B,)
+    to_test = (number < len(known)) & (number % 3 == 0)
+    pictures = {"fitted": int(to_fit.sum()), "tested": int(to_test.sum()),
+                "held_out": len(scenes) - len(known)}
+    to_fit, to_test = (mask[:, None].expand_as(is_last) for mask in (to_fit, to_test))
+    # The tokens to fit on, and those to test, of each readout: (B, M).
+    groups = {"all tokens": (to_fit, to_test),
+              "last token": (to_fit & is_last, to_test & is_last),
+              "last token, held-out pairs": (to_fit & is_last, is_held_out & is_last)}
     shown = labels[..., 0] >= 0                             # (B, M), the tokens that show something
-    labels, to_fit, is_last = labels[shown], to_fit[shown], is_last[shown]      # (tokens, ...)
-    groups = {"all tokens": torch.ones_like(is_last), "last token": is_last}
-    # Questions come after the image, so its tokens do not see them.
+    labels = labels[shown]                                  # (tokens, 4)
+    groups = {name: (fit[shown], test[shown]) for name, (fit, test) in groups.items()}
+
+    # Questions come after the image, so its tokens do not see them; nor is there a caption.
     codes = tokenizer.encode(dataset.render(scenes))
-    batch = understanding(tokenizer, codes, [[]] * len(scenes)).to(model.device)
-
-    def read(network, first_layers):
-        states = hidden_states(network, batch, first_layers, shown)
-        return {name: readout(states[group], labels[group], to_fit[group])
-                for name, group in groups.items()}
-
-    by_layer = [read(model, plan[:layers]) for layers in range(len(plan) + 1)]
-    before_training = read(untrained, plan)
+    batches = {"und": understanding(tokenizer, codes, [[]] * len(scenes)),
+               "gen": generation(tokenizer, codes, [""] * len(scenes))}
     found = {}
-    for name, group in groups.items():
-        fitted, tested = labels[group & to_fit], labels[group & ~to_fit]
-        chance = (tested == fitted.mode(0).values).double().mean(0).tolist()    # of each field
-        found[name] = {field: {"trained": [accuracy[name][field] for accuracy in by_layer],
-                               "untrained": before_training[name][field],
-                               "chance": of_most_frequent, "tested": len(tested)}
-                       for field, of_most_frequent in zip(FIELDS, chance)}
+    for task, plan in plans.items():
+        batch = batches[task].to(model.device)
+
+        def read(network, first_layers):
+            states = hidden_states(network, batch, first_layers, shown)
+            return {name: readout(states, labels, *masks) for name, masks in groups.items()}
+
+        by_layer = [read(model, plan[:layers]) for layers in range(len(plan) + 1)]
+        before_training = read(untrained, plan)
+        found[task] = {}
+        for name, (fit, test) in groups.items():
+            chance = (labels[test] == labels[fit].mode(0).values).double().mean(0).tolist()
+            found[task][name] = {
+                field: {"trained": [accuracy[name][field] for accuracy in by_layer],
+                        "untrained": before_training[name][field],
+                        "chance": of_most_frequent, "tested": int(test.sum())}
+                for field, of_most_frequent in zip(FIELDS, chance)}
     return found, pictures
 
 
@@ -188,50 +208,85 @@ def study(folder, device):
     if options["data"] != "shapes":
         fail(f"{folder} was trained on {options['data']}: expected the shapes world, which alone "
              "says what an image token shows")
-    if "und" not in checkpoint["tasks"]:
-        fail(f"{folder} was trained for generation alone: expected a run with understanding")
-    plan = plans_of(["und"], options, model.config.layers)["und"]
+    plans = plans_of(checkpoint["tasks"], options, model.config.layers)
     torch.manual_seed(seed)                                 # as train.py begins
     untrained = Model(model.config, tokenizer.vq.codebook.cpu()).to(device).eval()
     dataset = data.load("shapes", options["preset"])
-    tokens, pictures = read_tokens(model, untrained, tokenizer, dataset, plan, seed)
-    questions = questions_by_name(model, tokenizer, dataset, plan,
-                                  PRESETS[options["preset"]].und_val, seed)
+    tokens, pictures = read_tokens(model, untrained, tokenizer, dataset, plans, seed)
+    questions = {}
+    if "und" in plans:
+        questions = questions_by_name(model, tokenizer, dataset, plans["und"],
+                                      PRESETS[options["preset"]].und_val, seed)
     return {"tokens": tokens, "pictures": pictures, "questions": questions,
             "config": {**options, "step": checkpoint["step"], "ridge": RIDGE},
             "hardware": hardware(device)}
 
 
-def tables(found):
-    """What was found, as two tables in Markdown."""
-    def percent(share):
-        return f"{100 * share:.1f}"
+def percent(share):
+    return f"{100 * share:.1f}"
 
+
+def token_table(tokens):
+    """read_tokens' shares, as a table in Markdown."""
     rows = []
-    for field in ("shape", "colour", "size", "cell"):
-        for name, fields in found["tokens"].items():
-            scores = fields[field]
-            shares = *scores["trained"], scores["untrained"], scores["chance"]
-            rows.append((f"{field}, {name}", *map(percent, shares)))
-    layers = [f"layer {i}" for i in range(1, len(rows[0]) - 3)]
-    tokens = markdown(["read, %", "embedding", *layers, "untrained", "chance"], rows)
+    for task, groups in tokens.items():
+        for field in ("shape", "colour", "size", "cell"):
+            for name, fields in groups.items():
+                scores = fields[field]
+                shares = *scores["trained"], scores["untrained"], scores["chance"]
+                rows.append((task, f"{field}, {name}", *map(percent, shares)))
+    layers = [f"layer {i}" for i in range(1, len(rows[0]) - 4)]
+    return markdown(["task", "read, %", "embedding", *layers, "untrained", "chance"], rows, 2)
+
+
+def tables(found):
+    """What was found of one run, as two tables in Markdown."""
     rows = [(kind, name, scores["n"], percent(scores["accuracy"]), percent(scores["any_object"]))
             for kind, names in found["questions"].items() for name, scores in names.items()]
     asked = markdown(["question", "object named by", "n", "right, %", "any object, %"], rows, 2)
-    return f"{tokens}\n\n{asked}"
+    return f"{token_table(found['tokens'])}\n\n{asked}"
+
+
+# ---------------------------------------------------------------------- several runs
+
+def draw_means(runs, path):
+    """Shape read from the last token of objects, known and of held-out pairs, as means over the
+    seeds of each row, in a JSON and a chart. runs: {folder: what `study` found}."""
+    rows = defaultdict(list)                                # (row, task) -> its runs
+    for folder, found in runs.items():
+        for task in found["tokens"]:
+            rows[folder.name.rsplit("-seed", 1)[0], task].append(found["tokens"][task])
+    groups, means = ("last token", "last token, held-out pairs"), {}
+    sheet = Image.new("RGB", (1000, 380))
+    for column, group in enumerate(groups):
+        lines = {}
+        for (row, task), of_row in rows.items():
+            layers = zip(*(tokens[group]["shape"]["trained"] for tokens in of_row))
+            shares = [fmean(layer) for layer in layers]
+            name = f"{row}, {'looking' if task == 'und' else 'drawing'}"
+            means.setdefault(name, {"seeds": len(of_row)})[group] = shares
+            lines[name] = list(enumerate(shares))
+        chart = line_chart(lines, f"shape read from the {group}", "layer", 1., (500, 380))
+        sheet.paste(chart, (500 * column, 0))
+    write_file(path.with_suffix(".json"), json.dumps(means, indent=1))
+    save_picture(sheet, path.with_suffix(".png"))
+    print(f"\n{path}.json, {path}.png")
 
 
 def main():
     parser = script_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of trained runs")
+    parser.add_argument("--chart", metavar="NAME", help="study/results/NAME.json and .png")
     args = parser.parse_args()
-    device = pick_device(args.device)
+    device, runs = pick_device(args.device), {}
     for folder in args.runs:
-        found = study(folder, device)
+        found = runs[folder] = study(folder, device)
         write_file(folder / "readout.json", json.dumps(found, indent=1))
         n = found["pictures"]
-        print(f"\n{folder}: fitted on {n['fitted']} pictures, tested on {n['tested']} others\n\n"
-              f"{tables(found)}")
+        print(f"\n{folder}: fitted on {n['fitted']} pictures, tested on {n['tested']} others, "
+              f"and on {n['held_out']} with held-out pairs\n\n{tables(found)}")
+    if args.chart:
+        draw_means(runs, RESULTS / args.chart)
 
 
 if __name__ == "__main__":
