@@ -13,7 +13,7 @@ import json
 import sys
 from collections import defaultdict
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -250,25 +250,28 @@ def tables(found):
 # ---------------------------------------------------------------------- several runs
 
 def draw_means(runs, path):
-    """Shape read from the last token of objects, known and of held-out pairs, as means over the
-    seeds of each row, in a JSON and a chart. runs: {folder: what `study` found}."""
-    rows = defaultdict(list)                                # (row, task) -> its runs
+    """How well shapes are read from the last token of an object, of known and of held-out pairs:
+    means over the seeds of each row, in a JSON and a chart. runs: {folder: what `study` found}."""
+    rows = defaultdict(lambda: defaultdict(list))           # task -> row -> its runs
     for folder, found in runs.items():
-        for task in found["tokens"]:
-            rows[folder.name.rsplit("-seed", 1)[0], task].append(found["tokens"][task])
-    groups, means = ("last token", "last token, held-out pairs"), {}
-    sheet = Image.new("RGB", (1000, 380))
-    for column, group in enumerate(groups):
-        lines = {}
-        for (row, task), of_row in rows.items():
-            layers = zip(*(tokens[group]["shape"]["trained"] for tokens in of_row))
-            shares = [fmean(layer) for layer in layers]
-            name = f"{row}, {'looking' if task == 'und' else 'drawing'}"
-            means.setdefault(name, {"seeds": len(of_row)})[group] = shares
-            lines[name] = list(enumerate(shares))
-        chart = line_chart(lines, f"shape read from the {group}", "layer", 1., (500, 380))
-        sheet.paste(chart, (500 * column, 0))
-    write_file(path.with_suffix(".json"), json.dumps(means, indent=1))
+        for task, tokens in found["tokens"].items():
+            rows[task][folder.name.rsplit("-seed", 1)[0]].append(tokens)
+    groups = {"last token": "known pairs", "last token, held-out pairs": "held-out pairs"}
+    contents, sheet = {}, Image.new("RGB", (960, 360 * len(rows)))
+    for y, (task, of_task) in enumerate(rows.items()):
+        for x, (group, title) in enumerate(groups.items()):
+            lines = {}
+            for row, of_row in of_task.items():
+                layers = list(zip(*(tokens[group]["shape"]["trained"] for tokens in of_row)))
+                means = list(map(fmean, layers))
+                deviations = list(map(stdev, layers)) if len(of_row) > 1 else None
+                contents.setdefault(task, {}).setdefault(row, {"seeds": len(of_row)})[title] = {
+                    "mean": means, "standard_deviation": deviations}
+                lines[row] = list(enumerate(means))
+            verb = "looking" if task == "und" else "drawing"
+            title = f"{verb}: shape read from an object's last token, {title}"
+            sheet.paste(line_chart(lines, title, "layer", 1., (480, 360)), (480 * x, 360 * y))
+    write_file(path.with_suffix(".json"), json.dumps(contents, indent=1))
     save_picture(sheet, path.with_suffix(".png"))
     print(f"\n{path}.json, {path}.png")
 

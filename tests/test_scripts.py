@@ -19,7 +19,7 @@ from conftest import ROOT, run, train_args
 from match import log_likelihoods
 from model import Config, generation, load_run, understanding
 from prune import PLANS, make_plan
-from readout import named_by, token_labels
+from readout import draw_means, named_by, token_labels
 from table import (answer_claims, check_finished, differences_of, exclusive, p_values,
                    t_tail)
 from test_model import decode, random_batch, words
@@ -303,6 +303,10 @@ def test_readout(trained, tmp_path):
     for task in ("und", "gen"):
         for fields in found["tokens"][task].values():
             assert len(fields["cell"]["trained"]) == 4 and fields["cell"]["trained"][0] > .95
+    draw_means({tmp_path / "joint-seed1": found, tmp_path / "joint-seed2": found}, tmp_path / "all")
+    means = json.loads((tmp_path / "all.json").read_text())["gen"]["joint"]
+    assert means["seeds"] == 2 and means["known pairs"]["standard_deviation"] == 4 * [0]
+    assert means["known pairs"]["mean"] == found["tokens"]["gen"]["last token"]["shape"]["trained"]
     checkpoint = torch.load(tmp_path / "checkpoint.pt")
     torch.save({**checkpoint, "options": {**checkpoint["options"], "data": "cats"}},
                tmp_path / "checkpoint.pt")
