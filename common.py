@@ -247,8 +247,8 @@ def cuda_graph(function, model, *inputs):
     the same function of other tensors of the same shapes. Its result is overwritten by the next
     call."""
     inputs = [x.clone() for x in inputs]
-    # What happens only once, like the choice of kernels, must not become part of the graph, nor
-    # what the default stream does.
+    # What happens only once, like the choice of kernels, must not become part of the graph: warm
+    # up, on a stream of its own, as PyTorch asks for.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -256,6 +256,8 @@ def cuda_graph(function, model, *inputs):
             function(*inputs)
             model.zero_grad()
     torch.cuda.current_stream().wait_stream(stream)
+    # No parameter has a gradient now, so that the first backward pass of each replay writes
+    # gradients and does not add to those of the replay before.
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = function(*inputs)
@@ -267,7 +269,7 @@ def cuda_graph(function, model, *inputs):
             x.copy_(new)
         graph.replay()
         for p, gradient in zip(model.parameters(), gradients):
-            p.grad = gradient
+            p.grad = gradient                               # optimizers' zero_grad forgets it
         return result
 
     replay.function = function      # whose tensors the graph reads: they must stay where they are

@@ -25,13 +25,16 @@ from tokenizer import FIRST_CODE, Tokenizer
 # question tokens and the ends of answers, with a small weight: without them understanding learns
 # less. Model.loss has the whole formula.
 AUXILIARY_WEIGHT = .05
-# Of the tasks in the gradient, also where there is only one. Logged losses are without it.
+# What a task's loss is multiplied by before the backward pass, even if it is the only task. Logged
+# losses are without it.
 TASK_WEIGHT = {"und": 1., "gen": 2.}
 
-# Which sets of Q, K, V weights a block has. Text tokens always use "text".
+# Which sets of Q, K, V weights a block has. Text tokens always use "text"; all tokens share the
+# output projection, QK norm and FFN.
 PROJECTIONS = {"shared": ["text"],                  # image tokens use those of text, too
                "image": ["text", "image"],          # image tokens have their own, for both tasks
-               "task": ["text", "und", "gen"]}      # ... for each task: "share partial" (sec. 6.2)
+               "task": ["text", "und", "gen"]}      # ... for each task, whose name the set has:
+                                                    # "share partial" (sec. 6.2)
 # Understanding with HiMix has no image tokens as queries: its image query weights are not used.
 
 
@@ -225,7 +228,7 @@ class LayerInputs(NamedTuple):
     """What all layers with one Rule have in common. It is made once, outside of them."""
     queries: Positions      # the tokens that a layer updates
     keys: Positions         # the tokens that they attend to
-    embedding_keys: torch.Tensor    # (N,) bool: whose keys and values are made of input embeddings,
+    from_embedding: torch.Tensor    # (N,) bool: whose keys and values are made of input embeddings,
                                     # or None: those of no token
     query_rotary: tuple     # (cos, sin) of the queries, each (B, 1, q, Dh)
     key_rotary: tuple       # (cos, sin) of the keys, each (B, 1, k, Dh)
@@ -262,9 +265,9 @@ class Block(nn.Module):
         were before the first layer. Returns x after the layer, and the attention weights
         (B, H, q, k), or None where fused.
 
-        Only the queries and keys of `inputs` are taken into the layer: a token that is no query
-        enters neither the query projection nor the FFN, one that is no key enters no key or value
-        projection.
+        Only the queries and keys of `inputs` are taken into the layer: another token enters
+        neither the query projection nor the FFN, or no key or value projection. (`Model.reference`
+        gives all tokens as both, and hides what the plan drops.)
 
         cache: (keys, values, position of x's first token). Keys and values of all tokens, each
         (B, H, all, Dh), take in those of x; then x attends to all of them, and inputs.mask is
@@ -273,11 +276,12 @@ class Block(nn.Module):
         source = x                                          # of keys and values
         # HiMix (sec. 5.1). Each layer normalises and projects the input embeddings by its own
         # attention_norm and key_value.
-        if inputs.embedding_keys is not None:
-            source = torch.where(inputs.embedding_keys[:, None], embedding, x)
+        if inputs.from_embedding is not None:
+            source = torch.where(inputs.from_embedding[:, None], embedding, x)
         updated = take(x, inputs.queries.index)                             # (B, q, d)
         source = take(source, inputs.keys.index)                            # (B, k, d)
         h = self.attention_norm(updated)
+        # Where all tokens are queries and keys, `take` returns x itself: normalise it once.
         h_source = h if source is updated else self.attention_norm(source)
         attended, weights = self.attend(h, h_source, inputs, task, fused, cache)
         updated = updated + attended
@@ -433,10 +437,10 @@ class Model(nn.Module):
         every_position = full.queries.index                                     # (N,)
         all_weights = []
         for block, rule in zip(self.blocks, plan):
-            queries, keys, embedding_keys, *_ = self.layer_inputs(rule, batch)
-            is_query = torch.isin(every_position, queries.index)                # (N,)
-            is_key = torch.isin(every_position, keys.index)
-            inputs = full._replace(mask=full.mask & is_key, embedding_keys=embedding_keys)
+            of_rule = self.layer_inputs(rule, batch)
+            is_query = torch.isin(every_position, of_rule.queries.index)        # (N,)
+            is_key = torch.isin(every_position, of_rule.keys.index)
+            inputs = full._replace(mask=full.mask & is_key, from_embedding=of_rule.from_embedding)
             updated, weights = block(x, embedding, inputs, batch.task, fused=False)
             x = torch.where(is_query[:, None], updated, x)
             all_weights.append(weights)

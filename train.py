@@ -26,9 +26,9 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from common import (cuda_graph, fail, has_bfloat16, line_chart, lock_folder, mixed_precision, peak_flops,
-                    peak_memory_mb, pick_device, read_checkpoint, run_script, save_checkpoint,
-                    save_picture, script_parser, write_file)
+from common import (cuda_graph, fail, has_bfloat16, line_chart, lock_folder, mixed_precision,
+                    peak_flops, peak_memory_mb, pick_device, read_checkpoint, run_script,
+                    save_checkpoint, save_picture, script_parser, write_file)
 
 import torch
 from tqdm import tqdm
@@ -46,9 +46,12 @@ OBJECTIVES = {"joint": ["und", "gen"], "und": ["und"], "gen": ["gen"]}
 # How many steps, and how many pictures in a step, stand in data.PRESETS; the weights of the loss in
 # model.py.
 CAPTION_DROPOUT = .1    # of captions are empty in training, which classifier-free guidance needs
-LEARNING_RATE = .01     # Muon's highest, for the matrices in the layers (of the tall ones times
-                        # the root of rows / columns); see study/NOTES.md
-ADAMW_RATIO = .5        # AdamW's over Muon's, for embeddings, head, norms and positions
+# What is trained                       by         with a learning rate of at most
+# query, out, down                      Muon       LEARNING_RATE
+# key_value; up (they are tall)         Muon       times the root of rows / columns: 1.4; 2
+# embeddings, head, norms, positions    AdamW      times ADAMW_RATIO
+LEARNING_RATE = .01     # see study/NOTES.md
+ADAMW_RATIO = .5
 WARM_UP = 50            # steps in which the learning rate rises
 DECAY = .7              # the last part of training, in which it falls to nearly nothing
 CLIP = 1.               # largest gradient norm of AdamW's part; Muon's steps have one size anyway
@@ -93,9 +96,10 @@ def train(options, device, resumed=None):
     if options["compile"] and not compile_blocks(model, plans, examples, parts, order[0],
                                                  out / "compile-error.txt"):
         parts = parts_that_fit({**options, "compile": False}, config, device)
-    forward_backward = partial(leave_gradients, model, plans, examples, parts)
+    run_passes = partial(forward_backward, model, plans, examples, parts)
     if options["compile"] and device.type == "cuda":
-        forward_backward = cuda_graph(forward_backward, model, order[0])
+        # All that changes from step to step is which of the examples it takes.
+        run_passes = cuda_graph(run_passes, model, order[0])
 
     progress = Progress(options, config, plans, start, rows, device)
     in_parts = f" in {parts} parts" if parts > 1 else ""
@@ -112,7 +116,7 @@ def train(options, device, resumed=None):
     for step in range(start, steps):
         for optimizer, highest in zip(optimizers, (options["lr"], ADAMW_RATIO * options["lr"])):
             optimizer.param_groups[0]["lr"] = highest * learning_rate_factor(step, steps)
-        losses = forward_backward(order[step])
+        losses = run_passes(order[step])
         apply_gradients(optimizers)
 
         last_step = step == steps - 1
@@ -144,7 +148,8 @@ def train(options, device, resumed=None):
 
 
 def learning_rate_factor(step, steps):
-    """What the highest learning rates are multiplied by: up to 1, level, linearly down to .02."""
+    """What the highest learning rates are multiplied by: up to 1, level (in runs of 167 steps or
+    more), linearly down to .02."""
     if step < WARM_UP:
         return (step + 1) / WARM_UP
     if step < (1 - DECAY) * steps:
@@ -152,9 +157,10 @@ def learning_rate_factor(step, steps):
     return max(.02, (1 - step / steps) / DECAY)
 
 
-def leave_gradients(model, plans, examples, parts, index):
-    """Forward and backward pass of a step. examples: {task: Batch}; index: (tasks, batch_size),
-    which of them. Returns {task: loss}."""
+def forward_backward(model, plans, examples, parts, index):
+    """Forward and backward pass of a step: adds to the gradients and returns {task: loss}. plans,
+    examples: {task: plan}, {task: Batch}. index: (tasks, batch_size), which of the examples, in the
+    order of `plans`."""
     losses = dict.fromkeys(plans, 0.)
     for (task, plan), index_of_task in zip(plans.items(), index):
         for batch, fraction in get_batches(examples[task], index_of_task, parts):
@@ -209,10 +215,10 @@ def training_sequences(task, options, dataset, tokenizer):
     if options["data"] != "shapes":
         there = dataset.indices["train"]
         asked = sum(len(dataset.questions[i]) for i in there)
-        left_out = f"{len(batch.tokens)} of {len(there)} training pictures"
+        taken = f"{len(batch.tokens)} of {len(there)} training pictures"
         if task == "und":
-            left_out += f", {batch.segment_ids.amax(1).sum()} of {asked} questions on them"
-        print(f"{task}: {left_out}, as many as the preset takes")
+            taken += f", {batch.segment_ids.amax(1).sum()} of {asked} questions on them"
+        print(f"{task}: {taken}, as many as the preset takes")
     return batch
 
 
@@ -241,8 +247,9 @@ class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal (Jordan et al. 2024), for matrices: all singular values of a step
     are about equal.
 
-    The same as torch.optim.Muon, but for all matrices of one shape at once, and in float32 on a
-    CPU: that one computes in bfloat16, one by one, which takes 20 times as long there.
+    The same as torch.optim.Muon without weight decay, but for all matrices of one shape at once,
+    and in float32: that one computes in bfloat16, one by one, which takes 20 times as long on a
+    CPU.
     """
 
     def __init__(self, parameters, lr):
@@ -372,13 +379,14 @@ def compile_blocks(model, plans, examples, parts, index, log):
     """torch.compile for each block, in place: layers with one Rule share their code. Tried at once
     with the sequences `index`; what this machine cannot compile runs as it is. Returns whether it
     worked. log: a path for the compiler's complaint."""
-    # A mistake in the forward pass itself ends here.
-    leave_gradients(model, plans, examples, 1, index[:, :2])
+    # Once uncompiled, on two pictures: a mistake of our own is not taken for the compiler's.
+    forward_backward(model, plans, examples, 1, index[:, :2])
+    # A run before this one, in the same process, may have failed to compile.
     torch.compiler.set_stance("default")
     for block in model.blocks:
         block.compile(dynamic=False)
     try:
-        leave_gradients(model, plans, examples, parts, index)
+        forward_backward(model, plans, examples, parts, index)
         return True
     except torch.OutOfMemoryError:
         raise
@@ -441,6 +449,8 @@ def check(options):
     for key, task in (("image_loss", "und"), ("practice", "gen")):
         if options[key] and task not in tasks:
             fail(f"--{key.replace('_', '-')} is of no use with --objective {options['objective']}")
+    if options["practice"] and options["data"] != "shapes":
+        fail("--practice: both tasks see the same pictures of a folder; expected --data shapes")
     plans_of(tasks, options, PRESETS[options["preset"]].layers)
 
 
@@ -486,7 +496,7 @@ def main():
     add("--seed", type=int, help="of data, weights and order (default: 0)")
     add("--save-every", type=float, metavar="SECONDS", help=f"default: {SAVE_EVERY}")
     add("--compile", action=BooleanOptionalAction,
-        help="torch.compile (default: on GPUs with bfloat16)")
+        help="torch.compile; on CUDA also a CUDA graph (default: on GPUs with bfloat16)")
     add("--tokenizer", metavar="PATH", help="trained if there is no such file")
     add("--out", help="the run's folder (default: out/joint, out/und-himix, ...)")
     add("--resume", action="store_true", default=False, help="go on with the run in --out")

@@ -14,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "study"))
-from common import (cuda_graph, hardware, line_chart, mixed_precision, pick_device, run_script, save_picture,
-                    script_parser, write_file)
+from common import (cuda_graph, hardware, line_chart, mixed_precision, pick_device, run_script,
+                    save_picture, script_parser, write_file)
 
 import torch
 

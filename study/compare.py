@@ -29,8 +29,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "study"))
-from common import (cuda_graph, fail, hardware, line_chart, mixed_precision, pick_device, run_script,
-                    save_picture, script_parser, write_file)
+from common import (cuda_graph, fail, hardware, line_chart, mixed_precision, pick_device,
+                    run_script, save_picture, script_parser, write_file)
 
 import torch
 import torch.nn as nn
@@ -299,9 +299,9 @@ def train_until_good(kind, options, material, log, device):
     if options["compile"]:                                  # before the clock starts
         torch.compiler.reset()                              # else the code of every run stays
         train.compile_blocks(*work, order[0], log)
-    forward_backward = partial(train.leave_gradients, *work)
+    run_passes = partial(train.forward_backward, *work)
     if options["compile"] and device.type == "cuda":
-        forward_backward = cuda_graph(forward_backward, model, order[0])
+        run_passes = cuda_graph(run_passes, model, order[0])
 
     curve, reached, seconds = [], dict.fromkeys(THRESHOLDS), 0.
     bar = tqdm(total=steps, desc=f"{kind}, seed {options['seed']}", unit="step")
@@ -310,7 +310,7 @@ def train_until_good(kind, options, material, log, device):
     for step in range(steps):
         for group, lr in zip(groups, highest):
             group["lr"] = lr * learning_rate(step, steps)
-        losses = forward_backward(order[step])
+        losses = run_passes(order[step])
         if kind == "ours":
             train.apply_gradients(optimizers)
         else:

@@ -25,8 +25,8 @@ BEGAN = time.time()     # imports count: the first ones on a fresh machine take 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "study"))
-from common import (cuda_graph, fail, hardware, mixed_precision, peak_flops, pick_device, run_script,
-                    script_parser, write_file)
+from common import (cuda_graph, fail, hardware, mixed_precision, peak_flops, pick_device,
+                    run_script, script_parser, write_file)
 
 import torch
 

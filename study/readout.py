@@ -42,9 +42,9 @@ ASKS_FOR = {"colour": "colour", "shape": "shape", "size": "size", "place": "cell
 # ---------------------------------------------------------------------- what tokens show
 
 def distinct_scenes(dataset, part, n, seed):
-    """Up to n scenes of understanding's "val" or "transfer", no two of which look alike (but for where in its cell
-    an object lies). Pictures with one object come again and again, and a readout that was fitted on
-    one of them would know the others."""
+    """Up to n scenes of understanding's "val" or "transfer", no two of which look alike (but for
+    where in its cell an object lies). Pictures with one object come again and again, and a readout
+    that was fitted on one of them would know the others."""
     found = {}                                              # look -> its first scene
     for scene in dataset.split("und", part, 2 * n, seed, questions=0).scenes:
         found.setdefault(tuple(thing[:4] for thing in scene), scene)

@@ -358,6 +358,7 @@ def test_frechet_distance_of_features():
     (("train.py", "--gen-plan", "himix"), "--gen-plan himix"),
     (("train.py", "--gen-plan", "hmgen", "--shallow", "9", "--preset", "tiny"), "expected 0 to 1"),
     (("train.py", "--objective", "und", "--gen-plan", "hmgen"), "no such task"),
+    (("train.py", "--practice", "--data", "somewhere"), "same pictures"),
     (("train.py", "--steps", "-1"), "--steps"),
     (("train.py", "--batch-size", "0"), "--batch-size"),
     (("train.py", "--objective", "und", "--projections", "task"), "--projections task"),
