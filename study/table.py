@@ -7,8 +7,8 @@
 It goes on where it stopped, and may be started several times, best one process a core
 (OMP_NUM_THREADS=1): each takes rows that no other has. Settings are chosen on seeds 0 and 10 to 12,
 so seeds count from 1. Go on with a stopped run by starting this again, not with train.py: some rows
-have a world of their own. Writes study/results/NAME-PRESET.md, .json, .png and -samples.png; NAME
-is the folder's. Of the folder itself git keeps the scores: they are all that a table needs.
+have a world of their own. Writes study/results/NAME-PRESET.md, .json, .png, -flops.png and
+-samples.png; NAME is the folder's. Of the folder itself git keeps the scores: they are all that a table needs.
 """
 import json
 import math
@@ -18,6 +18,7 @@ import statistics
 import sys
 from collections import defaultdict
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -398,7 +399,8 @@ def make_table(folder):
     write_file(f"{path}.md", "\n\n".join(parts) + "\n")
     write_file(f"{path}.json", json.dumps({"titles": titles, "runs": found}))
     draw_rows(titles, found, f"{path}.png")
-    print("\n\n".join(parts) + f"\n\n{path}.md, .json, .png")
+    draw_tradeoff(titles, found, f"{path}-flops.png")
+    print("\n\n".join(parts) + f"\n\n{path}.md, .json, .png, -flops.png")
 
 
 def draw_rows(titles, found, path):
@@ -440,6 +442,58 @@ def draw_rows(titles, found, path):
                 draw.circle(dot, 7, fill=fill, outline=colour)
             if points:
                 draw.line((at(mean), y - 17, at(mean), y + 17), fill="black", width=3)
+    save_picture(sheet, path)
+
+
+def draw_tradeoff(titles, found, path):
+    """Quality against FLOPs: for each joint row its mean, and a line of one standard deviation to
+    both sides; what a task has alone, without reduction, as a level line. FLOPs are all of
+    training, relative to dense joint training."""
+    font, big = ImageFont.load_default(22), ImageFont.load_default(26)
+    width, height, top, left, gap = 620, 480, 100, 90, 130
+    names = [name for name in ROWS if name in found and "objective" not in ROWS[name][1]]
+    colours = dict(zip(names, cycle(("black", "firebrick", "darkorange", "royalblue", "seagreen",
+                                     "purple", "grey"))))
+    sheet = Image.new("RGB", (2 * (left + width) + gap, top + height + 110 + 34 * len(names)),
+                      "white")
+    draw = ImageDraw.Draw(sheet)
+    for panel, (alone, (title, score, factor, _)) in enumerate((("u", COLUMNS[1]),
+                                                                ("g", COLUMNS[3]))):
+        x0 = left + panel * (left + width + gap // 2)
+        lowest = 40 if alone == "u" else 0
+
+        def at(flops, percent):
+            y = top + height * (100 - percent) / (100 - lowest)
+            return x0 + width * (flops - .6) / .45, y
+
+        draw.text((x0, 40), title, "black", big, anchor="lm")
+        for percent in range(lowest, 101, 20):
+            draw.line((at(.6, percent), at(1.05, percent)), fill="lightgrey", width=2)
+            draw.text((x0 - 14, at(.6, percent)[1]), str(percent), "grey", font, anchor="rm")
+        for flops in (.6, .7, .8, .9, 1.):
+            draw.text((at(flops, lowest)[0], top + height + 24), f"{flops:.1f}", "grey", font,
+                      anchor="mm")
+        draw.text((x0 + width / 2, top + height + 58), "FLOPs of training, dense joint = 1",
+                  "grey", font, anchor="mm")
+        if alone in found:
+            mean = statistics.mean(numbers(found[alone], score, factor))
+            draw.line((at(.6, mean), at(1.05, mean)), fill="grey", width=3)
+            x, y = at(.86, mean)
+            draw.text((x, y - 14), f"{titles[alone]}, dense", "grey", font, anchor="mm")
+        for name in names:
+            points = numbers(found[name], score, factor)
+            mean, side = statistics.mean(points), names.index(name) % 4 - 1.5
+            deviation = statistics.stdev(points) if len(points) > 1 else 0.
+            flops = statistics.mean(numbers(found[name], ("cost", "flops_ratio"), 1))
+            # Rows with as many FLOPs stand beside each other.
+            flops += .008 * side
+            draw.line((at(flops, mean - deviation), at(flops, min(100, mean + deviation))),
+                      fill=colours[name], width=4)
+            draw.circle(at(flops, mean), 9, fill=colours[name])
+    for row, name in enumerate(names):
+        y = top + height + 100 + 34 * row
+        draw.circle((left + 10, y), 9, fill=colours[name])
+        draw.text((left + 32, y), titles[name], "black", font, anchor="lm")
     save_picture(sheet, path)
 
 
