@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import compare
+import depth
 import data
 import train
 from bench import bench
@@ -281,6 +282,24 @@ def test_the_usual_gpt_decodes_as_it_predicts():
     codes, caption = torch.randint(16, (1, 9)), ["1 2 3"]
     short, long = (model(generation(words, codes, caption, n), plan)[0] for n in (None, 8))
     assert (short - long).abs().max() < 1e-10
+
+
+def test_depth(trained, tmp_path, monkeypatch):
+    """Where the image is hidden nowhere, scores are those of eval.py; hiding it changes them."""
+    size = data.PRESETS["tiny"]
+    monkeypatch.setattr(depth, "SCORED", {"und": size.und_val, "gen": size.gen_val})
+    found, options = depth.measure(trained / "joint", torch.device("cpu"))
+    scores = json.loads((trained / "joint" / "eval.json").read_text())
+    for of_task in found.values():
+        assert len(of_task["attention"]) == size.layers and min(of_task["attention"]) > .05
+        assert len(of_task["right"]) == size.layers + 1
+    loss = found["gen"]["loss"]
+    assert loss[-1] == pytest.approx(scores["gen"]["loss"])
+    assert len(set(loss)) == size.layers + 1
+    assert found["und"]["right"][-1] == pytest.approx(scores["und"]["accuracy"])
+    depth.draw([found, found], tmp_path / "depth.png")
+    line = depth.table_of([found, found]).splitlines()[2]
+    assert f"| {found['und']['attention'][0]:.2f} ± 0.00 |" in line
 
 
 def test_readout(trained, tmp_path):
