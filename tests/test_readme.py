@@ -16,9 +16,9 @@ STUDY = (ROOT / "study" / "README.md").read_text()
 SCRIPT = r"python ((?:study/)?\w+\.py)(.*)"
 
 
-def table_under(first_cell):
+def table_under(first_cell, text=README):
     """The rows of the table whose head begins with this cell, as lists of cells."""
-    lines = README[README.index(f"| {first_cell} |"):].split("\n\n")[0].splitlines()[2:]
+    lines = text[text.index(f"| {first_cell} |"):].split("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
@@ -76,6 +76,36 @@ def test_results_are_those_of_the_committed_runs():
         for cell, (_, path, factor, digits) in zip(cells, COLUMNS, strict=True):
             values = numbers(runs, path, factor)
             assert cell == (f"{statistics.mean(values):.{digits}f}" if values else ""), title
+
+
+@pytest.mark.parametrize("text", [README, STUDY])
+def test_differences_are_those_of_the_committed_runs(text):
+    """... which the table of the paper's claims has, and README's p."""
+    sys.path.insert(0, str(ROOT / "study"))
+    from table import (HELD_OUT, IMAGES, QUESTIONS, UNSEEN, answer_claims, differences_of,
+                       read_runs, spread)
+    found = read_runs(ROOT / "study" / "results" / "synergy")
+    expected = [
+        [(HELD_OUT, "joint", "u"), (QUESTIONS, "joint", "u")],
+        [(IMAGES, "joint", "g"), (UNSEEN, "joint", "g")],
+        [(QUESTIONS, "u-himix", "u"), (HELD_OUT, "u-himix", "u")],
+        [(IMAGES, "g-hmgen", "g"), (UNSEEN, "g-hmgen", "g")],
+        [(HELD_OUT, "joint", "u", "share-all", "u-himix")],
+        [(HELD_OUT, "joint", "u", "share-partial", "u-himix")]]
+    if text is STUDY:       # it also says what the joint rows differ by
+        expected[4].insert(0, (HELD_OUT, "share-all", "joint"))
+        expected[5].insert(0, (HELD_OUT, "share-partial", "share-all"))
+    rows = table_under("the paper says", text)
+    for row, differences in zip(rows, expected):
+        shown = re.findall(r"[-+]?[\d.]+ ± [\d.]+", " ".join(row))
+        values = [spread(differences_of(found, *difference)) for difference in differences]
+        assert [x.lstrip("+") for x in shown] == [x.lstrip("+") for x in values], row
+    if text is README:
+        p = {claim: p for claim, _, _, _, p, _ in answer_claims(found)}
+        first, second = rows[0][-1].split("; ")
+        for shown, claim in ((first, "joint training helps with held-out pairs"),
+                             (second, "joint training helps with questions")):
+            assert float(shown) == float(f"{p[claim]:.1g}")
 
 
 def test_the_default_run_is_that_of_the_committed_scores():
