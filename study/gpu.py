@@ -18,6 +18,7 @@ import sys
 import tarfile
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -35,10 +36,13 @@ from compare import GPT, Llama, usual_step
 from data import PRESETS
 from model import Model
 from prune import make_plan
+from table import RESULTS
 from tokenizer import default_preset
 
 # Seconds that a part may take. The default run has what is left, but for SCORING.
-PARTS = {"versions": 30, "scripts": 120, "right": 110, "fast": 150, "train": None, "table": None}
+PARTS = {"versions": 30, "scripts": 120, "right": 110, "fast": 150, "train": None, "depth": 150,
+         "table": None}
+TABLE = ["u", "u-himix", "share-all"]   # rows that are trained at once: one does not fill a GPU
 SCORING = 70            # seconds kept to score a run that its limit has stopped
 PATIENCE = 25           # seconds that a stopped process has to save and end
 METHODS = [("und", "dense"), ("und", "himix"), ("gen", "dense"), ("gen", "hmgen")]
@@ -173,10 +177,12 @@ def script_commands(device):
             ["prune.py", "--out", WORK / "masks.png"]]
 
 
-def run_commands(commands, seconds, log):
-    """One after the other, each at most until the seconds are over: [(command, how it ended)]."""
-    end, ended = time.time() + seconds, []
-    for command in commands:
+def run_commands(commands, seconds, log, at_once=1):
+    """So many at once, each at most until the seconds are over: [(command, how it ended, how long
+    it took)]."""
+    end = time.time() + seconds
+
+    def run(command):
         began, command = time.time(), list(map(str, command))
         process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=log,
                                    stderr=subprocess.STDOUT,
@@ -191,8 +197,10 @@ def run_commands(commands, seconds, log):
                 process.kill()
                 process.wait()
             how = "time ran out"
-        ended.append((" ".join(command), how, round(time.time() - began, 1)))
-    return ended
+        return " ".join(command), how, round(time.time() - began, 1)
+
+    with ThreadPoolExecutor(at_once) as threads:
+        return list(threads.map(run, commands))
 
 
 def commands_of(name, preset, device):
@@ -204,8 +212,11 @@ def commands_of(name, preset, device):
     if name == "train":
         resume = ["--resume"] if (run / "checkpoint.pt").exists() else []
         return [["train.py", *shared, *tokenizer, "--out", run, *resume]]
+    if name == "depth":
+        return [["study/depth.py", run, "--device", device, "--name", f"depth-{preset}"]]
     if name == "table":
-        return [["study/table.py", WORK / "table", *shared, *tokenizer, "--rows", "u", "u-himix"]]
+        return [["study/table.py", WORK / "table", *shared, *tokenizer, "--rows", row]
+                for row in TABLE]
     return [["study/gpu.py", *shared, "--part", name]]
 
 
@@ -214,10 +225,12 @@ def pack(out, report):
     write_file(out / "report.json", json.dumps(report, indent=1))
     with tarfile.open(out / "visit.tar.gz", "w:gz") as archive:
         archive.add(out / "report.json", "report.json")
-        for file in sorted(WORK.rglob("*")):
-            wanted = file.suffix in (".json", ".jsonl", ".log", ".txt", ".png")
+        new = [file for file in RESULTS.glob("*") if file.stat().st_mtime > BEGAN]
+        for file in sorted([*WORK.rglob("*"), *new]):
+            wanted = file.suffix in (".json", ".jsonl", ".log", ".txt", ".md", ".png")
             if wanted and file.stat().st_size < SMALL:
-                archive.add(file, file.relative_to(WORK))
+                folder = RESULTS if file in new else WORK
+                archive.add(file, file.relative_to(folder))
 
 
 def visit(minutes, only, preset, device, out):
@@ -236,7 +249,8 @@ def visit(minutes, only, preset, device, out):
         print(f"\n=== {name}, at most {seconds:.0f} s", flush=True)
         path = WORK / f"{name}.log"
         with path.open("w") as log:
-            ended = run_commands(commands_of(name, preset, device.type), seconds, log)
+            at_once = len(TABLE) if name == "table" else 1
+            ended = run_commands(commands_of(name, preset, device.type), seconds, log, at_once)
             run = WORK / "joint"
             if name == "train" and (run / "checkpoint.pt").exists() \
                     and not (run / "eval.json").exists():
