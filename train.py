@@ -104,7 +104,7 @@ def train(options, device, resumed=None):
     progress = Progress(options, config, plans, start, rows, device)
     in_parts = f" in {parts} parts" if parts > 1 else ""
     progress.bar.write(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
-                       f"{progress.tokens} tokens and {progress.flops / 1e9:.0f} GFLOP a "
+                       f"{progress.tokens} tokens and {progress.flops / 1e9:.1f} GFLOP a "
                        f"step{in_parts}; before the first step {time.time() - began:.0f} s")
     # Ctrl-C and the like end the loop after a step, saved. What is ignored stays so (nohup).
     stop_signals = [s for s in STOP_SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
@@ -132,6 +132,7 @@ def train(options, device, resumed=None):
     for number in stop_signals:
         signal.signal(number, signal.default_int_handler)
 
+    run_passes = None                                       # a CUDA graph holds memory
     lines = {task: [(row["step"], row[f"loss_{task}"]) for row in progress.rows] for task in tasks}
     chart = line_chart(lines, "training loss (eq. 1, see Model.loss)", "step")
     save_picture(chart, out / "loss.png")

@@ -59,6 +59,9 @@ def measure(folder, device):
     generation "loss" of an image token, likewise}}."""
     model, tokenizer, checkpoint = load_run(folder, device)
     options, layers, found = checkpoint["options"], model.config.layers, {}
+    if options["data"] != "shapes":
+        fail(f"{folder} was trained on {options['data']}: expected the shapes world, whose "
+             "pictures can be checked")
     shares, _, _ = probe.measure(model, tokenizer, checkpoint, n=256)
     dataset = data.load_of_run(checkpoint)
     for task, plan in plans_of(checkpoint["tasks"], options, layers).items():
@@ -78,7 +81,7 @@ def measure(folder, device):
                 loss = generation_loss(model, batch, hidden)
                 found[task].setdefault("loss", []).append(loss)
             found[task]["right"].append(right)
-    return found, options
+    return found
 
 
 def table_of(found):
@@ -110,7 +113,8 @@ def draw(found, path):
         for name, title in (("attention", "attention"), ("right", "right if hidden from here on")):
             means = map(fmean, zip(*(run[task][name] for run in found)))
             lines[title] = list(enumerate(means, 1))
-        chart = line_chart(lines, f"{TITLES[task]}: the image, by layer", "layer", 1., (500, 360))
+        title = f"{TITLES[task]}: the image, by layer"
+        chart = line_chart(lines, title, "layer (last: nowhere)", 1., (500, 360))
         sheet.paste(chart, (500 * column, 0))
     save_picture(sheet, path)
 
@@ -125,14 +129,13 @@ def main():
     for folder in args.runs:
         if args.train and not (folder / "eval.json").exists():
             train_deep(folder, device)
-        scores, options = measure(folder, device)
-        if options["data"] != "shapes":
-            fail(f"{folder} was trained on {options['data']}: expected the shapes world, whose "
-                 "pictures can be checked")
-        found[str(folder)] = scores
+        found[str(folder)] = measure(folder, device)
     path = RESULTS / f"{args.name}.json"
     write_file(path, json.dumps({"runs": found, "scored": SCORED, "hardware": hardware(device)}))
     runs = list(found.values())
+    sizes = {(task, len(run[task]["right"])) for run in runs for task in run}
+    if len(sizes) != len(runs[0]) or any(run.keys() != runs[0].keys() for run in runs):
+        fail("expected runs of the same tasks, with the same number of layers")
     draw(runs, path.with_suffix(".png"))
     print(f"{table_of(runs)}\n\n{path}, {path.with_suffix('.png')}")
 

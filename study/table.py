@@ -8,7 +8,8 @@ It goes on where it stopped, and may be started several times, best one process 
 (OMP_NUM_THREADS=1): each takes rows that no other has. Settings are chosen on seeds 0 and 10 to 12,
 so seeds count from 1. Go on with a stopped run by starting this again, not with train.py: some rows
 have a world of their own. Writes study/results/NAME-PRESET.md, .json, .png, -flops.png and
--samples.png; NAME is the folder's. Of the folder itself git keeps the scores: they are all that a table needs.
+-samples.png; NAME is the folder's. Of the folder itself git keeps the scores: they are all that a
+table needs.
 """
 import json
 import math
@@ -473,7 +474,8 @@ def draw_tradeoff(titles, found, path):
         for flops in (.6, .7, .8, .9, 1.):
             draw.text((at(flops, lowest)[0], top + height + 24), f"{flops:.1f}", "grey", font,
                       anchor="mm")
-        draw.text((x0 + width / 2, top + height + 58), "FLOPs of training, dense joint = 1",
+        draw.text((x0 + width / 2, top + height + 58),
+                  "FLOPs of training, dense joint = 1; bars: ± one standard deviation",
                   "grey", font, anchor="mm")
         if alone in found:
             mean = statistics.mean(numbers(found[alone], score, factor))
@@ -482,12 +484,15 @@ def draw_tradeoff(titles, found, path):
             draw.text((x, y - 14), f"{titles[alone]}, dense", "grey", font, anchor="mm")
         for name in names:
             points = numbers(found[name], score, factor)
+            if not points:
+                continue
             mean, side = statistics.mean(points), names.index(name) % 4 - 1.5
             deviation = statistics.stdev(points) if len(points) > 1 else 0.
             flops = statistics.mean(numbers(found[name], ("cost", "flops_ratio"), 1))
             # Rows with as many FLOPs stand beside each other.
             flops += .008 * side
-            draw.line((at(flops, mean - deviation), at(flops, min(100, mean + deviation))),
+            least, most = max(lowest, mean - deviation), min(100, mean + deviation)
+            draw.line((at(flops, least), at(flops, most)),
                       fill=colours[name], width=4)
             draw.circle(at(flops, mean), 9, fill=colours[name])
     for row, name in enumerate(names):

@@ -288,7 +288,7 @@ def test_depth(trained, tmp_path, monkeypatch):
     """Where the image is hidden nowhere, scores are those of eval.py; hiding it changes them."""
     size = data.PRESETS["tiny"]
     monkeypatch.setattr(depth, "SCORED", {"und": size.und_val, "gen": size.gen_val})
-    found, options = depth.measure(trained / "joint", torch.device("cpu"))
+    found = depth.measure(trained / "joint", torch.device("cpu"))
     scores = json.loads((trained / "joint" / "eval.json").read_text())
     for of_task in found.values():
         assert len(of_task["attention"]) == size.layers and min(of_task["attention"]) > .05
