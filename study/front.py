@@ -93,8 +93,9 @@ def animate(run, device, path):
     frames = [frame(pictures, captions, lines, tokens, side) for tokens in steps]
     palette = frames[-1].quantize(128)                      # one for all: no colour flickers
     frames = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in frames]
-    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
-                   duration=[FRAME_MS] * (len(frames) - 1) + [LAST_MS])
+    # Complete first: many viewers show one frame only.
+    frames[-1].save(path, save_all=True, append_images=frames[:-1], loop=0,
+                    duration=[LAST_MS] + [FRAME_MS] * (len(frames) - 1))
     print(f"{path}: {captions}, {lines}")
 
 

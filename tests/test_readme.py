@@ -101,6 +101,10 @@ def test_differences_are_those_of_the_committed_runs(text):
         values = [spread(differences_of(found, *difference)) for difference in differences]
         assert [x.lstrip("+") for x in shown] == [x.lstrip("+") for x in values], row
     if text is README:
+        attention = json.loads((ROOT / "study/results/attention-gpu.json").read_text())
+        for task, segment in (("und", "image"), ("gen", "output")):
+            shares = attention[task]["output_queries"][segment]
+            assert f"{shares[0]:.2f} to {shares[-1]:.2f} (".replace("0.", ".") in rows[6][2]
         p = {claim: p for claim, _, _, _, p, _ in answer_claims(found)}
         first, second = rows[0][-1].split("; ")
         for shown, claim in ((first, "joint training helps with held-out pairs"),
