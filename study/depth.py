@@ -30,27 +30,23 @@ import train
 from eval import (answer_all, check_pictures, draw_pictures, generation_loss, sampling_of,
                   understanding_scores)
 from model import load_run, sequences
+from probe import TITLES
 from prune import NAIVE, plans_of
-from table import RESULTS, markdown
+from table import RESULTS, markdown, train_row
 
 DEEP = {"layers": 12, "width": 96, "heads": 3}
 SCORED = {"und": 200, "gen": 140}       # validation pictures with questions, captions to draw
-TITLES = {"und": "understanding", "gen": "generation"}
 
 
 def train_deep(out, device):
-    """Joint dense training of twelve narrow layers."""
+    """Joint dense training of twelve narrow layers, or what is left of it."""
     seed = re.search(r"\d+$", out.name)
     if not seed:
         fail(f"{out}: expected a name that ends in the number of a seed")
     for name, value in DEEP.items():
         setattr(data.PRESETS["cpu"], name, value)           # where every part of a run looks
     options = train.complete({"preset": "cpu", "seed": int(seed[0]), "out": str(out)}, device)
-    checkpoint = None
-    if (out / "checkpoint.pt").exists():
-        checkpoint, options = train.resume(options, options)
-    train.check(options)
-    train.train(options, device, checkpoint)
+    train_row(out, options, {}, device)
 
 
 def measure(folder, device):
@@ -127,7 +123,7 @@ def main():
     args = parser.parse_args()
     device, found = pick_device(args.device), {}
     for folder in args.runs:
-        if args.train and not (folder / "eval.json").exists():
+        if args.train:
             train_deep(folder, device)
         found[str(folder)] = measure(folder, device)
     path = RESULTS / f"{args.name}.json"

@@ -225,12 +225,12 @@ def pack(out, report):
     write_file(out / "report.json", json.dumps(report, indent=1))
     with tarfile.open(out / "visit.tar.gz", "w:gz") as archive:
         archive.add(out / "report.json", "report.json")
-        new = [file for file in RESULTS.glob("*") if file.stat().st_mtime > BEGAN]
-        for file in sorted([*WORK.rglob("*"), *new]):
-            wanted = file.suffix in (".json", ".jsonl", ".log", ".txt", ".md", ".png")
-            if wanted and file.stat().st_size < SMALL:
-                folder = RESULTS if file in new else WORK
-                archive.add(file, file.relative_to(folder))
+        # Of the results those of this visit: the others came with the repository.
+        for folder, since in ((WORK, 0), (RESULTS, BEGAN)):
+            for file in sorted(folder.rglob("*")):
+                wanted = file.suffix in (".json", ".jsonl", ".log", ".txt", ".md", ".png")
+                if wanted and file.stat().st_size < SMALL and file.stat().st_mtime > since:
+                    archive.add(file, file.relative_to(folder))
 
 
 def visit(minutes, only, preset, device, out):
