@@ -102,23 +102,32 @@ def make_folder(path):
         fail(f"{path} cannot be a folder: {error.strerror}")
 
 
-def lock_folder(path):
-    """So that no other process works in this folder: a file descriptor, which holds the lock until
-    it is closed or the process ends; None where another process holds it."""
-    make_folder(path)
+@contextmanager
+def exclusive(folder):
+    """Makes a folder, locks it for this process, and yields whether that worked: whether no other
+    process is at work there. The lock ends with the process, however that ends. A folder that is
+    still empty is removed."""
+    make_folder(folder)
     try:
         import fcntl
     except ImportError:                                     # Windows has no such locks
-        return os.open(os.devnull, os.O_RDONLY)
-    descriptor = os.open(Path(path), os.O_RDONLY)
+        yield True
+        return
+    lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        alone = True
     except BlockingIOError:
-        os.close(descriptor)
-        return None
-    except OSError:                                         # some network folders have no locks
-        print(f"{path} has no locks: start no other process there")
-    return descriptor
+        alone = False
+    except OSError:
+        print(f"{folder} has no locks: start no other process there")   # some network folders
+        alone = True
+    try:
+        yield alone
+    finally:
+        if alone and not os.listdir(folder):
+            os.rmdir(folder)
+        os.close(lock)
 
 
 def check_output(path, kind):

@@ -26,7 +26,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from common import (cuda_graph, fail, has_bfloat16, line_chart, lock_folder, mixed_precision,
+from common import (cuda_graph, exclusive, fail, has_bfloat16, line_chart, mixed_precision,
                     peak_flops, peak_memory_mb, pick_device, read_checkpoint, run_script,
                     save_checkpoint, save_picture, script_parser, write_file)
 
@@ -515,11 +515,13 @@ def main():
         fail(f"{options['out']} holds the scores of a run without its checkpoint: expected another "
              "--out")
     check(options)
-    if lock_folder(options["out"]) is None:
-        fail(f"another process is at work in {options['out']}: expected another --out")
-    for part in Path(options["out"]).glob("checkpoint.pt.*.part"):      # of saves that were killed
-        part.unlink(missing_ok=True)
-    train(options, device, checkpoint)
+    with exclusive(options["out"]) as alone:
+        if not alone:
+            fail(f"another process is at work in {options['out']}: expected another --out")
+        # What is left of saves that were killed.
+        for part in Path(options["out"]).glob("checkpoint.pt.*.part"):
+            part.unlink(missing_ok=True)
+        train(options, device, checkpoint)
 
 
 if __name__ == "__main__":

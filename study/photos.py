@@ -26,8 +26,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "study"))
-from common import (contact_sheet, fail, pick_device, read_checkpoint, run_script, save_checkpoint,
-                    save_picture, script_parser, write_file)
+from common import (contact_sheet, exclusive, fail, pick_device, read_checkpoint, run_script,
+                    save_checkpoint, save_picture, script_parser, write_file)
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ from eval import BATCH, draw_pictures
 from match import output_losses
 from model import load_run, understanding
 from prune import plans_of, predicting
-from table import RESULTS, cell, exclusive, markdown, value
+from table import RESULTS, cell, markdown, value
 from tokenizer import score_tokenizer
 
 # eval.SAMPLING draws pictures of a folder nearly greedily: right for captions of one picture each.

@@ -13,18 +13,16 @@ table needs.
 """
 import json
 import math
-import os
 import random
 import statistics
 import sys
 from collections import defaultdict
-from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import (contact_sheet, fail, lock_folder, pick_device, run_script, save_picture,
+from common import (contact_sheet, exclusive, fail, pick_device, run_script, save_picture,
                     script_parser, write_file)
 
 import numpy as np
@@ -172,20 +170,6 @@ LAYERS = {"g-deep": 7, "g-deep-hmgen": 7}
 
 
 # ---------------------------------------------------------------------- training
-
-@contextmanager
-def exclusive(folder):
-    """Lock a folder for this process, and yield whether that worked. The lock ends with the
-    process, however that ends. An empty folder is removed."""
-    lock = lock_folder(folder)
-    try:
-        yield lock is not None
-    finally:
-        if lock is not None:
-            if not any(folder.iterdir()):
-                folder.rmdir()
-            os.close(lock)
-
 
 def check_finished(out, options):
     """Refuses a finished run of another size, or of the objective that once was the default: it

@@ -82,12 +82,14 @@ def test_nothing_is_overwritten_that_was_not_written_for_the_same_purpose(traine
     assert Image.open(tmp_path / "a.png.png").format == "PNG"
 
 
-def test_a_second_run_in_the_same_folder_is_refused(trained):
-    lock = common.lock_folder(trained / "locked")
+def test_a_folder_belongs_to_one_run(trained, tmp_path):
     args = train_args(trained, "locked", "--steps", 2)
-    assert "another process is at work" in run("train.py", *args, code=2)
-    os.close(lock)
+    with common.exclusive(trained / "locked"):
+        assert "another process is at work" in run("train.py", *args, code=2)
     run("train.py", *args)
+    (tmp_path / "no-pictures").mkdir()
+    run("train.py", *TINY, "--data", tmp_path / "no-pictures", "--out", tmp_path / "out", code=2)
+    assert not (tmp_path / "out").exists()                  # nothing came of it
 
 
 def test_results_can_go_elsewhere(trained, tmp_path):

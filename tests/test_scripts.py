@@ -21,8 +21,7 @@ from match import log_likelihoods
 from model import Config, generation, load_run, understanding
 from prune import PLANS, make_plan
 from readout import draw_means, named_by, token_labels
-from table import (answer_claims, check_finished, differences_of, exclusive, p_values,
-                   t_tail)
+from table import answer_claims, check_finished, differences_of, p_values, t_tail
 from test_model import decode, random_batch, words
 from tokenizer import FIRST_CODE
 
@@ -187,12 +186,6 @@ def test_finished_runs_of_another_size_or_objective_are_refused(tmp_path, capsys
         with pytest.raises(SystemExit):
             check_finished(tmp_path, {**options, **changed})
         assert f"was trained with {list(changed)[0]} " in capsys.readouterr().err
-
-
-def test_a_folder_belongs_to_one_process(tmp_path):
-    with exclusive(tmp_path / "run") as first, exclusive(tmp_path / "run") as second:
-        assert first and not second
-    assert not (tmp_path / "run").exists()                  # nothing came of it
 
 
 def test_claims_are_tested_seed_by_seed_and_corrected():
