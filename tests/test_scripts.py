@@ -170,11 +170,11 @@ def test_the_table_trains_what_is_missing(trained, tmp_path, monkeypatch):
 def test_the_table_of_stored_results(tmp_path, monkeypatch):
     """... is made without training, whatever the rows were when they were trained."""
     import table
-    stored = table.RESULTS / "table"
+    stored = table.RESULTS / "synergy"
     monkeypatch.setattr(table, "RESULTS", tmp_path)
     printed = run("table.py", stored, "--seeds", 0, "--preset", "cpu", "--device", "cpu")
     assert "| joint | 1, 2," in printed
-    assert Image.open(tmp_path / "table-cpu.png").width > 1000
+    assert Image.open(tmp_path / "synergy-cpu.png").width > 1000
 
 
 def test_finished_runs_of_another_size_or_objective_are_refused(tmp_path, capsys):
