@@ -42,7 +42,9 @@ def matching(model, tokenizer, split, task, plan, group=10):
     picked for a picture ("caption"), the right picture for a text ("image"), by a blind guess
     ("chance"). A pick whose text is the right text counts as right.
 
-    und: log p(answer | picture, first question). gen: log p(picture | caption) - log p(picture | no
+    und: log p(answer | picture, question), a text being the answer to a picture's first question.
+    Asked is the question of what is given: so an answer that fits no other question is found
+    without the picture, but a picture is not. gen: log p(picture | caption) - log p(picture | no
     caption).
     """
     hits = defaultdict(list)
@@ -53,18 +55,22 @@ def matching(model, tokenizer, split, task, plan, group=10):
         if task == "und":
             asked = [questions[0] for questions in split.questions[i:i + group]]
             texts = [question.answer for question in asked]
-            pairs = [[(question.text, answer)] for question in asked for answer in texts]
-            batch = understanding(tokenizer, each, pairs)
-            table = log_likelihoods(model, batch, plan).view(group, group)
+            of_picture = [[(question.text, answer)] for question in asked for answer in texts]
+            of_text = [[(question.text, question.answer)] for question in asked] * group
+            by_picture, by_text = (
+                log_likelihoods(model, understanding(tokenizer, each, pairs), plan)
+                for pairs in (of_picture, of_text))
         else:
             texts = [caption.text for caption in split.captions[i:i + group]]
             batch = generation(tokenizer, each, texts * group)
             without = generation(tokenizer, pictures, [""] * group)
-            table = log_likelihoods(model, batch, plan).view(group, group)
-            table -= log_likelihoods(model, without, plan)[:, None]
+            by_picture = log_likelihoods(model, batch, plan)
+            by_picture -= log_likelihoods(model, without, plan).repeat_interleave(group)
+            by_text = by_picture
+        by_picture, by_text = by_picture.view(group, group), by_text.view(group, group)
         for k, text in enumerate(texts):
-            hits["caption"].append(texts[table[k].argmax()] == text)
-            hits["image"].append(texts[table[:, k].argmax()] == text)
+            hits["caption"].append(texts[by_picture[k].argmax()] == text)
+            hits["image"].append(texts[by_text[:, k].argmax()] == text)
             hits["chance"].append(texts.count(text) / group)
     return {what: fmean(flags) for what, flags in hits.items()}
 
