@@ -58,11 +58,17 @@ PLANS = {
 }
 
 
-def make_plan(name, layers, shallow=1):
-    """The plan of that name. ValueError for an unknown name, and for a K that does not fit."""
+def usual_shallow(layers):
+    """HMGen's K where none is given: a quarter of the layers, the paper's higher K / L."""
+    return max(1, layers // 4)
+
+
+def make_plan(name, layers, shallow=None):
+    """The plan of that name, with K = `shallow`. ValueError for an unknown name, and for a K that
+    does not fit."""
     if name not in PLANS:
         raise ValueError(f"unknown plan {name!r}: expected one of {', '.join(PLANS)}")
-    return PLANS[name](layers, shallow)
+    return PLANS[name](layers, usual_shallow(layers) if shallow is None else shallow)
 
 
 def plans_of(tasks, options, layers):

@@ -37,7 +37,7 @@ import data
 from data import PRESETS
 from eval import evaluate, save_scores, summary
 from model import PROJECTIONS, TASK_WEIGHT, Config, Model, sequences
-from prune import PLANS, plans_of
+from prune import PLANS, plans_of, usual_shallow
 from tokenizer import Tokenizer, default_path, default_preset, load_tokenizer, train_tokenizer
 
 # The switch between joint and isolated training. A step takes one batch of each task.
@@ -65,11 +65,11 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 # ---------------------------------------------------------------------- one run
 
-def train(options, device, resumed=None):
+def train(options, device, resumed=None, go_on=None):
     """Trains and scores one run, or goes on with the checkpoint `resumed`. Everything is written
-    into the folder options["out"]."""
+    into the folder options["out"]. go_on: which command goes on with a stopped run."""
     began, out, steps = time.time(), Path(options["out"]), options["steps"]
-    go_on = f"python train.py --resume --out {shlex.quote(str(out))}"
+    go_on = go_on or f"python train.py --resume --out {shlex.quote(str(out))}"
     tasks = OBJECTIVES[options["objective"]]
     plans = plans_of(tasks, options, PRESETS[options["preset"]].layers)
 
@@ -421,7 +421,7 @@ def complete(given, device):
     names += ["image-loss"] if options["image_loss"] else []
     names += ["practice"] if options["practice"] else []
     usual = {"steps": preset.steps, "batch_size": preset.batch_size,
-             "shallow": max(1, preset.layers // 4),         # the paper's higher K / L
+             "shallow": usual_shallow(preset.layers),
              "tokenizer": default_path("tokenizer", options["data"], options["preset"], device,
                                        ".pt"),
              "out": default_path("-".join(names), options["data"], options["preset"], device)}

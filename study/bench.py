@@ -21,7 +21,7 @@ import torch
 
 from data import PATCH, PRESETS
 from model import PROJECTIONS, Batch, Config, Model
-from prune import PLANS, can_generate, make_plan, paper_cost
+from prune import PLANS, can_generate, make_plan, paper_cost, usual_shallow
 from table import RESULTS, markdown
 from tokenizer import FIRST_CODE, default_preset
 from train import apply_gradients, optimizers_of
@@ -47,8 +47,20 @@ def time_each(work, device, repeats):
     return {name: of_name[1:] for name, of_name in seconds.items()}
 
 
+def timing(seconds, tokens):
+    """What a table has of a step's times."""
+    ms = [1e3 * x for x in seconds]
+    return {"ms": statistics.median(ms), "ms_range": [min(ms), max(ms)],
+            "tokens_per_s": tokens / statistics.median(seconds)}
+
+
+def ms_cell(row):
+    return "{:.0f} ({:.0f}, {:.0f})".format(row["ms"], *row["ms_range"])
+
+
 def bench_config(preset, side=None, projections="shared"):
-    """The Config of a preset, with as many text tokens as it may have at most."""
+    """The Config of a preset. Text tokens are as many as it may have at most, before the image two
+    fifths of that: a run measures its own."""
     p = PRESETS[preset]
     return Config(FIRST_CODE + p.codes, p.layers, p.width, p.heads, side or p.image_size // PATCH,
                   p.max_text, p.max_text * 2 // 5, projections)
@@ -94,8 +106,10 @@ def bench_step(task, plan, c, rows, device, compiled, muon=True, graph=True):
 
 
 def memory_of(step, device):
-    """MB that a step takes at its peak on CUDA, beside what is there anyway; elsewhere what its
-    forward pass keeps for the backward pass, weights included."""
+    """MB that a step (no CUDA graph, whose memory is its own) takes at its peak on CUDA, beside what
+    is there anyway; elsewhere what its forward pass keeps for the backward pass, weights included.
+    """
+    step()                                                  # the optimizers' memory is there now
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -127,11 +141,11 @@ def time_steps(cases, shallow, device, compiled, matmul_rate, repeats):
             "paper_ratio": paper_cost(plan, layout, c.width) / paper_cost(dense, layout, c.width)})
     seconds = time_each(steps, device, repeats)
     for i, row in enumerate(rows):
-        task, _, c, n = cases[i]
-        ms = [1e3 * x for x in seconds[i]]
-        row |= {"ms": statistics.median(ms), "ms_range": [min(ms), max(ms)],
-                "tokens_per_s": n * sum(c.layout(task)) / statistics.median(seconds[i]),
-                "memory_mb": memory_of(steps[i], device)}
+        task, name, c, n = cases[i]
+        plan = make_plan(name, c.layers, shallow)
+        launched = bench_step(task, plan, c, n, device, compiled, graph=False)
+        row |= timing(seconds[i], n * sum(c.layout(task)))
+        row["memory_mb"] = memory_of(launched, device)
         row["of_matmul_rate"] = 1e3 * row["flops"] / row["ms"] / matmul_rate
         key = row["task"], row["projections"], row["image_tokens"]
         dense = next(x for x in rows[:i + 1] if x["plan"] == "dense"
@@ -202,7 +216,7 @@ def main():
     preset = args.preset or default_preset(device)
     n = args.batch_size or PRESETS[preset].batch_size
     torch._dynamo.config.recompile_limit = 1000             # the code of every row stays
-    result = bench(preset, n, max(1, PRESETS[preset].layers // 4), device, args.compile)
+    result = bench(preset, n, usual_shallow(PRESETS[preset].layers), device, args.compile)
     path = RESULTS / f"bench-{preset}.json"
     write_file(path, json.dumps(result, indent=1))
     lines = {}
@@ -219,7 +233,7 @@ def main():
             ["task", "plan", "projections", "image tokens", "ms (least, most)", "tokens/s",
              "memory, MB", "time", "FLOPs", "time / FLOPs", "paper's FLOPs", "of the matmul rate"],
             [[x["task"], x["plan"], x["projections"], x["image_tokens"],
-              "{:.0f} ({:.0f}, {:.0f})".format(x["ms"], *x["ms_range"]), f"{x['tokens_per_s']:.0f}",
+              ms_cell(x), f"{x['tokens_per_s']:.0f}",
               f"{x['memory_mb']:.0f}", f"{x['time_ratio']:.2f}", f"{x['flops_ratio']:.2f}",
               f"{x['time_ratio'] / x['flops_ratio']:.2f}", f"{x['paper_ratio']:.2f}",
               f"{x['of_matmul_rate']:.2f}"] for x in result[key]], 3))

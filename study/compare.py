@@ -7,7 +7,8 @@ Tokens a second: medians of steps that take turns. Ours; ours with AdamW alone; 
 usual way (nanoGPT's structure: LayerNorm, one QKV product, GELU, learned positions, tied head,
 logits and loss at every position, AdamW); and transformers' Llama (SwiGLU as wide as needed for as
 many weights, AdamW). Ours has its mask of packed questions, QK norm and rotary positions, and
-computes logits only where a target may be. Writes study/results/compare-PRESET.json.
+computes logits only where a target may be. Compiled on CUDA, ours is a CUDA graph, as train.py has
+it, and the others are launched kernel by kernel. Writes study/results/compare-PRESET.json.
 
 Time to quality: ours, as train.py trains it, and the usual GPT on the same sequences, in the same
 order: both have the packed questions and their mask, the weights of the loss, and logits only where
@@ -19,7 +20,6 @@ processes may share the work by --only (seconds are comparable when both were eq
 """
 import json
 import math
-import statistics
 import sys
 import time
 from functools import partial
@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import data
 import train
-from bench import bench_config, bench_step, synchronize, time_each
+from bench import bench_config, bench_step, ms_cell, synchronize, time_each, timing
 from data import PRESETS
 from eval import SAMPLING, answer_all, check_pictures, draw_pictures, understanding_scores
 from model import Config, Model, attention, sequences
@@ -137,10 +137,8 @@ def compare_speed(preset, batch_size, repeats, compiled, device):
         except ImportError:
             print("without transformers' Llama: pip install transformers")
         for name, seconds in time_each(steps, device, repeats).items():
-            ms = [1e3 * x for x in seconds]
             rows.append({"task": task, "step": name, "length": length, "batch_size": batch,
-                         "ms": statistics.median(ms), "ms_range": [min(ms), max(ms)],
-                         "tokens_per_s": batch * length / statistics.median(seconds)})
+                         **timing(seconds, batch * length)})
     result = {"hardware": hardware(device), "preset": preset, "compile": compiled,
               "repeats": repeats, "rows": rows}
     path = RESULTS / f"compare-{preset}.json"
@@ -148,7 +146,7 @@ def compare_speed(preset, batch_size, repeats, compiled, device):
     print(f"{result['hardware']}, preset {preset}\n\n" + markdown(
         ["task", "step", "tokens", "batch", "ms (least, most)", "tokens/s"],
         [[x["task"], x["step"], x["length"], x["batch_size"],
-          "{:.0f} ({:.0f}, {:.0f})".format(x["ms"], *x["ms_range"]), f"{x['tokens_per_s']:.0f}"]
+          ms_cell(x), f"{x['tokens_per_s']:.0f}"]
          for x in rows], 2) + f"\n\n{path}")
 
 
@@ -270,7 +268,7 @@ def options_of(kind, seed, args, device):
 
 def settings_of(options):
     """What a result depends on: results are comparable where these are the same."""
-    kept = ("preset", "seed", "steps", "batch_size", "lr", "compile", "image_loss")
+    kept = ("preset", "seed", "steps", "batch_size", "lr", "compile")
     return {**{key: options[key] for key in kept}, "thresholds": THRESHOLDS, "scored": SCORED,
             "score_every": SCORE_EVERY}
 

@@ -13,13 +13,13 @@ import json
 import re
 import sys
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "study"))
-from common import (fail, hardware, line_chart, pick_device, run_script, save_picture,
-                    script_parser, write_file)
+from common import (fail, hardware, line_chart, pick_device, read_checkpoint, run_script,
+                    save_picture, script_parser, write_file)
 
 from PIL import Image
 from tqdm import tqdm
@@ -32,7 +32,7 @@ from eval import (answer_all, check_pictures, draw_pictures, generation_loss, sa
 from model import load_run, sequences
 from probe import TITLES
 from prune import NAIVE, plans_of
-from table import RESULTS, markdown, train_row
+from table import RESULTS, markdown, mean_std, train_row
 
 DEEP = {"layers": 12, "width": 96, "heads": 3}
 SCORED = {"und": 200, "gen": 140}       # validation pictures with questions, captions to draw
@@ -47,6 +47,9 @@ def train_deep(out, device):
         setattr(data.PRESETS["cpu"], name, value)           # where every part of a run looks
     options = train.complete({"preset": "cpu", "seed": int(seed[0]), "out": str(out)}, device)
     train_row(out, options, {}, device)
+    config = read_checkpoint(out / "checkpoint.pt", "run")["config"]
+    if {key: config[key] for key in DEEP} != DEEP:
+        fail(f"{out} holds a run of another size: expected another folder")
 
 
 def measure(folder, device):
@@ -83,9 +86,7 @@ def measure(folder, device):
 def table_of(found):
     """What was found, as a table in Markdown: means over runs, and their standard deviation."""
     def cells(runs, digits, factor=1.):
-        for values in zip(*runs):
-            spread = f" ± {factor * stdev(values):.{digits}f}" if len(values) > 1 else ""
-            yield f"{factor * fmean(values):.{digits}f}{spread}"
+        return [mean_std([factor * x for x in values], digits) for values in zip(*runs)]
 
     rows = []
     for task in found[0]:
@@ -121,17 +122,17 @@ def main():
     parser.add_argument("--train", action="store_true", help="train those that are missing")
     parser.add_argument("--name", default="depth", help="of the results (default: depth)")
     args = parser.parse_args()
-    device, found = pick_device(args.device), {}
-    for folder in args.runs:
-        if args.train:
+    device = pick_device(args.device)
+    if args.train:
+        for folder in args.runs:
             train_deep(folder, device)
-        found[str(folder)] = measure(folder, device)
+    checkpoints = [read_checkpoint(folder / "checkpoint.pt", "run") for folder in args.runs]
+    if len({(tuple(c["tasks"]), c["config"]["layers"]) for c in checkpoints}) > 1:
+        fail("expected runs of the same tasks, with the same number of layers")
+    found = {str(folder): measure(folder, device) for folder in args.runs}
     path = RESULTS / f"{args.name}.json"
     write_file(path, json.dumps({"runs": found, "scored": SCORED, "hardware": hardware(device)}))
     runs = list(found.values())
-    sizes = {(task, len(run[task]["right"])) for run in runs for task in run}
-    if len(sizes) != len(runs[0]) or any(run.keys() != runs[0].keys() for run in runs):
-        fail("expected runs of the same tasks, with the same number of layers")
     draw(runs, path.with_suffix(".png"))
     print(f"{table_of(runs)}\n\n{path}, {path.with_suffix('.png')}")
 

@@ -35,7 +35,7 @@ from bench import (bench_config, bench_step, memory_of, random_batch, time_drawi
 from compare import GPT, Llama, usual_step
 from data import PRESETS
 from model import Model
-from prune import make_plan
+from prune import make_plan, usual_shallow
 from table import RESULTS
 from tokenizer import default_preset
 
@@ -110,14 +110,14 @@ def right(preset, device):
         emit(task=task, plan=name, **found)
     torch.set_float32_matmul_precision("highest")           # near ties would differ
     with emit_errors(drawing="hmgen"):
-        emit(drawing=time_drawing("hmgen", bench_config(preset), 1, device))
+        emit(drawing=time_drawing("hmgen", c, usual_shallow(c.layers), device))
 
 
 def fast(preset, device):
     """Milliseconds of compiled training steps, MFU, time over FLOPs, memory; others' steps."""
     compiled, peak = device.type == "cuda", peak_flops(device)
     size, c = PRESETS[preset], bench_config(preset)
-    shallow, dense_ms, dense = max(1, size.layers // 4), {}, make_plan("dense", size.layers)
+    dense_ms, dense = {}, make_plan("dense", size.layers)
     torch._dynamo.config.recompile_limit = 1000             # the code of every step stays
 
     def milliseconds(step, repeats=15):
@@ -131,7 +131,7 @@ def fast(preset, device):
             emit(how=how, ms=milliseconds(step))
     for task, name in METHODS:
         with emit_errors(task=task, plan=name):
-            plan = make_plan(name, c.layers, shallow)
+            plan = make_plan(name, c.layers)
             step = task, plan, c, size.batch_size, device, compiled
             launched_ms = milliseconds(bench_step(*step, graph=False))
             ms = milliseconds(bench_step(*step))
@@ -146,7 +146,6 @@ def fast(preset, device):
             with emit_errors(batch=rows, plan=name):
                 step = "und", make_plan(name, c.layers), c, rows, device, compiled
                 launched = bench_step(*step, graph=False)
-                launched()                                  # the optimizers' memory is there now
                 emit(batch=rows, plan=name, ms=milliseconds(bench_step(*step)),
                      memory_mb=memory_of(launched, device))
     length = sum(c.layout("und"))
@@ -163,8 +162,8 @@ IN_PROCESS = {"versions": versions, "right": right, "fast": fast}
 # ---------------------------------------------------------------------- parts by other scripts
 
 def script_commands(device):
-    """Every script once, with the smallest preset: a traceback in the first minute is worth more
-    than any speed."""
+    """train.py, eval.py, probe.py and prune.py, with the smallest preset: a traceback in the first
+    minute is worth more than any speed."""
     tiny = ["--preset", "tiny", "--device", device]
     run, here = WORK / "tiny", ["--device", device]
     # Uncompiled: other parts compile.

@@ -2,7 +2,7 @@
 
     python study/photos.py FOLDER                   every row, seeds 1 to 3, and the table
     python study/photos.py FOLDER --seeds 1 --rows u joint          some rows
-    python study/photos.py FOLDER --seeds 0         no training: the table of what is there
+    python study/photos.py FOLDER --seeds 0         no more runs: the table of what is there
     python study/photos.py FOLDER --preset tiny --steps 20 --out out/try    every stage in minutes
 
 FOLDER holds one folder of pictures for each class (CIFAR-10: 10 of 5,000 pictures). Understanding
@@ -16,7 +16,6 @@ a stopped run by starting this again, not with train.py, which knows nothing of 
 study/results/photos-PRESET.md, .json and -samples.png.
 """
 import json
-import statistics
 import sys
 import time
 from collections import Counter, defaultdict
@@ -43,7 +42,7 @@ from eval import BATCH, draw_pictures
 from match import output_losses
 from model import load_run, understanding
 from prune import plans_of, predicting
-from table import RESULTS, cell, markdown, value
+from table import RESULTS, cell, differences_of, markdown, mean_std
 from tokenizer import score_tokenizer
 
 # eval.SAMPLING draws pictures of a folder nearly greedily: right for captions of one picture each.
@@ -288,14 +287,10 @@ def gain(found, joint, alone, column):
     """A row of the table of GAINS, or None without runs of both. Runs of one seed share pictures
     and order, so differences are taken seed by seed."""
     title, path, factor, digits = column
-    seeds = sorted(found.get(joint, {}).keys() & found.get(alone, {}).keys())
-    differences = [factor * (value(found[joint][seed], path) - value(found[alone][seed], path))
-                   for seed in seeds]
+    differences = differences_of(found, path, joint, alone, factor=factor)
     if not differences:
         return None
-    spread = f" ± {statistics.stdev(differences):.{digits}f}" if len(differences) > 1 else ""
-    return (f"{joint} less {alone}: {title}", f"{statistics.mean(differences):+.{digits}f}{spread}",
-            len(differences))
+    return (f"{joint} less {alone}: {title}", mean_std(differences, digits, "+"), len(differences))
 
 
 def make_table(out, real, names):

@@ -30,7 +30,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import data
-import probe
 import train
 from eval import draw_pictures, evaluate, sampling_of, save_scores
 from model import load_run
@@ -98,8 +97,8 @@ COLUMNS = [("questions right, %", ("und", "accuracy"), 100, 1),
 # The first columns in the table's picture: a colour, and where the axis begins.
 PANELS = (("royalblue", 80), ("darkorange", 40), ("seagreen", 60), ("firebrick", 0))
 
-# The claims that the study decides, written down before their runs: (claim, score, points, rows). A
-# claim holds if the first row has more of the score than the second, less so many points. Of four
+# The claims that the study decides, written down before all but six of their runs (study/README.md
+# names those): (claim, score, points, rows). A claim holds if the first row has more of the score than the second, less so many points. Of four
 # rows: if the first pair differs by more than the second one, a difference of differences.
 SEEDS = 8       # of a claim, neither more nor fewer: else one could stop at a lucky moment
 QUESTIONS, HELD_OUT = ("und", "accuracy"), ("und", "transfer_accuracy")
@@ -172,19 +171,18 @@ LAYERS = {"g-deep": 7, "g-deep-hmgen": 7}
 # ---------------------------------------------------------------------- training
 
 def check_finished(out, options):
-    """Refuses a finished run of another size, or of the objective that once was the default: it
-    would stand in one table with the others."""
+    """Refuses a finished run of another size: it would stand in one table with the others."""
     if (out / "eval.json").exists():
         config = json.loads((out / "eval.json").read_text())["config"]
-        for key in ("preset", "steps", "batch_size", "layers", "max_text", "image_loss"):
+        for key in ("preset", "steps", "batch_size", "layers", "max_text"):
             if key in config and config[key] != options.get(key):
                 fail(f"{out} was trained with {key} {config[key]}: expected {options.get(key)}, "
                      "or give another folder")
 
 
 def train_row(out, options, at_inference, device):
-    """What one run lacks: its training, its scores, its attention, its scores under another plan.
-    Finished parts are left alone, and so is a run that another process is at."""
+    """What one run lacks: its training, its scores, its scores under another plan. Finished parts
+    are left alone, and so is a run that another process is at."""
     with exclusive(out) as alone:
         if not alone:
             return
@@ -194,10 +192,7 @@ def train_row(out, options, at_inference, device):
             if (out / "checkpoint.pt").exists():
                 checkpoint, options = train.resume(options, options)    # all must be as it was
             train.check(options)
-            train.train(options, device, checkpoint)
-        if not (out / "attention.json").exists():
-            shares, _, _ = probe.measure(*load_run(out, device), n=256)
-            write_file(out / "attention.json", json.dumps(shares))
+            train.train(options, device, checkpoint, go_on="the same command")
         if at_inference and not (out / "eval-inference.json").exists():
             model, tokenizer, checkpoint = load_run(out, device)
             changed = {**options, **at_inference}
@@ -221,13 +216,17 @@ def numbers(runs, path, factor):
     return [factor * x for x in (value(run, path) for run in runs.values()) if x is not None]
 
 
+def mean_std(values, digits, sign=""):
+    """Mean ± standard deviation, with a sign if it is "+"; the mean alone where all values are the
+    same."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
+    return f"{statistics.mean(values):{sign}.{digits}f}{spread}"
+
+
 def cell(runs, path, factor, digits):
     """Mean ± standard deviation over seeds of one number; "–" where there is none."""
     found = numbers(runs, path, factor)
-    if not found:
-        return "–"
-    spread = f" ± {statistics.stdev(found):.{digits}f}" if len(set(found)) > 1 else ""
-    return f"{statistics.mean(found):.{digits}f}{spread}"
+    return mean_std(found, digits) if found else "–"
 
 
 def markdown(titles, rows, left=1):
@@ -246,8 +245,8 @@ def t_tail(t, freedom):
     return float(np.sum((density[1:] + density[:-1]) / 2 * np.diff(angle)))
 
 
-def differences_of(found, path, row, other_row, *two_more):
-    """Row less other row, in points, of one seed after the other: runs of one seed share data and
+def differences_of(found, path, row, other_row, *two_more, factor=100):
+    """Row less other row, in points (times `factor`), of one seed after the other: runs of one seed share data and
     order. Of the first SEEDS that all have. Four rows: less the difference of the last two."""
     rows = [found.get(name, {}) for name in (row, other_row, *two_more)]
     differences = []
@@ -255,7 +254,7 @@ def differences_of(found, path, row, other_row, *two_more):
         values = [value(runs[seed], path) for runs in rows]
         if None not in values:
             signs = (1, -1, -1, 1)
-            differences.append(100 * sum(sign * x for sign, x in zip(signs, values)))
+            differences.append(factor * sum(sign * x for sign, x in zip(signs, values)))
     return differences
 
 
@@ -269,9 +268,7 @@ def p_values(differences, points):
 
 def spread(differences):
     """Mean ± standard deviation, with signs; "–" of fewer than two."""
-    if len(differences) < 2:
-        return "–"
-    return f"{statistics.mean(differences):+.1f} ± {statistics.stdev(differences):.1f}"
+    return mean_std(differences, 1, "+") if len(differences) > 1 else "–"
 
 
 def answer_claims(found):
@@ -310,16 +307,9 @@ def read_runs(folder):
             unknown.add(name)
             continue
         name += file.stem.removeprefix("eval")
-        found[name][int(seed)] = scores = json.loads(file.read_text())
-        shares = file.with_name("attention.json")
-        if file.name == "eval.json" and shares.exists():
-            scores["attention"] = json.loads(shares.read_text())
+        found[name][int(seed)] = json.loads(file.read_text())
     if unknown:
         print(f"left out, because no such rows are known: {', '.join(sorted(unknown))}")
-    objectives = {scores["config"]["image_loss"] for name, runs in found.items()
-                  for scores in runs.values() if "image-loss" not in name}
-    if len(objectives) > 1:
-        fail(f"{folder} has runs with and without --image-loss: expected one objective in a folder")
     for name, runs in found.items():
         for seed, scores in runs.items():
             if name.endswith("-inference"):
