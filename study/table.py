@@ -60,7 +60,6 @@ ROWS = {
     "u-describe": ("understanding only, describes its pictures", dict(objective="und")),
     "u-long": ("understanding only, as many FLOPs as joint", dict(objective="und")),
     "joint-shuffled": ("joint, captions shuffled", {}),
-    "joint-short": ("joint, as many FLOPs as with freezing + HMGen", {}),
     "u-image-loss": ("understanding only, predicts its pictures, too",
                      dict(objective="und", image_loss=True)),
     "joint-image-loss": ("joint, understanding predicts its pictures, too", dict(image_loss=True)),
@@ -68,11 +67,7 @@ ROWS = {
     "g-practice": ("generation only, with practice", dict(objective="gen", practice=True)),
     "u-image": ("understanding only, own projections", dict(objective="und", projections="image")),
     "g-image": ("generation only, own projections", dict(objective="gen", projections="image")),
-    "joint-image": ("joint, own projections", dict(projections="image")),
     # beyond the paper
-    "u-freeze": ("understanding only, frozen after the first layer",
-                 dict(objective="und", und_plan="freeze")),
-    "freeze": ("joint, frozen after the first layer", dict(und_plan="freeze")),
     "freeze-hmgen": ("joint, frozen after the first layer + HMGen",
                      dict(und_plan="freeze", gen_plan="hmgen")),
     "freeze-hmgen-practice": ("joint, frozen after the first layer + HMGen, with practice",
@@ -160,8 +155,8 @@ class FirstChoice(random.Random):
 
 WORLDS = {"u-describe": Described, "joint-shuffled": Shuffled}
 # Steps, as a multiple of the others': a joint step costs .94 + .52 GFLOP a picture, one of
-# understanding .94; and a step of freeze-hmgen .78 of a joint one.
-STEPS = {"u-long": 1.56, "joint-short": .78}
+# understanding .94.
+STEPS = {"u-long": 1.56}
 # Text tokens beside the most of the preset: a description takes no question's place.
 ROOM = {"u-describe": 25}
 # Layers, where they are not the preset's.
