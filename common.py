@@ -327,7 +327,7 @@ def peak_flops(device):
 # ---------------------------------------------------------------------- pictures for people
 
 RED, GREY, DARK = (220, 30, 30), (200, 200, 200), (60, 60, 60)
-LINE_COLOURS = [(40, 100, 190), (225, 120, 30), (50, 150, 80), (190, 50, 60)]
+LINE_COLOURS = [(40, 100, 190), (225, 120, 30), (50, 150, 80), (190, 50, 60), (150, 90, 190)]
 
 
 # Fonts of systems that have more characters than Pillow's own.

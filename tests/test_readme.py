@@ -68,7 +68,7 @@ def test_results_are_those_of_the_committed_runs():
     found = read_runs(ROOT / "study" / "results" / "synergy")
     row_of = {title: row for row, (title, _) in ROWS.items()}
     shown = table_under("run")
-    assert len(shown) == 8
+    assert len(shown) == 9
     for title, *cells, seeds in shown:
         runs = found[row_of[title]]
         assert len(runs) >= int(seeds)
@@ -100,11 +100,19 @@ def test_differences_are_those_of_the_committed_runs(text):
         shown = re.findall(r"[-+]?[\d.]+ ± [\d.]+", " ".join(row))
         values = [spread(differences_of(found, *difference)) for difference in differences]
         assert [x.lstrip("+") for x in shown] == [x.lstrip("+") for x in values], row
+    kept = "freeze-hmgen-practice"
+    if text is STUDY:
+        scores = HELD_OUT, QUESTIONS, IMAGES, UNSEEN
+        for other, row in zip(("share-all", "joint", "joint-practice"), table_under("less", text)):
+            assert row[1:] == [spread(differences_of(found, score, kept, other))
+                               for score in scores]
     if text is README:
         attention = json.loads((ROOT / "study/results/attention-gpu.json").read_text())
         for task, segment in (("und", "image"), ("gen", "output")):
             shares = attention[task]["output_queries"][segment]
             assert f"{shares[0]:.2f} to {shares[-1]:.2f} (".replace("0.", ".") in rows[6][2]
+        for other in ("share-all", "joint"):
+            assert spread(differences_of(found, HELD_OUT, kept, other)) in text
         p = {claim: p for claim, _, _, _, p, _ in answer_claims(found)}
         first, second = rows[0][-1].split("; ")
         for shown, claim in ((first, "joint training helps with held-out pairs"),
