@@ -83,7 +83,7 @@ def test_differences_are_those_of_the_committed_runs(text):
     """... which the table of the paper's claims has, and README's p."""
     sys.path.insert(0, str(ROOT / "study"))
     from table import (HELD_OUT, IMAGES, QUESTIONS, UNSEEN, answer_claims, differences_of,
-                       read_runs, spread)
+                       mean_std, read_runs, spread)
     found = read_runs(ROOT / "study" / "results" / "synergy")
     expected = [
         [(HELD_OUT, "joint", "u"), (QUESTIONS, "joint", "u")],
@@ -96,6 +96,11 @@ def test_differences_are_those_of_the_committed_runs(text):
     if text is STUDY:       # it also says what share all loses against joint training
         expected[4].insert(0, (HELD_OUT, "share-all", "joint"))
     rows = table_under("the paper says", text)
+    depth = json.loads((ROOT / "study/results/depth-cpu.json").read_text())["runs"].values()
+    for layer in (7, 11):
+        for task in ("und", "gen"):
+            right = [100 * run[task]["right"][layer - 1] for run in depth]
+            assert mean_std(right, 1) in " ".join(rows[-1])
     for row, differences in zip(rows, expected):
         shown = re.findall(r"[-+]?[\d.]+ ± [\d.]+", " ".join(row))
         values = [spread(differences_of(found, *difference)) for difference in differences]
@@ -107,10 +112,6 @@ def test_differences_are_those_of_the_committed_runs(text):
             assert row[1:] == [spread(differences_of(found, score, kept, other))
                                for score in scores]
     if text is README:
-        attention = json.loads((ROOT / "study/results/attention-gpu.json").read_text())
-        for task, segment in (("und", "image"), ("gen", "output")):
-            shares = attention[task]["output_queries"][segment]
-            assert f"{shares[0]:.2f} to {shares[-1]:.2f} (".replace("0.", ".") in rows[6][2]
         for other in ("share-all", "joint"):
             assert spread(differences_of(found, HELD_OUT, kept, other)) in text
         p = {claim: p for claim, _, _, _, p, _ in answer_claims(found)}
