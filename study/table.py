@@ -68,6 +68,8 @@ ROWS = {
     "u-image": ("understanding only, own projections", dict(objective="und", projections="image")),
     "g-image": ("generation only, own projections", dict(objective="gen", projections="image")),
     # beyond the paper
+    "u-freeze": ("understanding only, frozen after the first layer",
+                 dict(objective="und", und_plan="freeze")),
     "freeze-hmgen": ("joint, frozen after the first layer + HMGen",
                      dict(und_plan="freeze", gen_plan="hmgen")),
     "freeze-hmgen-practice": ("joint, frozen after the first layer + HMGen, with practice",
