@@ -375,14 +375,18 @@ def make_table(folder):
     print("\n\n".join(parts) + f"\n\n{path}.md, .json, .png, -flops.png")
 
 
+def rows_drawn(found):
+    """Names of the rows in pictures. Not those at inference only, which are far below; and two dots
+    beside eight would look more certain than they are."""
+    most = max(map(len, found.values()))
+    return [name for name in ROWS if 2 * len(found.get(name, ())) >= most]
+
+
 def draw_rows(titles, found, path):
     """The table as a picture: a line for each row, a dot for each seed, a tick at their mean. A
     seed before the axis is an open dot at its edge; where the mean is there, it alone is told."""
     font, line, top, left, width, gap = ImageFont.load_default(24), 44, 120, 720, 290, 90
-    # Not those at inference only, which are far below. And two dots beside eight would look more
-    # certain than they are.
-    most = max(map(len, found.values()))
-    names = [name for name in ROWS if 2 * len(found.get(name, ())) >= most]
+    names = rows_drawn(found)
     size = left + len(PANELS) * (width + gap), top + line * len(names)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
@@ -423,7 +427,7 @@ def draw_tradeoff(titles, found, path):
     training, relative to dense joint training."""
     font, big = ImageFont.load_default(22), ImageFont.load_default(26)
     width, height, top, left, gap = 620, 480, 100, 90, 130
-    names = [name for name in ROWS if name in found and "objective" not in ROWS[name][1]]
+    names = [name for name in rows_drawn(found) if "objective" not in ROWS[name][1]]
     colours = dict(zip(names, cycle(("black", "firebrick", "darkorange", "royalblue", "seagreen",
                                      "purple", "grey"))))
     sheet = Image.new("RGB", (2 * (left + width) + gap, top + height + 110 + 34 * len(names)),

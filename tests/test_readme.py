@@ -105,6 +105,8 @@ def test_differences_are_those_of_the_committed_runs(text):
         shown = re.findall(r"[-+]?[\d.]+ ± [\d.]+", " ".join(row))
         values = [spread(differences_of(found, *difference)) for difference in differences]
         assert [x.lstrip("+") for x in shown] == [x.lstrip("+") for x in values], row
+    for other in ("joint", "joint-shuffled"):
+        assert mean_std(differences_of(found, HELD_OUT, other, "u")[:3], 1, "+") in text
     kept = "freeze-hmgen-practice"
     if text is STUDY:
         scores = HELD_OUT, QUESTIONS, IMAGES, UNSEEN
