@@ -106,9 +106,9 @@ def bench_step(task, plan, c, rows, device, compiled, muon=True, graph=True):
 
 
 def memory_of(step, device):
-    """MB that a step (no CUDA graph, whose memory is its own) takes at its peak on CUDA, beside what
-    is there anyway; elsewhere what its forward pass keeps for the backward pass, weights included.
-    """
+    """MB that a step takes at its peak on CUDA, beside what is there anyway; elsewhere what its
+    forward pass keeps for the backward pass, weights included. Not for a CUDA graph: it allocates
+    nothing."""
     step()                                                  # the optimizers' memory is there now
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
@@ -138,14 +138,13 @@ def time_steps(cases, shallow, device, compiled, matmul_rate, repeats):
             "task": task, "plan": name, "projections": c.projections, "image_tokens": c.side ** 2,
             "batch_size": n, "flops": n * c.flops(task, plan),
             "flops_ratio": c.flops(task, plan) / c.flops(task, dense),
-            "paper_ratio": paper_cost(plan, layout, c.width) / paper_cost(dense, layout, c.width)})
+            "paper_ratio": paper_cost(plan, layout, c.width) / paper_cost(dense, layout, c.width),
+            "memory_mb": memory_of(
+                bench_step(task, plan, c, n, device, compiled, graph=False), device)})
     seconds = time_each(steps, device, repeats)
     for i, row in enumerate(rows):
-        task, name, c, n = cases[i]
-        plan = make_plan(name, c.layers, shallow)
-        launched = bench_step(task, plan, c, n, device, compiled, graph=False)
+        task, _, c, n = cases[i]
         row |= timing(seconds[i], n * sum(c.layout(task)))
-        row["memory_mb"] = memory_of(launched, device)
         row["of_matmul_rate"] = 1e3 * row["flops"] / row["ms"] / matmul_rate
         key = row["task"], row["projections"], row["image_tokens"]
         dense = next(x for x in rows[:i + 1] if x["plan"] == "dense"

@@ -268,7 +268,7 @@ def options_of(kind, seed, args, device):
 
 def settings_of(options):
     """What a result depends on: results are comparable where these are the same."""
-    kept = ("preset", "seed", "steps", "batch_size", "lr", "compile")
+    kept = ("preset", "seed", "steps", "batch_size", "lr", "compile", "image_loss")
     return {**{key: options[key] for key in kept}, "thresholds": THRESHOLDS, "scored": SCORED,
             "score_every": SCORE_EVERY}
 

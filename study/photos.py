@@ -62,9 +62,12 @@ COLUMNS = [("named, %", ("photos", "named"), 100, 1),
            ("Fréchet distance ↓", ("photos", "frechet"), 1, 2),
            ("bits an image token ↓", ("gen", "bits_per_token"), 1, 3),
            ("FLOPs", ("cost", "flops_ratio"), 1, 2)]
-# What joint training adds: (a joint row, the row of one task beside it, the column).
-GAINS = [("joint", "u", COLUMNS[0]), ("joint-few", "u-few", COLUMNS[0]),
-         ("joint", "g", COLUMNS[1]), ("joint", "g", COLUMNS[2]), ("joint", "g", COLUMNS[3])]
+# Differences that the table shows: (row, the row beside it, the column).
+DIFFERENCES = [("joint", "u", COLUMNS[0]), ("joint-few", "u-few", COLUMNS[0]),
+               ("joint", "g", COLUMNS[1]), ("joint", "g", COLUMNS[2]), ("joint", "g", COLUMNS[3]),
+               ("share-all", "joint", COLUMNS[0]), ("share-all", "u", COLUMNS[0]),
+               ("share-all", "joint", COLUMNS[1]), ("freeze-hmgen", "joint", COLUMNS[0]),
+               ("freeze-hmgen", "u", COLUMNS[0])]
 
 
 class FewLabels(data.Folder):
@@ -283,14 +286,13 @@ def read_runs(out):
     return found
 
 
-def gain(found, joint, alone, column):
-    """A row of the table of GAINS, or None without runs of both. Runs of one seed share pictures
-    and order, so differences are taken seed by seed."""
+def difference(found, row, other, column):
+    """A row of the table of DIFFERENCES, or None without runs of both."""
     title, path, factor, digits = column
-    differences = differences_of(found, path, joint, alone, factor=factor)
+    differences = differences_of(found, path, row, other, factor=factor)
     if not differences:
         return None
-    return (f"{joint} less {alone}: {title}", mean_std(differences, digits, "+"), len(differences))
+    return f"{row} less {other}: {title}", mean_std(differences, digits, "+"), len(differences)
 
 
 def make_table(out, real, names):
@@ -308,9 +310,9 @@ def make_table(out, real, names):
     chance = f"{100 / len(names):.1f}"
     rows.append(["chance", "–", chance, chance, "–", "–", "–"])
     parts = [markdown(["run", "seeds", *(column[0] for column in COLUMNS)], rows)]
-    gains = [row for row in (gain(found, *each) for each in GAINS) if row]
-    if gains:
-        parts.append(markdown(["joint training", "difference", "seeds"], gains))
+    rows = [row for row in (difference(found, *each) for each in DIFFERENCES) if row]
+    if rows:
+        parts.append(markdown(["row less row", "difference", "seeds"], rows))
     every = [scores for runs in found.values() for scores in runs.values()]
     machines = " / ".join(sorted({scores["hardware"] for scores in every}))
     config = every[0]["config"]

@@ -95,8 +95,9 @@ COLUMNS = [("questions right, %", ("und", "accuracy"), 100, 1),
 PANELS = (("royalblue", 80), ("darkorange", 40), ("seagreen", 60), ("firebrick", 0))
 
 # The claims that the study decides, written down before all but six of their runs (study/README.md
-# names those): (claim, score, points, rows). A claim holds if the first row has more of the score than the second, less so many points. Of four
-# rows: if the first pair differs by more than the second one, a difference of differences.
+# names those): (claim, score, points, rows). A claim holds if the first row has more of the score
+# than the second, less so many points. Of four rows: if the first pair differs by more than the
+# second one, a difference of differences.
 SEEDS = 8       # of a claim, neither more nor fewer: else one could stop at a lucky moment
 QUESTIONS, HELD_OUT = ("und", "accuracy"), ("und", "transfer_accuracy")
 IMAGES, UNSEEN = ("gen", "image_accuracy"), ("gen", "transfer_object_accuracy")
@@ -125,6 +126,7 @@ COMPARED = [("joint", "u"), ("joint", "g"), ("u-himix", "u"), ("g-hmgen", "g"),
             ("joint-practice", "joint"), ("g-practice", "g"), ("joint-practice", "g-practice"),
             ("u-image-loss", "u"), ("joint-image-loss", "joint"),
             ("joint-image-loss", "u-image-loss"), ("joint-shuffled", "u"), ("u-describe", "u"),
+            ("joint-shuffled", "joint"), ("u-long", "u"), ("u-long", "joint"),
             ("u-himix", "u-image"), ("g-hmgen", "g-image")]
 
 
@@ -168,10 +170,11 @@ LAYERS = {"g-deep": 7, "g-deep-hmgen": 7}
 # ---------------------------------------------------------------------- training
 
 def check_finished(out, options):
-    """Refuses a finished run of another size: it would stand in one table with the others."""
+    """Refuses a finished run of another size or objective: it would stand in one table with the
+    others."""
     if (out / "eval.json").exists():
         config = json.loads((out / "eval.json").read_text())["config"]
-        for key in ("preset", "steps", "batch_size", "layers", "max_text"):
+        for key in ("preset", "steps", "batch_size", "layers", "max_text", "image_loss"):
             if key in config and config[key] != options.get(key):
                 fail(f"{out} was trained with {key} {config[key]}: expected {options.get(key)}, "
                      "or give another folder")
@@ -243,8 +246,9 @@ def t_tail(t, freedom):
 
 
 def differences_of(found, path, row, other_row, *two_more, factor=100):
-    """Row less other row, in points (times `factor`), of one seed after the other: runs of one seed share data and
-    order. Of the first SEEDS that all have. Four rows: less the difference of the last two."""
+    """Row less other row, in points (times `factor`), of one seed after the other: runs of one
+    seed share data and order. Of the first SEEDS that all have. Four rows: less the difference of
+    the last two."""
     rows = [found.get(name, {}) for name in (row, other_row, *two_more)]
     differences = []
     for seed in sorted(set.intersection(*(set(runs) for runs in rows)))[:SEEDS]:

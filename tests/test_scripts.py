@@ -188,12 +188,12 @@ def test_the_table_of_stored_results(tmp_path, monkeypatch):
     assert Image.open(tmp_path / "synergy-cpu.png").width > 1000
 
 
-def test_finished_runs_of_another_size_are_refused(tmp_path, capsys):
+def test_finished_runs_of_another_size_or_objective_are_refused(tmp_path, capsys):
     options = train.complete({"preset": "cpu"}, torch.device("cpu"))
     check_finished(tmp_path, options)                       # nothing is there yet
     (tmp_path / "eval.json").write_text(json.dumps({"config": options}))
     check_finished(tmp_path, options)
-    for changed in ({"preset": "gpu"}, {"steps": 2800}):
+    for changed in ({"preset": "gpu"}, {"steps": 2800}, {"image_loss": True}):
         with pytest.raises(SystemExit):
             check_finished(tmp_path, {**options, **changed})
         assert f"was trained with {list(changed)[0]} " in capsys.readouterr().err
