@@ -2,15 +2,12 @@
 measure: what is still right if no token sees the image from a layer on.
 
     python study/depth.py RUN [RUN ...]             trained runs; study/results/depth.json and .png
-    python study/depth.py out/deep-seed{1,2,3} --train --name depth-cpu
 
---train trains those that are missing: the cpu preset with twelve narrow layers; the seed is the
-number at the end of a folder's name. Measured are 200 validation pictures and 140 captions of each
-run. The image is hidden at inference only, by the rule of the naive control: in these layers image
-tokens are updated, but are no keys of any token.
+table.py trains twelve narrow layers (--rows deep). Measured are 200 validation pictures and 140
+captions of each run. The image is hidden at inference only, by the rule of the naive control: in
+these layers image tokens are updated, but are no keys of any token.
 """
 import json
-import re
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -26,30 +23,14 @@ from tqdm import tqdm
 
 import data
 import probe
-import train
 from eval import (answer_all, check_pictures, draw_pictures, generation_loss, sampling_of,
                   understanding_scores)
 from model import load_run, sequences
 from probe import TITLES
 from prune import NAIVE, plans_of
-from table import RESULTS, markdown, mean_std, train_row
+from table import RESULTS, markdown, mean_std
 
-DEEP = {"layers": 12, "width": 96, "heads": 3}
 SCORED = {"und": 200, "gen": 140}       # validation pictures with questions, captions to draw
-
-
-def train_deep(out, device):
-    """Joint dense training of twelve narrow layers, or what is left of it."""
-    seed = re.search(r"\d+$", out.name)
-    if not seed:
-        fail(f"{out}: expected a name that ends in the number of a seed")
-    for name, value in DEEP.items():
-        setattr(data.PRESETS["cpu"], name, value)           # where every part of a run looks
-    options = train.complete({"preset": "cpu", "seed": int(seed[0]), "out": str(out)}, device)
-    train_row(out, options, {}, device)
-    config = read_checkpoint(out / "checkpoint.pt", "run")["config"]
-    if {key: config[key] for key in DEEP} != DEEP:
-        fail(f"{out} holds a run of another size: expected another folder")
 
 
 def measure(folder, device):
@@ -119,13 +100,9 @@ def draw(found, path):
 def main():
     parser = script_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
-    parser.add_argument("--train", action="store_true", help="train those that are missing")
     parser.add_argument("--name", default="depth", help="of the results (default: depth)")
     args = parser.parse_args()
     device = pick_device(args.device)
-    if args.train:
-        for folder in args.runs:
-            train_deep(folder, device)
     checkpoints = [read_checkpoint(folder / "checkpoint.pt", "run") for folder in args.runs]
     if len({(tuple(c["tasks"]), c["config"]["layers"]) for c in checkpoints}) > 1:
         fail("expected runs of the same tasks, with the same number of layers")

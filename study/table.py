@@ -33,7 +33,7 @@ import data
 import train
 from eval import draw_pictures, evaluate, sampling_of, save_scores
 from model import load_run
-from prune import plans_of
+from prune import FULL, PLANS, SHALLOW, plans_of
 
 RESULTS = ROOT / "study" / "results"
 
@@ -67,6 +67,12 @@ ROWS = {
     "g-practice": ("generation only, with practice", dict(objective="gen", practice=True)),
     "u-image": ("understanding only, own projections", dict(objective="und", projections="image")),
     "g-image": ("generation only, own projections", dict(objective="gen", projections="image")),
+    # the first claim, at depth
+    "deep": ("joint, twelve narrow layers", {}),
+    "deep-leave-10": ("joint, twelve narrow layers, image leaves understanding after 10",
+                      dict(und_plan="leave-10")),
+    "deep-leave-8": ("joint, twelve narrow layers, image leaves understanding after 8",
+                     dict(und_plan="leave-8")),
     # beyond the paper
     "u-freeze": ("understanding only, frozen after the first layer",
                  dict(objective="und", und_plan="freeze")),
@@ -163,8 +169,15 @@ WORLDS = {"u-describe": Described, "joint-shuffled": Shuffled}
 STEPS = {"u-long": 1.56}
 # Text tokens beside the most of the preset: a description takes no question's place.
 ROOM = {"u-describe": 25}
-# Layers, where they are not the preset's.
-LAYERS = {"g-deep": 7, "g-deep-hmgen": 7}
+# Sizes, where they are not the preset's.
+SIZE_KEYS = "layers", "width", "heads", "max_text"
+SEVEN, TWELVE = {"layers": 7}, {"layers": 12, "width": 96, "heads": 3}
+SIZES = {"g-deep": SEVEN, "g-deep-hmgen": SEVEN,
+         "deep": TWELVE, "deep-leave-10": TWELVE, "deep-leave-8": TWELVE}
+# Plans that no other script knows: image tokens leave after so many layers.
+for full in (8, 10):
+    PLANS[f"leave-{full}"] = (
+        lambda layers, k, full=full: (FULL,) * full + (SHALLOW,) * (layers - full))
 
 
 # ---------------------------------------------------------------------- training
@@ -174,7 +187,7 @@ def check_finished(out, options):
     others."""
     if (out / "eval.json").exists():
         config = json.loads((out / "eval.json").read_text())["config"]
-        for key in ("preset", "steps", "batch_size", "layers", "max_text", "image_loss"):
+        for key in ("preset", "steps", "batch_size", "image_loss", *SIZE_KEYS):
             if key in config and config[key] != options.get(key):
                 fail(f"{out} was trained with {key} {config[key]}: expected {options.get(key)}, "
                      "or give another folder")
@@ -317,7 +330,7 @@ def read_runs(folder):
                 del scores["cost"]                          # of steps that nobody took
                 continue
             dense = found.get(DENSE[scores["config"]["objective"]], {})
-            if dense:                                       # of another seed, if need be
+            if dense and name not in SIZES:                 # of another seed, if need be
                 dense = dense.get(seed) or next(iter(dense.values()))
                 scores["cost"]["flops_ratio"] = training_flops(scores) / training_flops(dense)
     return found
@@ -517,19 +530,20 @@ def main():
               if getattr(args, key) is not None}
     usual = train.complete(shared, device)
     sizes = data.PRESETS[usual["preset"]]
-    layers, max_text = sizes.layers, sizes.max_text
+    usual_sizes = {key: getattr(sizes, key) for key in SIZE_KEYS}
     if args.seeds > 0:
         train.get_tokenizer(usual, data.load("shapes", usual["preset"]), device)
     for seed in range(1, args.seeds + 1):
         for name in args.rows:
             out = args.folder / f"{name}-seed{seed}"
-            # In the preset itself, because every part of a run looks there.
-            sizes.layers, sizes.max_text = LAYERS.get(name, layers), max_text + ROOM.get(name, 0)
+            of_row = {**usual_sizes, **SIZES.get(name, {})}
+            of_row["max_text"] += ROOM.get(name, 0)
+            for key, size in of_row.items():
+                setattr(sizes, key, size)       # in the preset: every part of a run looks there
             given = {**shared, **ROWS[name][1], "seed": seed, "out": str(out)}
             options = train.complete(given, device)
             options["steps"] = round(STEPS.get(name, 1) * options["steps"])
-            # For check_finished: eval.json keeps all options.
-            options |= {"layers": sizes.layers, "max_text": sizes.max_text}
+            options |= of_row                   # for check_finished: eval.json keeps all options
             check_finished(out, options)
             world = WORLDS.get(name, data.Shapes)
             data.load = lambda source, preset: world(preset)        # every part of a run calls it
