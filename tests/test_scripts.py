@@ -18,12 +18,10 @@ import train
 from bench import bench
 from conftest import ROOT, run, train_args
 from match import log_likelihoods, matching
-from model import Config, generation, load_run, understanding
+from model import load_run, understanding
 from prune import PLANS, make_plan
 from readout import draw_means, named_by, token_labels
 from table import answer_claims, check_finished, differences_of, p_values, t_tail
-from test_model import decode, random_batch, words
-from tokenizer import FIRST_CODE
 
 
 def test_a_run_leaves_what_the_contract_promises(trained):
@@ -257,35 +255,14 @@ def test_bench_counts_what_it_times():
         assert row["same_codes"] == 1 and row["cached_images_per_s"] > row["uncached_images_per_s"]
 
 
-def test_time_to_quality(trained, tmp_path, monkeypatch):
-    """A run ends when both tasks are good enough, and is not trained again."""
-    monkeypatch.setattr(compare, "THRESHOLDS", {"und": 0., "gen": 0.})
-    monkeypatch.setattr(compare, "SCORE_EVERY", 5)
-    args = ("--train", "--preset", "tiny", "--device", "cpu", "--seeds", 1, "--tokenizer",
-            trained / "tokenizer.pt", "--results", tmp_path / "quality")
-    assert "step/s" in run("compare.py", *args)
-    for kind in ("ours", "usual"):
-        result = json.loads((tmp_path / "quality" / f"{kind}-seed1.json").read_text())
-        assert result["reached"]["und"]["step"] == 5 and len(result["curve"]) == 1
-    again = run("compare.py", *args)
-    assert "step/s" not in again and "GPT, usual | 1 |" in again
-    assert "has lr" in run("compare.py", *args, "--usual-lr", .002, code=2)
-
-
-def test_the_usual_gpt_decodes_as_it_predicts():
-    """What compare.py trains beside our model draws, with its cache, what one pass predicts. Its
-    positions are absolute, but an image stands at the same after captions of any length."""
-    torch.manual_seed(0)
-    c = Config(FIRST_CODE + 16, 2, 32, 2, 3, 8, 8)
-    model, plan = compare.UsualGPT(c).double(), make_plan("dense", 2)
-    batch = random_batch(random.Random(0), "gen", c)
-    drawn, seen = decode(model, batch, plan)
-    with torch.no_grad():
-        logits, _ = model(batch._replace(tokens=drawn), plan)
-    assert (seen - logits).abs().max() < 1e-10
-    codes, caption = torch.randint(16, (1, 9)), ["1 2 3"]
-    short, long = (model(generation(words, codes, caption, n), plan)[0] for n in (None, 8))
-    assert (short - long).abs().max() < 1e-10
+def test_compare_times_steps_of_one_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    compare.compare("tiny", 2, 2, False, torch.device("cpu"))
+    rows = json.loads((tmp_path / "compare-tiny.json").read_text())["rows"]
+    for task in ("und", "gen"):
+        steps = [row for row in rows if row["task"] == task]
+        assert {"ours", "ours, AdamW alone", "GPT, usual"} <= {row["step"] for row in steps}
+        assert len({(row["length"], row["batch_size"]) for row in steps}) == 1
 
 
 def test_depth(trained, tmp_path, monkeypatch):
