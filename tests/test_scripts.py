@@ -1,7 +1,6 @@
 """Every script's command line, tiny but real; bad options."""
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
