@@ -6,7 +6,8 @@ model.
 
 Fused attention returns no weights. So this goes through `Model.reference`, which the tests
 hold equal to the path of training. One question stands on each picture, as in the paper's
-sequences. """
+sequences.
+"""
 import json
 from pathlib import Path
 
