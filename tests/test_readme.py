@@ -86,7 +86,7 @@ def test_differences_are_those_of_the_committed_runs(text):
                        mean_std, read_runs, spread)
     found = read_runs(ROOT / "study" / "results" / "synergy")
     expected = [
-        [(HELD_OUT, "joint", "u"), (QUESTIONS, "joint", "u")],
+        [(HELD_OUT, "joint", "u"), (HELD_OUT, "joint", "u-long"), (QUESTIONS, "joint", "u")],
         [(IMAGES, "joint", "g"), (UNSEEN, "joint", "g")],
         [(QUESTIONS, "u-himix", "u"), (HELD_OUT, "u-himix", "u")],
         [(IMAGES, "g-hmgen", "g"), (UNSEEN, "g-hmgen", "g")],
