@@ -134,6 +134,8 @@ def check_output(path, kind):
     """Refuses, before work begins, what cannot be written, or would replace a file that is not of
     this kind: "picture", or that of a checkpoint."""
     path = Path(path)
+    if kind == "picture" and path.suffix != ".png":
+        fail(f"--out {path}: expected a name that ends in .png")
     make_folder(path.parent)
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         fail(f"--out {path}: no file can be written there")

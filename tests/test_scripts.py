@@ -367,6 +367,7 @@ def test_frechet_distance_of_features():
     (("train.py", "--save-every", "-1"), "--save-every -1"),
     (("train.py", "--parts", "3"), "divisor"),
     (("train.py", "--preset", "huge"), "invalid choice"),
+    (("prune.py", "--out", "masks.jpg"), "ends in .png"),
     (("tokenizer.py", "--steps", "0"), "--steps 0"),
     (("eval.py", "x", "--n", "0"), "--n"),
     (("probe.py", "x", "--n", "0"), "--n"),
