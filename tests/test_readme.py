@@ -110,7 +110,8 @@ def test_differences_are_those_of_the_committed_runs(text):
     kept = "freeze-hmgen-practice"
     if text is STUDY:
         scores = HELD_OUT, QUESTIONS, IMAGES, UNSEEN
-        for other, row in zip(("share-all", "joint", "joint-practice"), table_under("minus", text)):
+        others = "share-all", "joint", "joint-practice", "share-all-practice"
+        for other, row in zip(others, table_under("minus", text), strict=True):
             assert row[1:] == [spread(differences_of(found, score, kept, other))
                                for score in scores]
     if text is README:
