@@ -136,7 +136,8 @@ COMPARED = [("joint", "u"), ("joint", "g"), ("u-himix", "u"), ("g-hmgen", "g"),
             ("u-image-loss", "u"), ("joint-image-loss", "joint"),
             ("joint-image-loss", "u-image-loss"), ("joint-shuffled", "u"), ("u-describe", "u"),
             ("joint-shuffled", "joint"), ("u-long", "u"), ("u-long", "joint"),
-            ("u-himix", "u-image"), ("g-hmgen", "g-image")]
+            ("u-himix", "u-image"), ("g-hmgen", "g-image"), ("u-freeze", "u"),
+            ("u-freeze", "u-himix"), ("freeze-hmgen-practice", "u-freeze")]
 
 
 class Described(data.Shapes):

@@ -105,6 +105,7 @@ def test_differences_are_those_of_the_committed_runs(text):
         shown = re.findall(r"[-+]?[\d.]+ ± [\d.]+", " ".join(row))
         values = [spread(differences_of(found, *difference)) for difference in differences]
         assert [x.lstrip("+") for x in shown] == [x.lstrip("+") for x in values], row
+    assert spread(differences_of(found, HELD_OUT, "joint", "share-all")).lstrip("+") in text
     for other in ("joint", "joint-shuffled"):
         assert mean_std(differences_of(found, HELD_OUT, other, "u")[:3], 1, "+") in text
     kept = "freeze-hmgen-practice"
@@ -115,8 +116,9 @@ def test_differences_are_those_of_the_committed_runs(text):
             assert row[1:] == [spread(differences_of(found, score, kept, other))
                                for score in scores]
     if text is README:
-        for other in ("share-all", "joint"):
-            assert spread(differences_of(found, HELD_OUT, kept, other)) in text
+        for other in ("share-all", "joint", "joint-practice", "u-freeze"):
+            assert spread(differences_of(found, HELD_OUT, kept, other)).lstrip("+") in text
+        assert spread(differences_of(found, HELD_OUT, "u-freeze", "u")) in text
         p = {claim: p for claim, _, _, _, p, _ in answer_claims(found)}
         first, second = rows[0][-1].split("; ")
         for shown, claim in ((first, "joint training helps with held-out pairs"),
