@@ -67,7 +67,7 @@ DIFFERENCES = [("joint", "u", COLUMNS[0]), ("joint-few", "u-few", COLUMNS[0]),
                ("joint", "g", COLUMNS[1]), ("joint", "g", COLUMNS[2]), ("joint", "g", COLUMNS[3]),
                ("share-all", "joint", COLUMNS[0]), ("share-all", "u", COLUMNS[0]),
                ("share-all", "joint", COLUMNS[1]), ("freeze-hmgen", "joint", COLUMNS[0]),
-               ("freeze-hmgen", "u", COLUMNS[0])]
+               ("freeze-hmgen", "u", COLUMNS[0]), ("freeze-hmgen", "g", COLUMNS[1])]
 
 
 class FewLabels(data.Folder):
