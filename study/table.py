@@ -73,8 +73,6 @@ ROWS = {
     "deep": ("joint, twelve narrow layers", {}),
     "deep-leave-10": ("joint, twelve narrow layers, image leaves understanding after 10",
                       dict(und_plan="leave-10")),
-    "deep-leave-8": ("joint, twelve narrow layers, image leaves understanding after 8",
-                     dict(und_plan="leave-8")),
     # beyond the paper
     "u-freeze": ("understanding only, frozen after the first layer",
                  dict(objective="und", und_plan="freeze")),
@@ -138,7 +136,8 @@ COMPARED = [("joint", "u"), ("joint", "g"), ("u-himix", "u"), ("g-hmgen", "g"),
             ("joint-image-loss", "u-image-loss"), ("joint-shuffled", "u"), ("u-describe", "u"),
             ("joint-shuffled", "joint"), ("u-long", "u"), ("u-long", "joint"),
             ("u-himix", "u-image"), ("g-hmgen", "g-image"), ("u-freeze", "u"),
-            ("u-freeze", "u-himix"), ("freeze-hmgen-practice", "u-freeze")]
+            ("deep-leave-10", "deep"), ("u-freeze", "u-himix"),
+            ("freeze-hmgen-practice", "u-freeze")]
 
 
 class Described(data.Shapes):
@@ -178,11 +177,7 @@ ROOM = {"u-describe": 25}
 SIZE_KEYS = "layers", "width", "heads", "max_text"
 SEVEN, TWELVE = {"layers": 7}, {"layers": 12, "width": 96, "heads": 3}
 SIZES = {"g-deep": SEVEN, "g-deep-hmgen": SEVEN,
-         "deep": TWELVE, "deep-leave-10": TWELVE, "deep-leave-8": TWELVE}
-# Plans that no other script knows: image tokens leave after so many layers.
-for full in (8, 10):
-    PLANS[f"leave-{full}"] = (
-        lambda layers, k, full=full: (FULL,) * full + (SHALLOW,) * (layers - full))
+         "deep": TWELVE, "deep-leave-10": TWELVE}
 
 
 # ---------------------------------------------------------------------- training
@@ -531,6 +526,8 @@ def main():
     parser.add_argument("--tokenizer", help="default: out/tokenizer.pt")
     args = parser.parse_args()
     device = pick_device(args.device)
+    # A plan of this table's own: image tokens leave after layer 10.
+    PLANS["leave-10"] = lambda layers, k: ((FULL,) * 10 + (SHALLOW,) * layers)[:layers]
     shared = {key: getattr(args, key) for key in ("preset", "steps", "tokenizer")
               if getattr(args, key) is not None}
     usual = train.complete(shared, device)
