@@ -22,8 +22,7 @@ from prune import FFN, FULL, Layout, Positions, flops, positions, predicting
 from tokenizer import FIRST_CODE, Tokenizer
 
 # Each task predicts its own output (the sentence under eq. 1): answers, or the drawn image. We add
-# question tokens and the ends of answers, with a small weight: without them understanding learns
-# less. Model.loss has the whole formula.
+# question tokens and the ends of answers, with a small weight. Model.loss has the whole formula.
 AUXILIARY_WEIGHT = .05
 # What a task's loss is multiplied by before the backward pass, even if it is the only task. Logged
 # losses are without it.
@@ -35,7 +34,7 @@ PROJECTIONS = {"shared": ["text"],                  # image tokens use those of 
                "image": ["text", "image"],          # image tokens have their own, for both tasks
                "task": ["text", "und", "gen"]}      # ... for each task, whose name the set has:
                                                     # "share partial" (sec. 6.2)
-# Understanding with HiMix has no image tokens as queries: its image query weights are not used.
+# Image tokens are no queries in understanding with HiMix: their query weights are not used there.
 
 
 @dataclass
@@ -225,7 +224,7 @@ def sequences(task, tokenizer, split, most=None, image_loss=False):
 # the codebook, layers that start as the identity; and Muon, in train.py.
 
 class LayerInputs(NamedTuple):
-    """What all layers with one Rule have in common. It is made once, outside of them."""
+    """What all layers with one Rule have in common. It is made outside of them."""
     queries: Positions      # the tokens that a layer updates
     keys: Positions         # the tokens that they attend to
     from_embedding: torch.Tensor    # (N,) bool: whose keys and values are made of input embeddings,
@@ -265,9 +264,9 @@ class Block(nn.Module):
         were before the first layer. Returns x after the layer, and the attention weights
         (B, H, q, k), or None where fused.
 
-        Only the queries and keys of `inputs` are taken into the layer: another token enters
-        neither the query projection nor the FFN, or no key or value projection. (`Model.reference`
-        gives all tokens as both, and hides what the plan drops.)
+        Only the queries and keys of `inputs` are taken into the layer: a token that is no query
+        skips the query projection and the FFN, one that is no key skips those of key and value.
+        (`Model.reference` gives all tokens as both, and hides what the plan drops.)
 
         cache: (keys, values, position of x's first token). Keys and values of all tokens, each
         (B, H, all, Dh), take in those of x; then x attends to all of them, and inputs.mask is
@@ -410,14 +409,14 @@ class Model(nn.Module):
 
             token                                   weight
             answer                                  1
-            question, end of an answer              AUXILIARY_WEIGHT
+            question but its first, answer's end    AUXILIARY_WEIGHT
             image that understanding looks at       0; with --image-loss AUXILIARY_WEIGHT
             caption                                 0
             image that generation draws             1
 
         Output tokens are those of answers, or of drawn images. The end of an answer is one of them,
-        although its weight is small. The first token of a question is never predicted. A training
-        step adds the losses of both tasks, times TASK_WEIGHT.
+        although its weight is small. A training step adds the losses of both tasks, times
+        TASK_WEIGHT.
         """
         span = predicting(batch.layout, batch.image_loss)
         logits = self.head(self.norm(x[:, span]))

@@ -21,12 +21,12 @@ from tokenizer import FIRST_CODE
 class Rule(NamedTuple):
     """What image tokens do in one layer. Text tokens always take part in full."""
     query: bool = True      # updated by attention and FFN; if not, passed on unchanged
-    keys: str = "hidden"    # what others see of them: their "hidden" state, their input
+    keys: str = "hidden"    # what queries see of them: their "hidden" state, their input
                             # "embedding" (code, row and column), or "none"
 
 
 FULL = Rule()
-HIMIX = Rule(query=False, keys="embedding")     # sec. 5.1: never updated, seen in every layer
+HIMIX = Rule(query=False, keys="embedding")     # sec. 5.1: not updated, seen as embeddings
 SHALLOW = Rule(query=False, keys="none")        # sec. 5.2: HMGen's shallow layers
 NAIVE = Rule(query=True, keys="none")           # sec. 5.2: the control, updated but never seen
 FROZEN = Rule(query=False, keys="hidden")       # seen as they are: ShortV (Yuan et al. 2025)
@@ -122,7 +122,7 @@ def positions(rule, layout, start=0, stop=None, device=None):
 def predicting(layout, image_loss=False):
     """The slice of positions that may have a target: the only ones that logits are computed for.
 
-    Generation: from the last token of the caption to the last but one of the image. Understanding:
+    Generation: from the token before the image to the last but one of the image. Understanding:
     all after the image; with a loss on image tokens also the image and the token before it.
     """
     before, image, after = layout
@@ -132,8 +132,8 @@ def predicting(layout, image_loss=False):
 
 
 def mask(rule, layout):
-    """(N, N) bool, [query, key]: what each query sees. A token that is no query has an empty
-    row."""
+    """(N, N) bool, [query, key]: what each query sees in a sequence without padding, with one
+    question. A token that is no query has an empty row. (Of a Batch: Batch.attention_mask.)"""
     queries, keys = (tokens.index for tokens in positions(rule, layout))
     seen = torch.zeros(sum(layout), sum(layout), dtype=torch.bool)
     seen[queries[:, None], keys] = keys <= queries[:, None]
@@ -148,8 +148,7 @@ FFN = 4
 
 def flops(plan, layout, width, vocab, image_loss=False):
     """Floating-point operations of forward and backward for one sequence: every matmul, of padding
-    (up to the longest sequence of all) and of masked scores, too, because they are computed. The
-    optimizer's are left out.
+    and of masked scores, too, because they are computed. The optimizer's are left out.
 
     In a layer with q queries and k keys, d = width, these are the multiply-adds:
         query and output projections    2 q d^2
@@ -183,7 +182,7 @@ def print_costs(preset):
     """Prints what every plan costs, in GFLOP for a sequence and relative to dense."""
     p = PRESETS[preset]
     image = (p.image_size // PATCH) ** 2
-    # As many questions as fit, and a caption of two fifths of that: a run measures its own.
+    # As many questions as fit, and a longer caption than a run has, which measures its own.
     layouts = {"und": Layout(2, image, p.max_text), "gen": Layout(p.max_text * 2 // 5, image, 0)}
     vocab = FIRST_CODE + p.codes
     for task, layout in layouts.items():
@@ -205,7 +204,8 @@ def print_costs(preset):
                 title = f"{name} K={shallow}" if takes_k else name
                 print(f"{title:12}{letters:>{p.layers + 2}}{exact / 1e9:10.3f}"
                       f"{exact / dense_flops:10.2f}{by_paper:10.2f}")
-    print("\nlayers: F full, h HiMix, s shallow, n naive, f frozen")
+    print("\nlayers: F full, h HiMix, s shallow, n naive, f frozen. Text of a run may be shorter: "
+          "its eval.json has its FLOPs.")
 
 
 # ---------------------------------------------------------------------- the masks' picture

@@ -508,18 +508,17 @@ def main():
     options, checkpoint = complete(given, device), None
     if resuming:
         checkpoint, options = resume(given, options)
-    elif (Path(options["out"]) / "checkpoint.pt").exists():
-        fail(f"{options['out']} holds a run already: --resume goes on with it, --out PATH begins "
-             "another")
-    elif (Path(options["out"]) / "eval.json").exists():
-        fail(f"{options['out']} holds the scores of a run without its checkpoint: expected another "
-             "--out")
     check(options)
-    with exclusive(options["out"]) as alone:
+    out = Path(options["out"])
+    if not resuming and (out / "checkpoint.pt").exists():
+        fail(f"{out} holds a run already: --resume goes on with it, --out PATH begins another")
+    if not resuming and (out / "eval.json").exists():
+        fail(f"{out} holds the scores of a run without its checkpoint: expected another --out")
+    with exclusive(out) as alone:
         if not alone:
-            fail(f"another process is at work in {options['out']}: expected another --out")
+            fail(f"another process is at work in {out}: expected another --out")
         # What is left of saves that were killed.
-        for part in Path(options["out"]).glob("checkpoint.pt.*.part"):
+        for part in out.glob("checkpoint.pt.*.part"):
             part.unlink(missing_ok=True)
         train(options, device, checkpoint)
 
