@@ -447,7 +447,7 @@ def draw_tradeoff(titles, found, path):
     names = [name for name in rows_drawn(found) if "objective" not in ROWS[name][1]]
     colours = dict(zip(names, cycle(("black", "firebrick", "darkorange", "royalblue", "seagreen",
                                      "purple", "grey"))))
-    sheet = Image.new("RGB", (2 * (left + width) + gap, top + height + 110 + 34 * len(names)),
+    sheet = Image.new("RGB", (2 * (left + width) + gap, top + height + 140 + 34 * len(names)),
                       "white")
     draw = ImageDraw.Draw(sheet)
     for panel, (alone, (title, score, factor, _)) in enumerate((("u", COLUMNS[1]),
@@ -469,6 +469,8 @@ def draw_tradeoff(titles, found, path):
         draw.text((x0 + width / 2, top + height + 58),
                   "FLOPs of training, dense joint = 1; bars: ± one standard deviation",
                   "grey", font, anchor="mm")
+        draw.text((x0 + width / 2, top + height + 88),
+                  "(points are moved sideways by .012 at most)", "grey", font, anchor="mm")
         if alone in found:
             mean = statistics.mean(numbers(found[alone], score, factor))
             draw.line((at(.6, mean), at(1.05, mean)), fill="grey", width=3)
@@ -488,7 +490,7 @@ def draw_tradeoff(titles, found, path):
                       fill=colours[name], width=4)
             draw.circle(at(flops, mean), 9, fill=colours[name])
     for row, name in enumerate(names):
-        y = top + height + 100 + 34 * row
+        y = top + height + 130 + 34 * row
         draw.circle((left + 10, y), 9, fill=colours[name])
         draw.text((left + 32, y), titles[name], "black", font, anchor="lm")
     save_picture(sheet, path)
