@@ -82,8 +82,8 @@ def test_results_are_those_of_the_committed_runs():
 def test_differences_are_those_of_the_committed_runs(text):
     """... which the table of the paper's claims has; and p in README's first row."""
     sys.path.insert(0, str(ROOT / "study"))
-    from table import (HELD_OUT, IMAGES, QUESTIONS, UNSEEN, answer_claims, differences_of,
-                       mean_std, read_runs, spread)
+    from table import (HELD_OUT, IMAGES, QUESTIONS, ROWS, UNSEEN, answer_claims, differences_of,
+                       mean_std, numbers, read_runs, spread)
     found = read_runs(ROOT / "study" / "results" / "synergy")
     expected = [
         [(HELD_OUT, "joint", "u"), (HELD_OUT, "joint", "u-long"), (QUESTIONS, "joint", "u")],
@@ -108,6 +108,15 @@ def test_differences_are_those_of_the_committed_runs(text):
     assert spread(differences_of(found, HELD_OUT, "joint", "share-all")).lstrip("+") in text
     for other in ("joint", "joint-shuffled"):
         assert mean_std(differences_of(found, HELD_OUT, other, "u")[:3], 1, "+") in text
+    if text is STUDY:
+        row_of = {title: row for row, (title, _) in ROWS.items()}
+        controls = table_under("run | held-out pairs | minus understanding only | seeds", text)
+        assert len(controls) == 8
+        for title, rate, difference, seeds in controls:
+            runs = {seed: found[row_of[title]][seed] for seed in range(1, int(seeds) + 1)}
+            assert rate == mean_std(numbers(runs, HELD_OUT, 100), 1), title
+            differences = differences_of(found, HELD_OUT, row_of[title], "u")[:int(seeds)]
+            assert difference == mean_std(differences, 1, "+"), title
     kept = "freeze-hmgen-practice"
     if text is STUDY:
         scores = HELD_OUT, QUESTIONS, IMAGES, UNSEEN
