@@ -526,6 +526,9 @@ def read_folder(path, longest):
     if left_out:
         most = ", ".join(f"{n} {suffix}" for suffix, n in left_out.most_common(5))
         print(f"{path}: left out {left_out.total()} other files ({most})")
+    if not entries:
+        fail(f"--data {path}: expected images and a metadata.jsonl, or a folder of images for each "
+             "class")
     return entries
 
 
@@ -606,8 +609,7 @@ class Folder:
         if min(len(self.indices["val"]), len(self.indices["train"])) < 10:
             different = len({p.tobytes() for p in pixels})
             fail(f"--data {path}: {len(pixels)} images, {different} of them different, are too "
-                 "few: about one in ten is kept for validation, where ten are needed. Expected a "
-                 "metadata.jsonl, or a folder of images for each class")
+                 "few: about one in ten is kept for validation, where ten are needed")
         self.pixels = np.stack(pixels)                      # (N, H, W, 3) uint8
         texts = zlib.crc32(repr((self.captions, self.questions)).encode())
         self.identity = f"{len(pixels)} images {zlib.crc32(self.pixels.tobytes(), texts):08x}"
