@@ -252,6 +252,7 @@ def draw_plans(path, cell=10):
         draw.rectangle((x, y, x + 12, y + 12), fill=MASK_COLOURS[name])
         draw.text((x + 18, y - 2), words, (40, 40, 40), font)
         x += 40 + font.getlength(words)
+    draw.text((x, y - 2), "white: not seen; rows: queries, columns: keys", (40, 40, 40), font)
     save_picture(sheet, path)
 
 
