@@ -135,7 +135,7 @@ COMPARED = [("joint", "u"), ("joint", "g"), ("u-himix", "u"), ("g-hmgen", "g"),
             ("u-image-loss", "u"), ("joint-image-loss", "joint"),
             ("joint-image-loss", "u-image-loss"), ("joint-shuffled", "u"), ("u-describe", "u"),
             ("joint-shuffled", "joint"), ("u-long", "u"), ("u-long", "joint"),
-            ("u-himix", "u-image"), ("g-hmgen", "g-image"), ("u-freeze", "u"),
+            ("u-himix", "u-image"), ("g-hmgen", "g-image"), ("g-naive", "g"), ("u-freeze", "u"),
             ("deep-leave-10", "deep"), ("u-freeze", "u-himix"),
             ("freeze-hmgen-practice", "u-freeze")]
 
