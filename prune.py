@@ -182,7 +182,7 @@ def print_costs(preset):
     """Prints what every plan costs, in GFLOP for a sequence and relative to dense."""
     p = PRESETS[preset]
     image = (p.image_size // PATCH) ** 2
-    # As many questions as fit, and a longer caption than a run has, which measures its own.
+    # As many questions as fit, and a caption of two fifths of that, which is longer than a run's.
     layouts = {"und": Layout(2, image, p.max_text), "gen": Layout(p.max_text * 2 // 5, image, 0)}
     vocab = FIRST_CODE + p.codes
     for task, layout in layouts.items():
