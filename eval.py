@@ -1,20 +1,19 @@
 """Scores of one run for both tasks; answers and pictures on demand.
 
-    python eval.py out/joint                    scores a run: eval.json, samples.png in its folder
-    python eval.py out/joint --gen-plan hmgen   ... with a plan it was not trained with (fig. 5)
-    python eval.py out/joint --ask picture.png "what colour is the circle?"
-    python eval.py out/joint --draw "top-left a big yellow circle" --n 8
+    python eval.py out/joint-cpu            scores a run: eval.json, samples.png in its folder
+    python eval.py out/joint-cpu --gen-plan hmgen       with a plan it was not trained with (fig. 5)
+    python eval.py out/joint-cpu --ask picture.png "what colour is the circle?"
+    python eval.py out/joint-cpu --draw "top-left a big yellow circle" --n 8
 """
 import json
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
 
-from common import (check_output, contact_sheet, fail, hardware, pick_device, run_script,
-                    save_picture, script_parser, write_file)
+from common import (contact_sheet, fail, hardware, pick_device, positive, refuse_errors,
+                    run_script, save_picture, script_parser, write_file)
 
 import numpy as np
 import torch
@@ -22,107 +21,82 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import CAPTION_FIELDS, PRESETS, QUESTION_KINDS, Question, load_of_run, open_picture
+from data import PRESETS, load_of_run, open_picture
 from model import generation, load_run, sequences, understanding
-from prune import make_plan, paper_cost, plans_of, predicting
+from prune import PLANS, make_plan, paper_cost, plans_of, predicting
 from tokenizer import FIRST_CODE
 
-BATCH = 64                                          # sequences that are scored at a time
-SHOWN = 18          # pictures of each task in samples.png; of a folder's training pictures, too
+BATCH = 64          # sequences that are scored at a time
+SHOWN = 18          # pictures of each task in samples.png
 
 
 # ---------------------------------------------------------------------- answering and drawing
 
 @torch.no_grad()
-def answer(model, tokenizer, codes, question, plan, longest=None):
+def answer(model, tokenizer, codes, question, plan):
     """One picture's codes (M,) and a question -> the answer, a string, by greedy decoding: up to
-    the end token or `longest` tokens, by default as many as a training sequence has of text."""
-    c, device = model.config, model.device
-    first = 2 + c.side ** 2                         # the position after the image
+    the end token, or as many tokens as a training sequence has of text."""
+    if codes.ndim != 1:
+        raise ValueError(f"codes of one picture have shape (M,), not {tuple(codes.shape)}")
+    first = 2 + len(codes)                          # the position after the image
     start = first + len(tokenizer.ids(question))
-    stop = start + (longest or c.und_text)
+    stop = start + model.config.und_text
     batch = understanding(tokenizer, codes[None], [[(question, "")]], stop - first)
     batch.segment_ids[:, first:] = 1                # what is to come belongs to the question
     batch.position_ids[:, first:] = torch.arange(first, stop)[:, None]
-    tokens = model.generate(batch.to(device), plan, start,
+    tokens = model.generate(batch.to(model.device), plan, start,
                             lambda logits: logits[:, :FIRST_CODE].argmax(-1))
-    ids = tokens[0, start:].tolist()
-    if tokenizer.eos in ids:
-        ids = ids[:ids.index(tokenizer.eos)]
-    return tokenizer.string(ids).strip()
-
-
-# (guidance, temperature) of drawing: see study/NOTES.md, what was tried. A folder's few pictures
-# are known by heart, with an empty caption, too: guidance leads astray there.
-SAMPLING = {"shapes": (1.5, .7), "folder": (1., .1)}
-
-
-def sampling_of(options):
-    return SAMPLING["shapes" if options["data"] == "shapes" else "folder"]
+    ids = tokens[0, start:].tolist() + [tokenizer.eos]
+    return tokenizer.string(ids[:ids.index(tokenizer.eos)]).strip()
 
 
 @torch.no_grad()
-def draw(model, tokenizer, captions, plan, uniform, guidance=1., temperature=1.):
-    """Captions -> sampled codes (B, M). uniform: (B, M) random numbers from 0 to 1, one a token.
+def draw(model, tokenizer, captions, plan, guidance=1.5, temperature=.7, seed=0, batch=100):
+    """Captions (strings) -> sampled pictures (N, H, W, 3) uint8, `batch` at a time.
 
-    guidance: classifier-free (Ho & Salimans 2022): logits of no caption + guidance * (those of the
+    Classifier-free guidance (Ho & Salimans 2022): logits of no caption + guidance * (those of the
     caption - those of no caption). 1 draws from the model's own distribution; more follows the
-    caption more closely, for twice the cost.
+    caption more closely.
     """
-    c, device = model.config, model.device
-    n = len(captions)
-    texts = list(captions) + ([""] * n if guidance != 1 else [])
-    empty = torch.zeros(len(texts), c.side ** 2, dtype=torch.long)
-    batch = generation(tokenizer, empty, texts).to(device)
-    uniform_of_token = iter(uniform.T.to(device))                   # (n,) for each token in turn
-
-    def choose(logits):
-        logits = logits[:, FIRST_CODE:].float()
-        if guidance != 1:
-            with_caption, without = logits.chunk(2)
-            logits = without + guidance * (with_caption - without)
-        # The code at which the cumulative probability reaches a random number.
-        cumulative = (logits / temperature).softmax(-1).cumsum(-1)
-        code = (cumulative < next(uniform_of_token)[:, None]).sum(-1)
-        code = code.clamp(max=logits.size(-1) - 1)          # the last sum may be just below 1
-        return FIRST_CODE + code.repeat(len(texts) // n)
-
-    start = batch.layout.before
-    tokens = model.generate(batch, plan, start, choose)
-    return tokens[:n, start:] - FIRST_CODE
-
-
-def draw_pictures(model, tokenizer, texts, plan, sampling, batch=100, seed=0):
-    """Captions (strings) -> pictures (N, H, W, 3) uint8. sampling: of SAMPLING. batch: how many are
-    drawn at a time; a hundred of the gpu preset's keep 3 GB of keys and values."""
+    if isinstance(captions, str):
+        raise TypeError("expected a list of captions, not one string")
+    m, pictures = model.config.side ** 2, []
     # Drawn at once, so that a picture does not depend on how many others are drawn beside it.
-    uniform = torch.rand(len(texts), model.config.side ** 2,
-                         generator=torch.Generator().manual_seed(seed))
-    pictures = []
-    for i in tqdm(range(0, len(texts), batch), desc="drawing", leave=False):
-        rows = slice(i, i + batch)
-        codes = draw(model, tokenizer, texts[rows], plan, uniform[rows], *sampling)
-        pictures.append(tokenizer.decode(codes))
+    uniform = torch.rand(len(captions), m, generator=torch.Generator().manual_seed(seed))
+    for i in tqdm(range(0, len(captions), batch), desc="drawing", leave=False):
+        texts = list(captions[i:i + batch])
+        n, random_of_token = len(texts), iter(uniform[i:i + batch].T.to(model.device))
+
+        def choose(logits):
+            with_caption, without = logits[:, FIRST_CODE:].float().chunk(2)
+            logits = without + guidance * (with_caption - without)
+            # The code at which the cumulative probability reaches a random number.
+            cumulative = (logits / temperature).softmax(-1).cumsum(-1)
+            code = (cumulative < next(random_of_token)[:, None]).sum(-1)
+            code = code.clamp(max=logits.size(-1) - 1)      # the last sum may be just below 1
+            return FIRST_CODE + code.repeat(2)
+
+        empty = torch.zeros(2 * n, m, dtype=torch.long)
+        batch_of_both = generation(tokenizer, empty, texts + [""] * n).to(model.device)
+        start = batch_of_both.layout.before
+        tokens = model.generate(batch_of_both, plan, start, choose)
+        pictures.append(tokenizer.decode(tokens[:n, start:] - FIRST_CODE))
     return np.concatenate(pictures)
 
 
 # ---------------------------------------------------------------------- understanding
 
-class Answered(NamedTuple):
-    question: Question
-    text: str               # under teacher forcing: each token follows the right ones before it
-    correct: bool           # all of it, as `answer` would give it
-
-
 @torch.no_grad()
-def answer_all(model, tokenizer, split, batch, plan):
-    """Answers all questions of a split. batch: its sequences, on the device.
+def answer_all(model, tokenizer, split, plan):
+    """Answers all questions of a split.
 
     Greedy decoding gives exactly the right answer if and only if each of its tokens, the end
     included, is the likeliest text token after the right ones before it, so one forward pass
-    tells. Returns a list of Answered for each picture, and the mean loss (nats) of an output token.
+    tells. Returns for each picture [(Question, what was answered so, is it right?)], and the mean
+    loss (nats) of an output token.
     """
     answers, loss = [], 0.
+    batch = sequences("und", tokenizer, split, model.config.und_text).to(model.device)
     for i in tqdm(range(0, len(batch.tokens), BATCH), desc="answering", leave=False):
         rows = batch.rows(slice(i, i + BATCH))
         logits, _ = model(rows, plan)
@@ -130,66 +104,79 @@ def answer_all(model, tokenizer, split, batch, plan):
         targets, is_output = rows.targets[:, span], rows.is_output[:, span]
         loss += F.cross_entropy(logits[is_output].float(), targets[is_output],
                                 reduction="sum").item()
-        likeliest = logits[..., :FIRST_CODE].argmax(-1)        # as `answer` decodes
+        likeliest = logits[..., :FIRST_CODE].argmax(-1)     # as `answer` decodes
         segments, targets, is_output, likeliest = (
             x.cpu() for x in (rows.segment_ids[:, span], targets, is_output, likeliest))
         for row, questions in enumerate(split.questions[i:i + BATCH]):
             answers.append([])
             for number, question in enumerate(questions, 1):
                 tokens = is_output[row] & (segments[row] == number)     # of this answer
-                if tokens.any():                                # else it did not fit
+                if tokens.any():                            # else it did not fit
                     ids = likeliest[row, tokens]
-                    correct = torch.equal(ids, targets[row, tokens])
-                    text = tokenizer.string(ids.tolist()).strip()
-                    answers[-1].append(Answered(question, text, correct))
+                    right = torch.equal(ids, targets[row, tokens])
+                    answers[-1].append((question, tokenizer.string(ids.tolist()).strip(), right))
     return answers, loss / batch.is_output.sum().item()
 
 
-def understanding_scores(answers):
-    """Accuracy, also by kind of question. `chance`: the accuracy of always giving the most frequent
-    answer to each kind of question."""
-    answers = [a for of_picture in answers for a in of_picture]
-    by_type, guessed = {}, 0
-    for kind in (*QUESTION_KINDS, "question"):
-        of_kind = [a for a in answers if a.question.kind == kind]
-        if of_kind:
-            (_, most), = Counter(a.question.answer for a in of_kind).most_common(1)
-            guessed += most
-            by_type[kind] = {"accuracy": fmean(a.correct for a in of_kind),
-                             "chance": most / len(of_kind), "n": len(of_kind)}
-    return {"n": len(answers), "accuracy": fmean(a.correct for a in answers),
-            "chance": guessed / len(answers), "by_type": by_type}
+def score_understanding(model, tokenizer, plan, dataset, part, n, seed):
+    """Scores of the answers about n pictures of a part, and what to show of them. `chance`: the
+    accuracy of always giving the most frequent answer to each kind of question."""
+    split = dataset.split("und", part, n, seed)
+    answers, loss = answer_all(model, tokenizer, split, plan)
+    by_kind = defaultdict(list)                             # kind -> [(right answer, is it given?)]
+    for of_picture in answers:
+        for question, _, right in of_picture:
+            by_kind[question.kind].append((question.answer, right))
+    by_type, rights, guessed = {}, [], 0
+    for kind, rows in by_kind.items():
+        expected, right = zip(*rows)
+        most = Counter(expected).most_common(1)[0][1]
+        by_type[kind] = {"accuracy": fmean(right), "chance": most / len(rows), "n": len(rows)}
+        rights += right
+        guessed += most
+    shown = []
+    for picture, of_picture in zip(split.pixels[:SHOWN], answers):
+        lines = [f"{question.text} {said}" + ("" if right else f" (no: {question.answer})")
+                 for question, said, right in of_picture[:4]]
+        shown.append((picture, "\n".join(lines), False))
+    return {"n": len(rights), "accuracy": fmean(rights), "loss": loss,
+            "chance": guessed / len(rights), "by_type": by_type}, shown
 
 
 # ---------------------------------------------------------------------- generation
 
-def check_pictures(dataset, split, pixels):
-    """What the checker says of pictures beside their captions: object and image accuracy, also by
-    kind of caption; and which pictures are wrong (a list of indices)."""
-    rows = [(caption.kind, len(scene), *dataset.fulfilled(caption, scene, seen))
-            for caption, scene, seen in zip(split.captions, split.scenes, dataset.read(pixels))]
-
-    def rates(kinds):
-        _, stated, found, right = zip(*(row for row in rows if row[0] in kinds))
-        return {"object_accuracy": sum(found) / sum(stated), "image_accuracy": fmean(right),
-                "n": len(right)}
-
-    kinds = [kind for kind in CAPTION_FIELDS if kind in {row[0] for row in rows}]
-    wrong = [i for i, row in enumerate(rows) if not row[-1]]
-    return {**rates(kinds), "by_type": {kind: rates([kind]) for kind in kinds}}, wrong
+def rates(rows):
+    """Of rows as a data set's `check` gives them."""
+    asked, seen, right = zip(*rows)
+    return {"object_accuracy": sum(seen) / sum(asked), "image_accuracy": fmean(right),
+            "n": len(rows)}
 
 
 @torch.no_grad()
-def generation_loss(model, batch, plan):
-    """Mean loss (nats) of an image token after its caption."""
-    total = 0.
+def score_generation(model, tokenizer, plan, dataset, part, n, seed):
+    """Scores of the pictures drawn for n captions of a part, and what to show of them. `loss`: the
+    mean (nats) of an image token. `ceiling`: what real pictures score after the tokenizer."""
+    split = dataset.split("gen", part, n, seed, questions=0)
+    batch, loss = sequences("gen", tokenizer, split).to(model.device), 0.
     for i in range(0, len(batch.tokens), BATCH):
         rows = batch.rows(slice(i, i + BATCH))
-        total += model(rows, plan)[1].item() * len(rows.tokens)
-    return total / len(batch.tokens)
+        loss += model(rows, plan)[1].item() * len(rows.tokens)
+    texts = [caption.text for caption in split.captions]
+    drawn = draw(model, tokenizer, texts, plan, *dataset.sampling)
+    scores, wrong = {"n": len(texts), "loss": loss / len(texts)}, [False] * len(texts)
+    if hasattr(dataset, "check"):                           # else nothing reads the pictures
+        checked = dataset.check(split, drawn)
+        by_kind = defaultdict(list)
+        for caption, row in zip(split.captions, checked):
+            by_kind[caption.kind].append(row)
+        decoded = tokenizer.decode(tokenizer.encode(split.pixels))
+        scores |= {**rates(checked), "ceiling": rates(dataset.check(split, decoded)),
+                   "by_type": {kind: rates(rows) for kind, rows in by_kind.items()}}
+        wrong = [not right for _, _, right in checked]
+    return scores, list(zip(drawn, texts, wrong))[:SHOWN]
 
 
-# ---------------------------------------------------------------------- cost
+# ---------------------------------------------------------------------- all scores of a run
 
 def cost(c, plans, batch_size):
     """What a training step costs, forward and backward, by exact FLOPs and by the paper's formula,
@@ -203,158 +190,89 @@ def cost(c, plans, batch_size):
             "paper_flops_ratio": by_paper / dense_by_paper}
 
 
-# ---------------------------------------------------------------------- all scores of a run
-
-def score_understanding(model, tokenizer, dataset, plan, n, options):
-    """Scores on n validation pictures, and what to show of them."""
-    def score(part):
-        split = dataset.split("und", part, n, options["seed"])
-        batch = sequences("und", tokenizer, split, model.config.und_text).to(model.device)
-        answers, loss = answer_all(model, tokenizer, split, batch, plan)
-        return split, answers, {**understanding_scores(answers), "loss": loss}
-
-    split, answers, scores = score("val")
-    shown = []                                              # (picture, text, is it wrong?)
-    for picture, of_picture in zip(split.pixels[:SHOWN], answers):
-        lines = []
-        for a in of_picture[:4]:
-            comment = "" if a.correct else f" (no: {a.question.answer})"
-            lines.append(f"{a.question.text} {a.text}{comment}")
-        shown.append((picture, "\n".join(lines), False))
-    if split.scenes:
-        _, _, held_out = score("transfer")
-        scores |= {f"transfer_{name}": held_out[name] for name in ("accuracy", "chance", "n")}
-    return scores, shown
-
-
-def score_generation(model, tokenizer, dataset, plan, n, options):
-    """Scores on n validation captions, and what to show of them."""
-    def draw_split(split):
-        texts = [caption.text for caption in split.captions]
-        return draw_pictures(model, tokenizer, texts, plan, sampling_of(options))
-
-    seed = options["seed"]
-    split = dataset.split("gen", "val", n, seed, questions=0)
-    batch = sequences("gen", tokenizer, split).to(model.device)
-    drawn, decoded = draw_split(split), tokenizer.decode(tokenizer.encode(split.pixels))
-    scores = {"n": len(drawn), "loss": generation_loss(model, batch, plan), "ceiling": {}}
-    wrong = []
-    if split.scenes:
-        rates, wrong = check_pictures(dataset, split, drawn)
-        scores |= rates
-        scores["ceiling"] |= check_pictures(dataset, split, decoded)[0]
-        held_out = dataset.split("gen", "transfer", n // 2, seed, questions=0)
-        scenes = [[thing for thing in scene if thing.pair in dataset.held_out["gen"]]
-                  for scene in held_out.scenes]             # only objects of held-out pairs count
-        held_out = held_out._replace(scenes=scenes)
-        rates, _ = check_pictures(dataset, held_out, draw_split(held_out))
-        scores |= {"transfer_object_accuracy": rates["object_accuracy"], "transfer_n": rates["n"]}
-    shown = [(drawn[i], split.captions[i].text, i in wrong) for i in range(min(SHOWN, len(drawn)))]
-    if not split.scenes:        # also what it was trained on: a new name does not tell how it looks
-        known = dataset.split("gen", "train", SHOWN, seed)
-        shown += [(picture, f"{caption.text} (trained on)", False)
-                  for picture, caption in zip(draw_split(known), known.captions)]
-    return scores, shown
-
-
 def evaluate(model, tokenizer, options, step, dataset, plans):
-    """All scores of a run under the plans {task: plan}, on validation pictures that its seed draws.
+    """All scores of a run under the plans {task: plan}, on pictures that its seed draws: of each
+    part that its data set names, but of no more pictures than it was trained on.
 
     options: of train.py. step: how far it was trained. Returns what eval.json holds, and what to
     show: [(picture, text, is it wrong?)].
     """
-    start, preset = time.time(), PRESETS[options["preset"]]
+    start, preset, scores, shown = time.time(), PRESETS[options["preset"]], {}, []
     model.eval()
+    for task, plan in plans.items():
+        score, val = {"und": (score_understanding, preset.und_val),
+                      "gen": (score_generation, preset.gen_val)}[task]
+        for part in dataset.parts[task]:
+            n = val // 2 if task == "gen" and part != "val" else val
+            n = max(1, min(n, step * options["batch_size"]))
+            found, of_part = score(model, tokenizer, plan, dataset, part, n, options["seed"])
+            if part == "val":
+                scores[task] = {**found, "bits_per_token": found["loss"] / math.log(2)}
+                shown += of_part
+            else:                                           # held_out_accuracy, ...
+                scores[task] |= {f"{part}_{name}": found[name] for name in
+                                 ("n", "accuracy", "chance", "object_accuracy") if name in found}
     config = {**options, "step": step, "examples": step * options["batch_size"],
               "parameters": sum(p.numel() for p in model.parameters())}
-    scores, shown = {"config": config}, []
-    for task, plan in plans.items():
-        score, n = ((score_understanding, preset.und_val) if task == "und"
-                    else (score_generation, preset.gen_val))
-        scores[task], new = score(model, tokenizer, dataset, plan, n, options)
-        scores[task]["bits_per_token"] = scores[task]["loss"] / math.log(2)
-        shown += new
-    scores["n"] = {task: scores[task]["n"] for task in plans}
-    scores["cost"] = cost(model.config, plans, options["batch_size"])
-    scores |= {"seconds": time.time() - start, "hardware": hardware(model.device)}
-    return scores, shown
-
-
-def summary(scores):
-    """The scores in a few lines, for a terminal."""
-    lines = []
-    for part in ("und", "gen", "cost"):
-        numbers = [f"{name} {value:.4g}" for name, value in scores.get(part, {}).items()
-                   if isinstance(value, (int, float))]
-        if numbers:
-            lines.append(f"{part}: " + ", ".join(numbers))
-        for kind, rates in scores.get(part, {}).get("by_type", {}).items():
-            right = rates["accuracy" if part == "und" else "image_accuracy"]
-            lines.append(f"   {kind:20}{right:.1%} of {rates['n']}")
-    return "\n".join(lines)
+    return {"config": config, **scores, "n": {task: scores[task]["n"] for task in plans},
+            "cost": cost(model.config, plans, options["batch_size"]),
+            "seconds": time.time() - start, "hardware": hardware(model.device)}, shown
 
 
 def save_scores(scores, shown, folder, suffix=""):
-    """Writes eval.json and samples.png, the names with a suffix, into a run's folder."""
-    pictures, texts, flags = zip(*shown)
-    wrong = [i for i, flag in enumerate(flags) if flag]
+    """Prints scores in a few lines, and writes eval.json and samples.png into a run's folder."""
+    for part in [part for part in ("und", "gen", "cost") if part in scores]:
+        numbers = [f"{name} {value:.4g}" for name, value in scores[part].items()
+                   if isinstance(value, (int, float))]
+        print(f"{part}: {', '.join(numbers)}")
+        for kind, found in scores[part].get("by_type", {}).items():
+            right = found["accuracy" if part == "und" else "image_accuracy"]
+            print(f"   {kind:20}{right:.1%} of {found['n']}")
+    pictures, texts, wrong = zip(*shown)
     contact_sheet(pictures, texts, Path(folder) / f"samples{suffix}.png", wrong=wrong)
     # Last, because a run counts as finished where it has scores.
     write_file(Path(folder) / f"eval{suffix}.json", json.dumps(scores, indent=1))
+    print(f"{folder}/eval{suffix}.json, samples{suffix}.png")
 
-
-# ---------------------------------------------------------------------- the command line
 
 def main():
     parser = script_parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of a trained run")
     parser.add_argument("--data", help="where the run's images are now, if they have been moved")
-    parser.add_argument("--und-plan", help="default: the one it was trained with")
-    parser.add_argument("--gen-plan")
+    parser.add_argument("--und-plan", choices=PLANS, help="default: the one it was trained with")
+    parser.add_argument("--gen-plan", choices=PLANS)
     parser.add_argument("--shallow", type=int, metavar="K", help="of hmgen and naive")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"))
-    instead.add_argument("--draw", metavar="CAPTION")
-    parser.add_argument("--n", type=int, default=8, help="how many pictures --draw draws")
+    parser.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"))
+    parser.add_argument("--draw", metavar="CAPTION")
+    parser.add_argument("--n", type=positive(int), default=8, help="how many pictures --draw draws")
     parser.add_argument("--seed", type=int, default=0, help="of what --draw draws")
     parser.add_argument("--out", type=Path, help="folder of the results (default: the run's)")
     args = parser.parse_args()
-    if args.n < 1:
-        fail(f"--n {args.n}: expected at least 1")
-    if not 0 <= args.seed < 2 ** 32:
-        fail(f"--seed {args.seed}: expected 0 to {2 ** 32 - 1}")
     device, out = pick_device(args.device), args.out or args.run
     model, tokenizer, checkpoint = load_run(args.run, device)
-    options, tasks, suffix = checkpoint["options"], checkpoint["tasks"], ""
-    needs = {"und": (args.ask, args.und_plan), "gen": (args.draw, args.gen_plan)}
-    for task, given in needs.items():
-        if given != (None, None) and task not in tasks:
-            fail(f"{args.run} was trained for {tasks[0]} alone")
-    changed = {key: getattr(args, key) for key in ("und_plan", "gen_plan", "shallow")
-               if getattr(args, key) not in (None, options[key])}
-    if changed:
-        options |= changed
-        suffix = "-{und_plan}-{gen_plan}{shallow}".format(**options)
-    plans = plans_of(tasks, options, model.config.layers)
+    given = {key: value for key, value in vars(args).items()
+             if key in ("und_plan", "gen_plan", "shallow") and value is not None}
+    options = checkpoint["options"] | given
+    suffix = "".join(f"-{value}" for value in given.values())
+    plans = plans_of(checkpoint["tasks"], options, model.config.layers)
+    for task, wanted in (("und", args.ask), ("gen", args.draw)):
+        if wanted is not None and task not in plans:
+            fail(f"{args.run} was trained for {checkpoint['tasks'][0]} alone")
     if args.ask:
-        pixels = open_picture(Path(args.ask[0]), tokenizer.vq.image_size, "--ask")
-        codes = tokenizer.encode(pixels[None])[0]
-        print(answer(model, tokenizer, codes, args.ask[1], plans["und"]))
+        picture, question = args.ask
+        with refuse_errors(f"--ask {picture}: expected an image"):
+            pixels = open_picture(picture, tokenizer.vq.image_size)
+        print(answer(model, tokenizer, tokenizer.encode(pixels[None])[0], question, plans["und"]))
     elif args.draw is not None:
-        check_output(out / "draw.png", "picture")
-        check_output(out / "draw-0.png", "picture")
-        texts = [args.draw] * args.n
-        pixels = draw_pictures(model, tokenizer, texts, plans["gen"], sampling_of(options),
-                               seed=args.seed)
-        contact_sheet(pixels, [""] * args.n, out / "draw.png", columns=min(args.n, 6))
+        pixels = draw(model, tokenizer, [args.draw] * args.n, plans["gen"], *checkpoint["sampling"],
+                      args.seed)
+        contact_sheet(pixels, [""] * args.n, out / "draw.png")
         save_picture(Image.fromarray(pixels[0]), out / "draw-0.png")
         print(f"{out}/draw.png: {args.n} pictures of {args.draw!r}; draw-0.png: the first")
     else:
         dataset = load_of_run(checkpoint, args.data)
         scores, shown = evaluate(model, tokenizer, options, checkpoint["step"], dataset, plans)
-        print(summary(scores))
         save_scores(scores, shown, out, suffix)
-        print(f"{out}/eval{suffix}.json, samples{suffix}.png")
 
 
 if __name__ == "__main__":

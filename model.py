@@ -1,11 +1,11 @@
 """The unified model: one causal transformer over text and image tokens, for both tasks.
 
 From top to bottom: the configuration, how sequences are built, the transformer block, the model.
-It goes through its layers in three ways, which the tests hold equal, the first two with gradients:
+It goes through its layers in two ways, which the tests hold equal, gradients included:
 
 `Model.reference`   computes everything and hides what the plan drops: read this one
-`Model.gathered`    takes only the plan's queries and keys into a layer: fast, used in training
-`Model.generate`    the same for one new token after the other, with a KV cache
+`Model.gathered`    takes only the plan's queries and keys into a layer: fast, used in training,
+                    and by `Model.generate`, with a KV cache
 """
 import math
 from dataclasses import dataclass
@@ -18,23 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import read_checkpoint
-from prune import FFN, FULL, Layout, Positions, flops, positions, predicting
+from prune import FFN, FULL, Layout, Rule, flops, masks, predicting
 from tokenizer import FIRST_CODE, Tokenizer
-
-# Each task predicts its own output (the sentence under eq. 1): answers, or the drawn image. We add
-# question tokens and the ends of answers, with a small weight. Model.loss has the whole formula.
-AUXILIARY_WEIGHT = .05
-# What a task's loss is multiplied by before the backward pass, even if it is the only task. Logged
-# losses are without it.
-TASK_WEIGHT = {"und": 1., "gen": 2.}
-
-# Which sets of Q, K, V weights a block has. Text tokens always use "text"; all tokens share the
-# output projection, QK norm and FFN.
-PROJECTIONS = {"shared": ["text"],                  # image tokens use those of text, too
-               "image": ["text", "image"],          # image tokens have their own, for both tasks
-               "task": ["text", "und", "gen"]}      # ... for each task, whose name the set has:
-                                                    # "share partial" (sec. 6.2)
-# Image tokens are no queries in understanding with HiMix: their query weights are not used there.
 
 
 @dataclass
@@ -63,6 +48,9 @@ class Config:
 
 # ---------------------------------------------------------------------- sequences
 
+SEGMENTS = ("system", "image", "instruction", "output")
+
+
 class Batch(NamedTuple):
     """Equally long sequences of one task: those of a step, or all that a task is trained on, of
     which `rows` selects some. What stands at position i of `targets`, `loss_weights` and
@@ -77,18 +65,27 @@ class Batch(NamedTuple):
     loss_weights: torch.Tensor      # (B, N) float, of the targets
     is_output: torch.Tensor         # (B, N) bool: the target is output (an answer, a drawn image)
 
+    def map(self, function):
+        """A Batch of what the function makes of each tensor."""
+        return Batch(*self[:3], *map(function, self[3:]))
+
     def rows(self, index):
-        """Those sequences, as a Batch."""
-        return Batch(*self[:3], *(tensor[index] for tensor in self[3:]))
+        return self.map(lambda x: x[index])
 
     def to(self, device):
-        return Batch(*self[:3], *(tensor.to(device) for tensor in self[3:]))
+        return self.map(lambda x: x.to(device))
 
-    def is_image(self):
-        """(N,) bool: which tokens are image tokens."""
-        before, m, _ = self.layout
-        index = torch.arange(sum(self.layout), device=self.tokens.device)
-        return (index >= before) & (index < before + m)
+    def segments(self):
+        """(B, N, 4) bool: which of SEGMENTS a token belongs to. Padding belongs to none. The image
+        of generation is its output, as in the paper's fig. 3. Of understanding one question a
+        picture: the first token of a second one would count as output of the first."""
+        real = self.segment_ids >= 0
+        system = real & (real.cumsum(1) <= 2)               # bos and the task's token
+        output = torch.zeros_like(real)
+        # Output is what the token before it had to predict. The end of an answer is no token.
+        output[:, 1:] = self.is_output[:, :-1] & real[:, 1:]
+        image = (self.tokens >= FIRST_CODE) & ~output
+        return torch.stack([system, image, real & ~system & ~image & ~output, output], 2)
 
     def attention_mask(self, queries, keys):
         """(B, 1, q, k) bool: what the tokens at the positions `queries` see of those at `keys`.
@@ -116,11 +113,16 @@ def grid_positions(m):
     return np.stack(np.divmod(np.arange(m), math.isqrt(m)), 1)
 
 
-def understanding(tokenizer, codes, questions, length=None, image_loss=False, most=None):
+# Each task predicts its own output (the sentence under eq. 1): answers, or the drawn image. We add
+# question tokens and the ends of answers, with a small weight.
+AUXILIARY_WEIGHT = .05
+
+
+def understanding(tokenizer, codes, questions, length=None, image_loss=False, most=math.inf):
     """[bos] [und] image, then questions with answers, up to the first that does not fit into
-    `length` tokens, by default all. codes: (B, M). questions: for each picture a list of
-    (question, answer) strings. image_loss: also predict the image tokens. most: the default
-    `length` is at most this, unless a single question is longer.
+    `length` tokens. codes: (B, M). questions: for each picture a list of (question, answer)
+    strings. image_loss: also predict the image tokens. By default `length` is what all questions
+    need, but at most `most`, unless a single one is longer.
 
     A picture of 4 tokens i0 to i3, two questions, and a length of 8; `-` is a target of -1, w is
     AUXILIARY_WEIGHT:
@@ -140,20 +142,19 @@ def understanding(tokenizer, codes, questions, length=None, image_loss=False, mo
                for pairs in questions]
     if length is None:
         lengths = [[len(q) + len(a) for q, a in pairs] for pairs in encoded]
-        length = max(map(sum, lengths))
-        if most is not None:
-            length = min(length, max([most, *(n for row in lengths for n in row)]))
+        longest = max(n for row in lengths for n in row)
+        length = min(max(map(sum, lengths)), max(most, longest))
     rows, m = codes.shape
     first = 2 + m                                   # the position after the image
-    a = blank("und", Layout(2, m, length), image_loss, rows, tokenizer.pad)
-    a.tokens[:, :2] = tokenizer.bos, tokenizer.und
-    a.tokens[:, 2:first] = FIRST_CODE + codes
-    a.position_ids[:, 1] = 1
-    a.position_ids[:, 2:first] = 2 + grid_positions(m)
-    a.segment_ids[:, :first] = 0
+    batch = blank("und", Layout(2, m, length), image_loss, rows, tokenizer.pad)
+    batch.tokens[:, :2] = tokenizer.bos, tokenizer.und
+    batch.tokens[:, 2:first] = FIRST_CODE + codes
+    batch.position_ids[:, 1] = 1
+    batch.position_ids[:, 2:first] = 2 + grid_positions(m)
+    batch.segment_ids[:, :first] = 0
     if image_loss:
-        a.targets[:, 1:first - 1] = FIRST_CODE + codes
-        a.loss_weights[:, 1:first - 1] = AUXILIARY_WEIGHT
+        batch.targets[:, 1:first - 1] = FIRST_CODE + codes
+        batch.loss_weights[:, 1:first - 1] = AUXILIARY_WEIGHT
     for row, pairs in enumerate(encoded):
         start = first
         for number, (question_ids, answer_ids) in enumerate(pairs, 1):
@@ -161,17 +162,17 @@ def understanding(tokenizer, codes, questions, length=None, image_loss=False, mo
             stop = start + len(ids)
             if stop > first + length:
                 break
-            a.tokens[row, start:stop] = ids
+            batch.tokens[row, start:stop] = ids
             # Every question stands where it would if it came right after the image.
-            a.position_ids[row, start:stop] = np.arange(first, first + len(ids))[:, None]
-            a.segment_ids[row, start:stop] = number
-            a.targets[row, start:stop] = ids[1:] + [tokenizer.eos]
+            batch.position_ids[row, start:stop] = np.arange(first, first + len(ids))[:, None]
+            batch.segment_ids[row, start:stop] = number
+            batch.targets[row, start:stop] = ids[1:] + [tokenizer.eos]
             answer = stop - 1 - len(answer_ids)     # the position before the answer's first token
-            a.is_output[row, answer:stop] = True
-            a.loss_weights[row, start:stop] = AUXILIARY_WEIGHT
-            a.loss_weights[row, answer:stop - 1] = 1
+            batch.is_output[row, answer:stop] = True
+            batch.loss_weights[row, start:stop] = AUXILIARY_WEIGHT
+            batch.loss_weights[row, answer:stop - 1] = 1
             start = stop
-    return Batch(*a[:3], *map(torch.from_numpy, a[3:]))
+    return batch.map(torch.from_numpy)
 
 
 def generation(tokenizer, codes, captions, length=None):
@@ -193,20 +194,20 @@ def generation(tokenizer, codes, captions, length=None):
     prefixes = [[tokenizer.bos, tokenizer.gen] + tokenizer.ids(caption) for caption in captions]
     length = length or max(map(len, prefixes))
     rows, m = codes.shape
-    a = blank("gen", Layout(length, m, 0), False, rows, tokenizer.pad)
-    a.tokens[:, length:] = a.targets[:, length - 1:-1] = FIRST_CODE + codes
-    a.loss_weights[:, length - 1:-1] = 1
-    a.is_output[:, length - 1:-1] = True
+    batch = blank("gen", Layout(length, m, 0), False, rows, tokenizer.pad)
+    batch.tokens[:, length:] = batch.targets[:, length - 1:-1] = FIRST_CODE + codes
+    batch.loss_weights[:, length - 1:-1] = 1
+    batch.is_output[:, length - 1:-1] = True
     for row, prefix in enumerate(prefixes):
         start = length - len(prefix)
-        a.tokens[row, start:length] = prefix
-        a.position_ids[row, start:length] = np.arange(len(prefix))[:, None]
-        a.position_ids[row, length:] = len(prefix) + grid_positions(m)
-        a.segment_ids[row, start:] = 0
-    return Batch(*a[:3], *map(torch.from_numpy, a[3:]))
+        batch.tokens[row, start:length] = prefix
+        batch.position_ids[row, start:length] = np.arange(len(prefix))[:, None]
+        batch.position_ids[row, length:] = len(prefix) + grid_positions(m)
+        batch.segment_ids[row, start:] = 0
+    return batch.map(torch.from_numpy)
 
 
-def sequences(task, tokenizer, split, most=None, image_loss=False):
+def sequences(task, tokenizer, split, most=math.inf, image_loss=False):
     """All pictures of a data.Split as one Batch, as long as its longest text needs. most: see
     `understanding`."""
     codes = tokenizer.encode(split.pixels)
@@ -225,13 +226,26 @@ def sequences(task, tokenizer, split, most=None, image_loss=False):
 
 class LayerInputs(NamedTuple):
     """What all layers with one Rule have in common. It is made outside of them."""
-    queries: Positions      # the tokens that a layer updates
-    keys: Positions         # the tokens that they attend to
-    from_embedding: torch.Tensor    # (N,) bool: whose keys and values are made of input embeddings,
-                                    # or None: those of no token
-    query_rotary: tuple     # (cos, sin) of the queries, each (B, 1, q, Dh)
-    key_rotary: tuple       # (cos, sin) of the keys, each (B, 1, k, Dh)
-    mask: torch.Tensor      # (B, 1, q, k) bool: what each query sees
+    rule: Rule
+    layout: Layout          # of the tokens that a layer is given
+    query_rotary: tuple     # (cos, sin) of those that it updates, each (B, 1, q, Dh)
+    key_rotary: tuple       # (cos, sin) of those that they attend to, each (B, 1, k, Dh)
+    mask: torch.Tensor      # (B, 1, q, k) bool: what each query sees; k: with those of a cache
+
+
+# Which sets of Q, K, V weights a block has. Text tokens always use "text"; all tokens share the
+# output projection, QK norm and FFN. Image tokens are no queries in understanding with HiMix: their
+# query weights are not used there.
+PROJECTIONS = {"shared": ["text"],                  # image tokens use those of text, too
+               "image": ["text", "image"],          # image tokens have their own, for both tasks
+               "task": ["text", "und", "gen"]}      # ... for each task, whose name the set has:
+                                                    # "share partial" (sec. 6.2)
+
+
+def part(index, layout, with_image):
+    """The positions `index` of tokens with this layout, with or without those of the image."""
+    before, image, after = index.split(layout)
+    return torch.cat([before, image, after] if with_image else [before, after])
 
 
 def rotate(x, cos, sin):
@@ -259,54 +273,46 @@ class Block(nn.Module):
         self.out = nn.Linear(d, d, bias=False)
         self.up, self.down = nn.Linear(d, FFN * d, bias=False), nn.Linear(FFN * d, d, bias=False)
 
-    def forward(self, x, embedding, inputs, task, fused=True, cache=None):
-        """One layer. x: (B, N, d), the hidden states of all tokens; embedding: (B, N, d), what they
-        were before the first layer. Returns x after the layer, and the attention weights
-        (B, H, q, k), or None where fused.
+    def forward(self, x, embedding, inputs, task, cache=None,
+                attend=F.scaled_dot_product_attention):
+        """One layer: x (B, N, d), the hidden states of all tokens -> the same after the layer.
+        embedding: (B, N, d), what they were before the first layer.
 
-        Only the queries and keys of `inputs` are taken into the layer: a token that is no query
-        skips the query projection and the FFN, one that is no key skips those of key and value.
-        (`Model.reference` gives all tokens as both, and hides what the plan drops.)
-
-        cache: (keys, values, position of x's first token). Keys and values of all tokens, each
-        (B, H, all, Dh), take in those of x; then x attends to all of them, and inputs.mask is
-        (B, 1, q, all).
+        A token that is no query skips the query projection and the FFN, one that is no key skips
+        those of key and value. cache: a list of the keys and values of earlier tokens, each
+        (B, H, n, Dh), to which those of x are added. attend: a function of q, k, v and the mask.
         """
-        source = x                                          # of keys and values
-        # HiMix (sec. 5.1). Each layer normalises and projects the input embeddings by its own
-        # attention_norm and key_value.
-        if inputs.from_embedding is not None:
-            source = torch.where(inputs.from_embedding[:, None], embedding, x)
-        updated = take(x, inputs.queries.index)                             # (B, q, d)
-        source = take(source, inputs.keys.index)                            # (B, k, d)
+        rule, layout = inputs.rule, inputs.layout
+        query_layout, key_layout = layout.taking_part(rule)
+        before, _, after = x.split(layout, 1)
+        updated = x if rule.query else torch.cat([before, after], 1)        # (B, q, d)
+        source = x                                          # of keys and values: (B, k, d)
+        if rule.keys == "embedding":
+            # HiMix (sec. 5.1). Each layer normalises and projects the input embeddings by its own
+            # attention_norm and key_value.
+            source = torch.cat([before, embedding.split(layout, 1)[1], after], 1)
+        elif rule.keys == "none":
+            source = torch.cat([before, after], 1)
         h = self.attention_norm(updated)
-        # Where all tokens are queries and keys, `take` returns x itself: normalise it once.
         h_source = h if source is updated else self.attention_norm(source)
-        attended, weights = self.attend(h, h_source, inputs, task, fused, cache)
-        updated = updated + attended
-        updated = updated + self.ffn(self.ffn_norm(updated))
-        return put(x, inputs.queries.index, updated), weights
-
-    def attend(self, h, h_source, inputs, task, fused, cache):
-        q = self.split_heads(self.project(self.query, h, inputs.queries.layout, task))
-        kv = self.project(self.key_value, h_source, inputs.keys.layout, task)
-        k, v = map(self.split_heads, kv.chunk(2, dim=-1))               # (B, H, k, Dh)
-        # In float32 under autocast, too.
-        q = self.query_norm(q.float() if q.dtype == torch.bfloat16 else q)
-        k = self.key_norm(k.float() if k.dtype == torch.bfloat16 else k)
-        q, k = rotate(q, *inputs.query_rotary), rotate(k, *inputs.key_rotary)
-        if cache:
-            all_k, all_v, first = cache
-            index = first + inputs.keys.index
-            all_k[:, :, index], all_v[:, :, index] = k, v.type_as(k)
-            k, v = all_k, all_v
-        attended, weights = attention(q, k, v, inputs.mask, fused)        # (B, H, q, Dh)
-        return self.out(attended.transpose(1, 2).flatten(2)), weights
-
-    def ffn(self, h):
+        q = self.split_heads(self.project(self.query, h, query_layout, task))
+        kv = self.project(self.key_value, h_source, key_layout, task)
+        k, v = map(self.split_heads, kv.chunk(2, dim=-1))                   # (B, H, k, Dh)
+        # The norms' weights are float32, and so are q and k from here on, under autocast, too.
+        q = rotate(self.query_norm(q.type_as(self.query_norm.weight)), *inputs.query_rotary)
+        k = rotate(self.key_norm(k.type_as(self.key_norm.weight)), *inputs.key_rotary)
+        if cache is not None:
+            cache.append((k, v))
+            k, v = (torch.cat(parts, 2) for parts in zip(*cache))
+        attended = attend(q, k, v, inputs.mask)                             # (B, H, q, Dh)
+        updated = updated + self.out(attended.transpose(1, 2).flatten(2))
         # In place, and no .square(): on a CPU that saves a quarter of the FFN's time.
-        h = F.relu(self.up(h), inplace=True)
-        return self.down(h * h)
+        h = F.relu(self.up(self.ffn_norm(updated)), inplace=True)
+        updated = updated + self.down(h * h)
+        if rule.query:
+            return updated
+        before, after = updated.split([layout.before, layout.after], 1)
+        return torch.cat([before, x.split(layout, 1)[1], after], 1)         # the image is passed on
 
     def project(self, linears, h, layout, task):
         """Text tokens by their weights, image tokens by theirs, which may be the same: (B, n,
@@ -320,26 +326,6 @@ class Block(nn.Module):
 
     def split_heads(self, x):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)        # (B, n, d) -> (B, H, n, Dh)
-
-
-def attention(q, k, v, mask, fused):
-    """softmax(q k^T / sqrt(Dh)) v, (B, H, q, Dh), and its weights, which no fused kernel gives."""
-    if fused:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask), None
-    scores = q @ k.mT / math.sqrt(q.size(-1))                           # (B, H, q, k)
-    weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
-    return weights @ v, weights
-
-
-def take(x, index):
-    """x (B, N, d) at the positions `index`. If these are all, x itself: a copy would take 5 % of a
-    layer's time."""
-    return x if len(index) == x.size(1) else x.index_select(1, index)
-
-
-def put(x, index, updated):
-    """x (B, N, d) with `updated` at the positions `index`: the others are passed on."""
-    return updated if len(index) == x.size(1) else x.index_copy(1, index, updated)
 
 
 # ---------------------------------------------------------------------- the model
@@ -380,8 +366,8 @@ class Model(nn.Module):
     def embed(self, batch, start=0, stop=None):
         """(B, stop - start, d): of each token its embedding, of image tokens row and column,
         too."""
-        before, m, after = batch.layout
-        grid = (self.row[:, None] + self.column).flatten(0, 1)[:m]              # (M, d)
+        before, _, after = batch.layout
+        grid = (self.row[:, None] + self.column).flatten(0, 1)                  # (M, d)
         grid = F.pad(grid, (0, 0, before, after))                               # (N, d), 0 for text
         return self.token_embedding(batch.tokens[:, start:stop]) + grid[start:stop]
 
@@ -393,13 +379,16 @@ class Model(nn.Module):
         return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
     def layer_inputs(self, rule, batch, start=0, stop=None):
-        """The LayerInputs of all layers with this Rule, for the tokens from start to stop."""
-        queries, keys = positions(rule, batch.layout, start, stop, batch.tokens.device)
-        return LayerInputs(
-            queries._replace(index=queries.index - start), keys._replace(index=keys.index - start),
-            batch.is_image()[start:stop] if rule.keys == "embedding" else None,
-            self.rotary(batch, queries.index), self.rotary(batch, keys.index),
-            batch.attention_mask(queries.index, keys.index))
+        """The LayerInputs of all layers with this Rule, for the tokens from start to stop. They
+        also see the keys before start, which are in a cache."""
+        stop = stop or sum(batch.layout)
+        index = torch.arange(stop, device=batch.tokens.device)
+        layout, so_far = batch.layout.window(start, stop), batch.layout.window(0, stop)
+        queries = part(index[start:], layout, rule.query)
+        keys = part(index[start:], layout, rule.keys != "none")
+        seen = part(index, so_far, rule.keys != "none")
+        return LayerInputs(rule, layout, self.rotary(batch, queries), self.rotary(batch, keys),
+                           batch.attention_mask(queries, seen))
 
     def loss(self, x, batch):
         """The logits (B, n, vocab) of the positions that prune.predicting names, and the loss of
@@ -407,16 +396,8 @@ class Model(nn.Module):
 
             loss = sum over the batch of weight * cross-entropy / number of its output tokens
 
-            token                                   weight
-            answer                                  1
-            question but its first, answer's end    AUXILIARY_WEIGHT
-            image that understanding looks at       0; with --image-loss AUXILIARY_WEIGHT
-            caption                                 0
-            image that generation draws             1
-
-        Output tokens are those of answers, or of drawn images. The end of an answer is one of them,
-        although its weight is small. A training step adds the losses of both tasks, times
-        TASK_WEIGHT.
+        `understanding` and `generation` show targets, weights and outputs. A training step adds the
+        losses of both tasks, times TASK_WEIGHT.
         """
         span = predicting(batch.layout, batch.image_loss)
         logits = self.head(self.norm(x[:, span]))
@@ -431,28 +412,34 @@ class Model(nn.Module):
         attention weights of every layer, (B, H, N, N). Tokens that are no queries have weights,
         too, which change nothing.
         """
-        x = embedding = self.embed(batch)                                       # (B, N, d)
-        full = self.layer_inputs(FULL, batch)
-        every_position = full.queries.index                                     # (N,)
         all_weights = []
-        for block, rule in zip(self.blocks, plan):
-            of_rule = self.layer_inputs(rule, batch)
-            is_query = torch.isin(every_position, of_rule.queries.index)        # (N,)
-            is_key = torch.isin(every_position, of_rule.keys.index)
-            inputs = full._replace(mask=full.mask & is_key, from_embedding=of_rule.from_embedding)
-            updated, weights = block(x, embedding, inputs, batch.task, fused=False)
-            x = torch.where(is_query[:, None], updated, x)
+
+        def attend(q, k, v, mask):
+            """softmax(q k^T / sqrt(Dh)) v"""
+            scores = q @ k.mT / math.sqrt(q.size(-1))                           # (B, H, N, N)
+            weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
             all_weights.append(weights)
+            return weights @ v
+
+        full = self.layer_inputs(FULL, batch)
+        x = embedding = self.embed(batch)                                       # (B, N, d)
+        for block, rule in zip(self.blocks, plan):
+            is_query, is_key = torch.tensor(masks(rule, batch.layout), device=x.device)     # (N,)
+            of_all = FULL._replace(keys="embedding") if rule.keys == "embedding" else FULL
+            inputs = full._replace(rule=of_all, mask=full.mask & is_key)
+            updated = block(x, embedding, inputs, batch.task, attend=attend)
+            x = torch.where(is_query[:, None], updated, x)
         return *self.loss(x, batch), all_weights
 
-    def gathered(self, batch, plan):
+    def gathered(self, batch, plan, start=0, stop=None, caches=None):
         """The same, but each layer takes in its queries and keys alone. Returns the last hidden
-        states, (B, N, d)."""
-        embedding = self.embed(batch)
+        states of the tokens from start to stop, by default of all, (B, N, d). caches: one for each
+        layer, of the tokens before."""
+        inputs_of = {rule: self.layer_inputs(rule, batch, start, stop) for rule in set(plan)}
+        embedding = self.embed(batch, start, stop)
         x = embedding.clone()       # one tensor in two places would be another case to compile
-        inputs_of = {rule: self.layer_inputs(rule, batch) for rule in set(plan)}
-        for block, rule in zip(self.blocks, plan):
-            x, _ = block(x, embedding, inputs_of[rule], batch.task)
+        for block, rule, cache in zip(self.blocks, plan, caches or [None] * len(plan)):
+            x = block(x, embedding, inputs_of[rule], batch.task, cache)
         return x
 
     def forward(self, batch, plan):
@@ -461,31 +448,12 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def generate(self, batch, plan, start, choose):
-        """Fills in batch.tokens from position `start` on, one after the other. As `gathered`, but
-        a layer reads new tokens only; keys and values of earlier ones are in its cache.
-        choose: a function, logits (B, vocab) -> ids (B,). Returns batch.tokens."""
-        rows, n = batch.tokens.shape
-        every_position = torch.arange(n, device=self.device)
-        shape = rows, self.config.heads, n, self.config.width // self.config.heads
-        # Room for the keys and values of all tokens. What is not there yet lies in the future,
-        # where the causal mask hides it; what is no key of a layer is hidden, too.
-        room = self.head.weight.new_zeros
-        caches = [(room(shape), room(shape)) for _ in plan]
-        is_key = {}                                         # rule -> (N,)
-        for rule in set(plan):
-            _, keys = positions(rule, batch.layout, device=self.device)
-            is_key[rule] = torch.isin(every_position, keys.index)
-        read = 0                                            # so many tokens have been read
-        for write in range(start, n):
-            x = embedding = self.embed(batch, read, write)      # the prompt, then token by token
-            inputs_of = {}
-            for rule in is_key:
-                inputs = self.layer_inputs(rule, batch, read, write)
-                queries = read + inputs.queries.index
-                mask = batch.attention_mask(queries, every_position) & is_key[rule]
-                inputs_of[rule] = inputs._replace(mask=mask)
-            for block, rule, cache in zip(self.blocks, plan, caches):
-                x, _ = block(x, embedding, inputs_of[rule], batch.task, cache=(*cache, read))
+        """Fills in batch.tokens from position `start` on, one after the other: a layer reads new
+        tokens only, and keeps their keys and values for later ones. choose: a function, logits
+        (B, vocab) -> ids (B,). Returns batch.tokens."""
+        caches, read = [[] for _ in plan], 0                # so many tokens have been read
+        for write in range(start, sum(batch.layout)):
+            x = self.gathered(batch, plan, read, write, caches)     # the prompt, then one by one
             batch.tokens[:, write] = choose(self.head(self.norm(x[:, -1])))
             read = write
         return batch.tokens

@@ -1,13 +1,11 @@
 """Pixels <-> codes and text <-> ids: a VQ image tokenizer, a byte-pair text tokenizer.
 
-    python tokenizer.py                 trains both (half a minute on 2 CPU cores): out/tokenizer.pt
-                                        and a picture of originals beside reconstructions
-    python tokenizer.py --data PATH     the same for a folder of your own images
+    python tokenizer.py [--data PATH]   trains both (half a minute on 2 CPU cores), and shows
+                                        originals beside reconstructions
 
-Ids of the one vocabulary: 0 to 255 bytes, from 256 merged text, 507 to 511 special tokens, from
-512 image codes.
+Ids of the one vocabulary: 0 to 255 bytes, from 256 merged text, up to 511 special tokens, from 512
+image codes.
 """
-import math
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -17,11 +15,11 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
-from common import (check_output, contact_sheet, fail, has_bfloat16, pick_device, read_checkpoint,
-                    run_script, save_checkpoint, script_parser)
-from data import PATCH, PRESETS, load
+from common import (contact_sheet, fail, has_bfloat16, pick_device, read_checkpoint, run_script,
+                    save_checkpoint, script_parser)
+from data import PRESETS, load, same_settings, settings
 
-import torch                            # after common.py, which sets an environment variable
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -29,9 +27,12 @@ import torch.nn.functional as F
 
 # A word takes the space before it along, and may have hyphens.
 PATTERN = r" ?\p{L}+(?:-\p{L}+)*| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
-SPECIAL = ("<|bos|>", "<|eos|>", "<|und|>", "<|gen|>", "<|pad|>")
-FIRST_CODE = 512                                        # ids below it are text and special tokens
+FIRST_CODE = 512                                # ids below it are text and special tokens
+# Counted down from there: one more, at the end, moves no other.
+SPECIAL = {name: FIRST_CODE - 1 - i for i, name in
+           enumerate(("<|pad|>", "<|gen|>", "<|und|>", "<|eos|>", "<|bos|>"))}
 MAX_TEXT_IDS = FIRST_CODE - len(SPECIAL)
+VOCABULARY = {"PATTERN": PATTERN, "FIRST_CODE": FIRST_CODE, **SPECIAL}      # for checkpoints
 
 
 def train_bpe(texts, size=MAX_TEXT_IDS):
@@ -40,12 +41,8 @@ def train_bpe(texts, size=MAX_TEXT_IDS):
     Again and again the most frequent pair of neighbours becomes one token.
     """
     ranks = {bytes([b]): b for b in range(256)}
-    # Of texts without spaces each may be a word of its own: the beginnings of the most frequent
-    # ones are enough.
-    counts = Counter(word[:40] for text in texts for word in regex.findall(PATTERN, text))
-    frequent = {word for word, _ in counts.most_common(2000)}
-    words = [([bytes([b]) for b in word.encode()], n)
-             for word, n in counts.items() if word in frequent]
+    counts = Counter(word for text in texts for word in regex.findall(PATTERN, text))
+    words = [([bytes([b]) for b in word.encode()], n) for word, n in counts.items()]
     while len(ranks) < size:
         pairs = Counter()
         for parts, n in words:
@@ -72,6 +69,11 @@ VQ_LEARNING_RATE = 4e-3
 COMMITMENT = 1 / 40     # weight of the commitment loss beside the squared error
 
 
+def to_images(pixels):
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) in -1..1."""
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 class Residual(nn.Module):
     def __init__(self, width, kernel):
         super().__init__()
@@ -95,49 +97,51 @@ class VQ(nn.Module):
     transformer learns much more slowly to predict it. The decoder sees the neighbourhood.
     """
 
-    def __init__(self, image_size, width, codes):
-        """image_size: pixels, height = width. width: channels. codes: size of the codebook."""
+    def __init__(self, image_size, patch, width, codes):
+        """image_size, patch: pixels, height = width. width: channels. codes: size of the codebook.
+        """
         super().__init__()
-        self.config = {"image_size": image_size, "width": width, "codes": codes}
-        self.image_size, self.side = image_size, image_size // PATCH
+        self.config = {"image_size": image_size, "patch": patch, "width": width, "codes": codes}
+        self.image_size, self.side = image_size, image_size // patch
         self.encoder = nn.Sequential(
-            nn.Conv2d(3, width, PATCH, stride=PATCH), Residual(width, 1), nn.SiLU(),
+            nn.Conv2d(3, width, patch, stride=patch), Residual(width, 1), nn.SiLU(),
             nn.Conv2d(width, CODE_DIM, 1))
         self.decoder = nn.Sequential(
             nn.Conv2d(CODE_DIM, width, 3, padding=1),
             *[Residual(width, 3) for _ in range(DECODER_BLOCKS)], nn.SiLU(),
-            nn.Conv2d(width, 3 * PATCH ** 2, 1), nn.PixelShuffle(PATCH))
+            nn.Conv2d(width, 3 * patch ** 2, 1), nn.PixelShuffle(patch))
         self.register_buffer("codebook", torch.zeros(codes, CODE_DIM))      # unit vectors
         # Moving averages over steps, for each code: the sum of its features, and their number.
         self.register_buffer("sums", torch.zeros(codes, CODE_DIM))
         self.register_buffer("counts", torch.zeros(codes))
 
-    def features(self, images):
-        """(B, 3, H, W) in -1..1 -> (B, side, side, CODE_DIM), unit vectors."""
-        x = self.encoder(images.contiguous(memory_format=torch.channels_last))
+    def features(self, pixels):
+        """(B, H, W, 3) uint8 -> (B, side, side, CODE_DIM), unit vectors."""
+        x = self.encoder(to_images(pixels).contiguous(memory_format=torch.channels_last))
         return F.normalize(x.permute(0, 2, 3, 1), dim=-1)
 
     def nearest(self, z):
-        """(..., CODE_DIM) unit vectors -> the codes of largest cosine, in one row."""
-        return (z.flatten(0, -2) @ self.codebook.T).argmax(1)
+        """(..., CODE_DIM) unit vectors -> (...) the codes of largest cosine."""
+        return (z @ self.codebook.T).argmax(-1)
 
-    def forward(self, images):
-        """Training: (B, 3, H, W) in -1..1 -> the reconstruction and the commitment loss."""
-        z = self.features(images)
+    def forward(self, pixels):
+        """(B, H, W, 3) uint8 -> the loss of training: squared error and commitment."""
+        z = self.features(pixels)
+        flat = z.detach().flatten(0, 2)                 # (B * side * side, CODE_DIM)
         if not self.counts.any():
-            self.start_codebook(z)
-        codes = self.nearest(z)
+            self.start_codebook(flat)
+        codes = self.nearest(flat)
         quantized = self.codebook[codes].view_as(z)
-        self.move_codebook(z.detach(), codes)
+        self.move_codebook(flat, codes)
         commitment = (z - quantized).square().sum(-1).mean()
         # In value `quantized`, in gradient `z`: choosing a code has no gradient of its own.
         z = z + (quantized - z).detach()
-        return self.decoder(z.permute(0, 3, 1, 2)), commitment
+        reconstruction = self.decoder(z.permute(0, 3, 1, 2))
+        error = (reconstruction - to_images(pixels)).square().mean()
+        return error + COMMITMENT * commitment
 
-    @torch.no_grad()
     def start_codebook(self, z, rounds=10):
-        """k-means on the features of the first batch."""
-        z = z.flatten(0, -2)                            # (B * side * side, CODE_DIM)
+        """k-means on the features of the first batch, (n, CODE_DIM)."""
         centres = z[torch.randperm(len(z), device=z.device)[:len(self.codebook)]]
         for _ in range(rounds):
             nearest = (z @ centres.T).argmax(1)
@@ -147,10 +151,9 @@ class VQ(nn.Module):
         self.sums.copy_(centres)
         self.counts.fill_(1)
 
-    @torch.no_grad()
     def move_codebook(self, z, codes, decay=.95):
-        """One step of the moving averages; z: features, codes: the nearest of each."""
-        z = z.flatten(0, -2)                            # (B * side * side, CODE_DIM)
+        """One step of the moving averages; z: features, (n, CODE_DIM); codes: the nearest of each.
+        """
         counts = torch.bincount(codes, minlength=len(self.codebook)).float()
         sums = torch.zeros_like(self.sums).index_add_(0, codes, z)
         self.counts.lerp_(counts, 1 - decay)
@@ -166,19 +169,6 @@ class VQ(nn.Module):
             self.sums[unused] = new * .3 * even_share
             self.counts[unused] = .3 * even_share
 
-    @torch.no_grad()
-    def encode(self, pixels):
-        """(B, H, W, 3) uint8 -> (B, side * side) codes, row by row."""
-        images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-        return self.nearest(self.features(images)).view(len(pixels), -1)
-
-    @torch.no_grad()
-    def decode(self, codes):
-        """(B, side * side) codes -> (B, H, W, 3) uint8."""
-        z = self.codebook[codes].view(len(codes), self.side, self.side, -1)
-        images = self.decoder(z.permute(0, 3, 1, 2)).clamp(-1, 1)   # (B, 3, H, W)
-        return (images * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1)
-
 
 # ---------------------------------------------------------------------- one vocabulary
 
@@ -187,10 +177,9 @@ class Tokenizer:
 
     def __init__(self, ranks, vq):
         self.ranks, self.vq = ranks, vq.eval()
-        special = {name: MAX_TEXT_IDS + i for i, name in enumerate(SPECIAL)}
         self.text = tiktoken.Encoding("text", pat_str=PATTERN, mergeable_ranks=ranks,
-                                      special_tokens=special)
-        self.bos, self.eos, self.und, self.gen, self.pad = special.values()
+                                      special_tokens=SPECIAL)
+        self.pad, self.gen, self.und, self.eos, self.bos = SPECIAL.values()
         self.vocab = FIRST_CODE + len(vq.codebook)
 
     def ids(self, text):
@@ -202,24 +191,40 @@ class Tokenizer:
         """Ids -> text, special tokens left out."""
         return self.text.decode([i for i in ids if i < len(self.ranks)])
 
+    @torch.no_grad()
     def encode(self, pixels):
-        """(N, H, W, 3) uint8 array -> (N, M) codes, from 0, on the CPU."""
-        device, parts = self.vq.codebook.device, torch.as_tensor(pixels).split(256)
-        return torch.cat([self.vq.encode(part.to(device)).cpu() for part in parts])
+        """(N, H, W, 3) uint8 array -> (N, M) codes from 0, row by row, on the CPU."""
+        codes = []
+        for part in torch.as_tensor(pixels).split(256):
+            z = self.vq.features(part.to(self.vq.codebook.device))
+            codes.append(self.vq.nearest(z).flatten(1).cpu())
+        return torch.cat(codes)
 
+    @torch.no_grad()
     def decode(self, codes):
         """(N, M) codes -> (N, H, W, 3) uint8 array."""
-        device, parts = self.vq.codebook.device, codes.split(256)
-        return torch.cat([self.vq.decode(part.to(device)).cpu() for part in parts]).numpy()
+        pixels = []
+        for part in codes.split(256):
+            z = self.vq.codebook[part.to(self.vq.codebook.device)]          # (B, M, CODE_DIM)
+            z = z.mT.unflatten(2, (self.vq.side, self.vq.side))
+            images = self.vq.decoder(z).clamp(-1, 1)                        # (B, 3, H, W)
+            pixels.append((images * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).cpu())
+        return torch.cat(pixels).numpy()
 
     def state(self):
         """All of it as plain tensors, numbers and strings, for a checkpoint."""
-        return {"config": self.vq.config, "vq": self.vq.state_dict(),
+        return {"config": self.vq.config, "vq": self.vq.state_dict(), "vocabulary": VOCABULARY,
                 "ranks": [token.hex() for token in self.ranks]}
 
     @staticmethod
     def from_state(state):
-        """From what `state` gave."""
+        """From what `state` gave. Refused where its ids mean something else by now."""
+        had = state.get("vocabulary", {})
+        now = {name: x for name, x in VOCABULARY.items() if name in had or name not in SPECIAL}
+        same_settings(had, now, "the tokenizer of this checkpoint")
+        if len(state["ranks"]) > MAX_TEXT_IDS:
+            fail(f"this checkpoint has {len(state['ranks'])} text tokens: expected at most "
+                 f"{MAX_TEXT_IDS}, beside {len(SPECIAL)} special ones")
         ranks = {bytes.fromhex(token): rank for rank, token in enumerate(state["ranks"])}
         vq = VQ(**state["config"])
         vq.load_state_dict(state["vq"])
@@ -228,107 +233,70 @@ class Tokenizer:
 
 # ---------------------------------------------------------------------- training
 
-def train_tokenizer(dataset, preset, device, steps=None):
-    """Train the byte pairs on a data set's text and the VQ on its pictures; preset: a name.
-    Returns a Tokenizer and its checkpoint."""
+def train_tokenizer(dataset, preset, device):
+    """A Tokenizer: the byte pairs are trained on a data set's texts, the VQ on its pictures."""
     p = PRESETS[preset]
-    steps = steps or p.vq_steps
     torch.manual_seed(0)
-    texts, pixels = [], []
-    for task in ("und", "gen"):         # a folder gives the same pictures twice
-        split = dataset.split(task, "train", p.vq_pictures // 2)
-        pixels.append(split.pixels)
+    splits = [dataset.split(task, "train", p.vq_pictures // 2) for task in ("und", "gen")]
+    pixels = torch.tensor(np.concatenate([split.pixels for split in splits])).to(device)
+    texts = []
+    for split in splits:
         texts += [caption.text for caption in split.captions]
-        for questions in split.questions:
-            for question in questions:
-                texts += [question.text, question.answer]
-    pixels = torch.tensor(np.concatenate(pixels))
-    images = pixels.to(device).permute(0, 3, 1, 2)      # (N, 3, H, W) uint8
+        texts += [text for asked in split.questions for q in asked for text in (q.text, q.answer)]
 
-    vq = VQ(p.image_size, p.vq_width, p.codes).to(device, memory_format=torch.channels_last)
+    vq = VQ(p.image_size, p.patch, p.vq_width, p.codes)
+    vq.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vq.parameters(), VQ_LEARNING_RATE, (.9, .99), weight_decay=0)
-    progress = tqdm(range(steps), desc="tokenizer", unit="step")
-    for step in progress:
+    for step in tqdm(range(p.vq_steps), desc="tokenizer", unit="step"):
         # Up during the first 100 steps, level, and in the second half down to zero.
-        rate = VQ_LEARNING_RATE * min((step + 1) / 100, 1, 2 * (1 - step / steps))
-        optimizer.param_groups[0]["lr"] = rate
-        chosen = torch.randint(len(images), (p.vq_batch_size,)).to(device)
-        batch = images[chosen].float() / 127.5 - 1
-        reconstruction, commitment = vq(batch)
-        error = (reconstruction - batch).square().mean()
-        (error + COMMITMENT * commitment).backward()
+        factor = min((step + 1) / 100, 1, 2 * (1 - step / p.vq_steps))
+        optimizer.param_groups[0]["lr"] = VQ_LEARNING_RATE * factor
+        chosen = torch.randint(len(pixels), (p.vq_batch_size,)).to(device)
+        vq(pixels[chosen]).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step % 50 == 0:
-            progress.set_postfix(psnr=f"{-10 * math.log10(error.item() / 4):.1f} dB")
-    tokenizer = Tokenizer(train_bpe(texts), vq)
-    checkpoint = {"kind": "tokenizer", "data": dataset.identity, "preset": preset}
-    return tokenizer, checkpoint | tokenizer.state()
+    return Tokenizer(train_bpe(texts), vq)
 
 
-def load_tokenizer(path, dataset, preset):
-    """The Tokenizer in a file; refused where it was trained on other data or for another size."""
+def get_tokenizer(path, dataset, preset, device):
+    """The Tokenizer in a file; trained and saved there if there is no such file. Refused where it
+    was made for other data or another size."""
+    made_with = {"data": dataset.identity, **settings(preset, "world", "tokenizer")}
+    if not Path(path).exists():
+        state = train_tokenizer(dataset, preset, device).state()
+        save_checkpoint({"kind": "tokenizer", "made_with": made_with, **state}, path)
     checkpoint = read_checkpoint(path, "tokenizer")
-    trained_on = checkpoint.get("data"), checkpoint.get("preset")
-    if trained_on != (dataset.identity, preset):
-        fail(f"{path} was trained on {trained_on[0]} with preset {trained_on[1]}; expected "
-             f"{dataset.identity} with preset {preset}: give another --tokenizer PATH (it is "
-             "trained if there is no such file)")
-    return Tokenizer.from_state(checkpoint)
-
-
-def score_tokenizer(tokenizer, dataset, n=1000):
-    """What is left of n validation pictures after encoding and decoding: PSNR (dB, over all
-    pixels), and the share of the codebook in use. Returns scores, pictures, reconstructions."""
-    pixels = dataset.split("gen", "val", n, questions=0).pixels
-    codes = tokenizer.encode(pixels)
-    decoded = tokenizer.decode(codes)
-    error = max(((pixels.astype(float) - decoded) ** 2).mean(), 1e-9)
-    scores = {"n": len(pixels), "psnr": 10 * math.log10(255 ** 2 / error),
-              "codes_used": len(codes.unique()) / len(tokenizer.vq.codebook)}
-    return scores, pixels, decoded
+    same_settings(checkpoint.get("made_with", {}), made_with, path)
+    tokenizer = Tokenizer.from_state(checkpoint)
+    tokenizer.vq.to(device)
+    return tokenizer
 
 
 def default_preset(device):
-    """The size of everything that suits a device. Cards from before Ampere are slow at the larger
-    one."""
+    """The size that suits a device. GPUs from before 2020 are slow at the larger one."""
     return "gpu" if has_bfloat16(device) else "cpu"
 
 
-def default_path(name, data, preset, device, suffix=""):
-    """Where something is written if no path is given: out/NAME, and in the name the preset and the
-    folder of images, where these are not the default."""
-    if preset != default_preset(device):
-        name += f"-{preset}"
-    if data != "shapes":
-        name += f"-{Path(data).resolve().name}"
-    return f"out/{name}{suffix}"
+def default_path(data, preset):
+    """Where a data set's tokenizer is, if no path is given."""
+    return f"out/tokenizer-{Path(data).resolve().name}-{preset}.pt"
 
 
 def main():
     parser = script_parser(__doc__)
     parser.add_argument("--data", default="shapes", help="shapes, or a folder of captioned images")
     parser.add_argument("--preset", choices=PRESETS, help="default: what fits the device")
-    parser.add_argument("--steps", type=int, help="training steps (default: the preset's)")
-    parser.add_argument("--out", type=Path, help="default: out/tokenizer.pt")
+    parser.add_argument("--out", help="default: out/tokenizer-DATA-PRESET.pt")
     args = parser.parse_args()
-    if args.steps is not None and args.steps < 1:
-        fail(f"--steps {args.steps}: expected at least 1")
     device = pick_device(args.device)
     preset = args.preset or default_preset(device)
-    out = args.out or Path(default_path("tokenizer", args.data, preset, device, ".pt"))
-    sheet = Path(f"{out}.png")
-    check_output(out, "tokenizer")
-    check_output(sheet, "picture")
-    dataset = load(args.data, preset)
-    tokenizer, checkpoint = train_tokenizer(dataset, preset, device, args.steps)
-    save_checkpoint(checkpoint, out)
-    scores, originals, reconstructions = score_tokenizer(tokenizer, dataset)
-    print(", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-    pictures = [picture for pair in zip(originals[:18], reconstructions[:18]) for picture in pair]
-    texts = ["original", "reconstruction"] * (len(pictures) // 2)
-    contact_sheet(pictures, texts, sheet)
-    print(f"{out}, and {sheet}: originals beside reconstructions")
+    path, dataset = args.out or default_path(args.data, preset), load(args.data, preset)
+    tokenizer = get_tokenizer(path, dataset, preset, device)
+    originals = dataset.split("gen", "val", 18, questions=0).pixels
+    reconstructions = tokenizer.decode(tokenizer.encode(originals))
+    pictures = [picture for pair in zip(originals, reconstructions) for picture in pair]
+    contact_sheet(pictures, ["original", "reconstruction"] * len(originals), f"{path}.png")
+    print(f"{path}, and {path}.png: originals beside reconstructions")
 
 
 if __name__ == "__main__":
