@@ -7,9 +7,8 @@
 It goes on where it stopped, and may be started several times, best one process a core
 (OMP_NUM_THREADS=1): each takes rows that no other has. Settings are chosen on seeds 0 and 10 to 12,
 so seeds count from 1. Go on with a stopped run by starting this again, not with train.py: some rows
-have a world of their own. Writes study/results/NAME-PRESET.md, .json, .png, -flops.png and
--samples.png; NAME is the folder's. Of the folder itself git keeps the scores: they are all that a
-table needs.
+have a world or sizes of their own. Writes study/results/NAME-PRESET.md, .json and -flops.png; NAME
+is the folder's. Of the folder itself git keeps the scores: they are all that a table needs.
 """
 import json
 import math
@@ -17,96 +16,101 @@ import random
 import statistics
 import sys
 from collections import defaultdict
+from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:                         # Windows: one process, then
+    fcntl = None
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import (contact_sheet, exclusive, fail, pick_device, run_script, save_picture,
+from common import (DARK, GREY, fail, font_for, pick_device, run_script, save_picture,
                     script_parser, write_file)
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 import data
-import train
-from eval import draw_pictures, evaluate, sampling_of, save_scores
+import shapes
+from data import PRESETS, Question
+from eval import evaluate, save_scores
 from model import load_run
 from prune import FULL, PLANS, SHALLOW, plans_of
+from shapes import Shapes
+from tokenizer import default_path, default_preset, get_tokenizer
+from train import parse_options, train
 
 RESULTS = ROOT / "study" / "results"
 
-# Each row: its title, and how its options differ from those of joint dense training.
-BOTH = dict(und_plan="himix", gen_plan="hmgen")
+# Each row: its title, and the options of train.py by which it differs from joint dense training.
 ROWS = {
     # the paper's
-    "u": ("understanding only", dict(objective="und")),
-    "g": ("generation only", dict(objective="gen")),
-    "joint": ("joint", {}),
+    "u": ("understanding only", "--objective und"),
+    "g": ("generation only", "--objective gen"),
+    "joint": ("joint", ""),
     "u-himix": ("understanding only, HiMix",
-                dict(objective="und", und_plan="himix", projections="image")),
-    "g-hmgen": ("generation only, HMGen",
-                dict(objective="gen", gen_plan="hmgen", projections="image")),
-    "share-all": ("joint, HiMix + HMGen, share all", BOTH),
-    "share-partial": ("joint, HiMix + HMGen, share partial", dict(BOTH, projections="task")),
+                "--objective und --und-plan himix --projections image"),
+    "g-hmgen": ("generation only, HMGen", "--objective gen --gen-plan hmgen --projections image"),
+    "share-all": ("joint, HiMix + HMGen, share all", "--und-plan himix --gen-plan hmgen"),
+    "share-partial": ("joint, HiMix + HMGen, share partial",
+                      "--und-plan himix --gen-plan hmgen --projections task"),
     "g-naive": ("generation only, naive control in the middle",
-                dict(objective="gen", gen_plan="naive")),
+                "--objective gen --gen-plan naive"),
     "g-deep": ("generation only, 7 layers, own projections",
-               dict(objective="gen", projections="image")),
+               "--objective gen --projections image"),
     "g-deep-hmgen": ("generation only, 7 layers, HMGen in one",     # the paper's lower K / L
-                     dict(objective="gen", gen_plan="hmgen", projections="image", shallow=1)),
+                     "--objective gen --gen-plan hmgen --shallow 1 --projections image"),
     # controls
-    "u-describe": ("understanding only, describes its pictures", dict(objective="und")),
-    "u-long": ("understanding only, as many FLOPs as joint", dict(objective="und")),
-    "joint-shuffled": ("joint, captions shuffled", {}),
+    "u-describe": ("understanding only, describes its pictures", "--objective und"),
+    "u-long": ("understanding only, as many FLOPs as joint", "--objective und"),
+    "joint-shuffled": ("joint, captions shuffled", ""),
     "u-image-loss": ("understanding only, predicts its pictures, too",
-                     dict(objective="und", image_loss=True)),
-    "joint-image-loss": ("joint, understanding predicts its pictures, too", dict(image_loss=True)),
+                     "--objective und --image-loss"),
+    "joint-image-loss": ("joint, understanding predicts its pictures, too", "--image-loss"),
     "share-all-practice": ("joint, HiMix + HMGen, share all, with practice",
-                           dict(BOTH, practice=True)),
-    "joint-practice": ("joint, with practice", dict(practice=True)),
-    "g-practice": ("generation only, with practice", dict(objective="gen", practice=True)),
-    "u-image": ("understanding only, own projections", dict(objective="und", projections="image")),
-    "g-image": ("generation only, own projections", dict(objective="gen", projections="image")),
+                           "--und-plan himix --gen-plan hmgen --practice"),
+    "joint-practice": ("joint, with practice", "--practice"),
+    "g-practice": ("generation only, with practice", "--objective gen --practice"),
+    "u-image": ("understanding only, own projections", "--objective und --projections image"),
+    "g-image": ("generation only, own projections", "--objective gen --projections image"),
     # the first claim, at depth
-    "deep": ("joint, twelve narrow layers", {}),
+    "deep": ("joint, twelve narrow layers", ""),
     "deep-leave-10": ("joint, twelve narrow layers, image leaves understanding after 10",
-                      dict(und_plan="leave-10")),
+                      "--und-plan leave-10"),
     # beyond the paper
     "u-freeze": ("understanding only, frozen after the first layer",
-                 dict(objective="und", und_plan="freeze")),
+                 "--objective und --und-plan freeze"),
     "freeze-hmgen": ("joint, frozen after the first layer + HMGen",
-                     dict(und_plan="freeze", gen_plan="hmgen")),
+                     "--und-plan freeze --gen-plan hmgen"),
     "freeze-hmgen-practice": ("joint, frozen after the first layer + HMGen, with practice",
-                              dict(und_plan="freeze", gen_plan="hmgen", practice=True)),
+                              "--und-plan freeze --gen-plan hmgen --practice"),
 }
 # The row that others of this objective are compared with.
 DENSE = {"und": "u", "gen": "g", "joint": "joint"}
 # Trained rows that are scored once more under a plan they were not trained with (cf. fig. 5).
-AT_INFERENCE = {"u": ("HiMix at inference only", dict(und_plan="himix")),
-                "g": ("HMGen at inference only", dict(gen_plan="hmgen"))}
+AT_INFERENCE = {"u": ("HiMix at inference only", {"und_plan": "himix"}),
+                "g": ("HMGen at inference only", {"gen_plan": "hmgen"})}
 # The paper's table 3: GQA, MJHQ FID (less is better) and FLOPs.
 PAPER = {"u": ("52.86", "–", "1"), "g": ("–", "17.45", "1"), "joint": ("56.00", "15.78", "1"),
          "u-himix": ("49.92", "–", "0.24"), "g-hmgen": ("–", "12.16", "0.85"),
          "share-all": ("33.00", "12.53", "0.56"), "share-partial": ("47.05", "14.54", "0.55")}
 
-# The table's columns: title, where the number stands in eval.json, factor, digits.
-COLUMNS = [("questions right, %", ("und", "accuracy"), 100, 1),
-           ("held-out pairs, %", ("und", "transfer_accuracy"), 100, 1),
-           ("images right, %", ("gen", "image_accuracy"), 100, 1),
-           ("unseen objects, %", ("gen", "transfer_object_accuracy"), 100, 1),
+# Where numbers stand in eval.json, and the table's columns: title, number, factor, digits.
+QUESTIONS, HELD_OUT = ("und", "accuracy"), ("und", "held_out_accuracy")
+IMAGES, UNSEEN = ("gen", "image_accuracy"), ("gen", "unseen_object_accuracy")
+COLUMNS = [("questions right, %", QUESTIONS, 100, 1), ("held-out pairs, %", HELD_OUT, 100, 1),
+           ("images right, %", IMAGES, 100, 1), ("unseen objects, %", UNSEEN, 100, 1),
            ("FLOPs", ("cost", "flops_ratio"), 1, 2)]
-# The first columns in the table's picture: a colour, and where the axis begins.
-PANELS = (("royalblue", 80), ("darkorange", 40), ("seagreen", 60), ("firebrick", 0))
 
 # The claims that the study decides, written down before all but six of their runs (study/README.md
 # names those): (claim, score, points, rows). A claim holds if the first row has more of the score
 # than the second, less so many points. Of four rows: if the first pair differs by more than the
 # second one, a difference of differences.
 SEEDS = 8       # of a claim, neither more nor fewer: else one could stop at a lucky moment
-QUESTIONS, HELD_OUT = ("und", "accuracy"), ("und", "transfer_accuracy")
-IMAGES, UNSEEN = ("gen", "image_accuracy"), ("gen", "transfer_object_accuracy")
 CLAIMS = [
     ("joint training helps with held-out pairs", HELD_OUT, 0, ["joint", "u"]),
     ("joint training helps with questions", QUESTIONS, 0, ["joint", "u"]),
@@ -122,8 +126,6 @@ CLAIMS = [
      ["freeze-hmgen-practice", "share-all"]),
     ("generation alone gains unseen objects by practice", UNSEEN, 0, ["g-practice", "g"]),
 ]
-
-
 # Differences that the table shows beside those of the claims: {row: other rows}.
 COMPARED = {
     "joint": ["u", "g", "u-image-loss"],
@@ -148,19 +150,21 @@ COMPARED = {
 }
 
 
-class Described(data.Shapes):
+# ---------------------------------------------------------------------- what some rows have alone
+
+class Described(Shapes):
     """Understanding's first question on each training picture asks for all that is in it."""
 
     def split(self, task, part, n, seed=0, questions=10):
         split = super().split(task, part, n, seed, questions)
         if (task, part) == ("und", "train"):
-            for scene, asked in zip(split.scenes, split.questions):
-                caption = self.caption(FirstChoice(), scene, "scene").text
-                asked.insert(0, data.Question("describe it", caption, "question"))
+            for caption, asked in zip(split.captions, split.questions):
+                text = caption.text.removeprefix("draw ").removeprefix("a picture of ")
+                asked.insert(0, Question("describe it", text, "question"))
         return split
 
 
-class Shuffled(data.Shapes):
+class Shuffled(Shapes):
     """Generation's training captions stand beside the wrong pictures."""
 
     def split(self, task, part, n, seed=0, questions=10):
@@ -170,60 +174,87 @@ class Shuffled(data.Shapes):
         return split
 
 
-class FirstChoice(random.Random):
-    def choice(self, options):
-        return options[0]
-
-
 WORLDS = {"u-describe": Described, "joint-shuffled": Shuffled}
 # Steps, as a multiple of the others': a joint step costs .94 + .52 GFLOP a picture, one of
 # understanding .94.
 STEPS = {"u-long": 1.56}
-# Text tokens beside the most of the preset: a description takes no question's place.
-ROOM = {"u-describe": 25}
-# Sizes, where they are not the preset's.
-SIZE_KEYS = "layers", "width", "heads", "max_text"
+# Sizes other than the cpu preset's. A description has room of its own: no question gives way.
 SEVEN, TWELVE = {"layers": 7}, {"layers": 12, "width": 96, "heads": 3}
-SIZES = {"g-deep": SEVEN, "g-deep-hmgen": SEVEN,
-         "deep": TWELVE, "deep-leave-10": TWELVE}
+SIZES = {"g-deep": SEVEN, "g-deep-hmgen": SEVEN, "deep": TWELVE, "deep-leave-10": TWELVE,
+         "u-describe": {"max_text": 90 + 25}}
+# A plan of this table's own: image tokens leave after layer 10.
+PLANS["leave-10"] = lambda layers, k: ((FULL,) * 10 + (SHALLOW,) * layers)[:layers]
 
 
 # ---------------------------------------------------------------------- training
 
-def check_finished(out, options):
-    """Refuses a finished run of another size or objective: it would stand in one table with the
-    others."""
-    if (out / "eval.json").exists():
-        config = json.loads((out / "eval.json").read_text())["config"]
-        for key in ("preset", "steps", "batch_size", "image_loss", *SIZE_KEYS):
-            if key in config and config[key] != options.get(key):
-                fail(f"{out} was trained with {key} {config[key]}: expected {options.get(key)}, "
-                     "or give another folder")
+@contextmanager
+def lock(path, wait=False):
+    """Whether this process alone has the lock of a path, a file beside it. The system releases it
+    when a process ends, in whatever way."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.lock", "w") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            yield False
+        else:
+            yield True
 
 
-def train_row(out, options, at_inference, device):
-    """What one run lacks: its training, its scores, its scores under another plan. Finished parts
-    are left alone, and so is a run that another process is at."""
-    with exclusive(out) as alone:
-        if not alone:
-            return
-        if not (out / "eval.json").exists():
-            print(f"\n{out}", flush=True)
-            checkpoint = None
-            if (out / "checkpoint.pt").exists():
-                checkpoint, options = train.resume(options, options)    # all must be as it was
-            train.check(options)
-            train.train(options, device, checkpoint, go_on="the same command")
-        if at_inference and not (out / "eval-inference.json").exists():
-            model, tokenizer, checkpoint = load_run(out, device)
-            changed = {**options, **at_inference}
-            plans = plans_of(checkpoint["tasks"], changed, model.config.layers)
-            dataset = data.load(options["data"], options["preset"])
-            scores, shown = evaluate(model, tokenizer, changed, checkpoint["step"], dataset, plans)
-            save_scores(scores, shown, out, "-inference")
+def open_run(folder, device):
+    """A trained run: model, tokenizer, checkpoint, its data set, its plans. Its sizes become those
+    of its preset, which is what data sets and scores look at."""
+    model, tokenizer, checkpoint = load_run(folder, device)
+    options = checkpoint["options"]
+    made_with = {row: size for row, size in checkpoint["made_with"].items() if row != "data"}
+    vars(PRESETS[options["preset"]]).update(made_with)
+    plans = plans_of(checkpoint["tasks"], options, model.config.layers)
+    return model, tokenizer, checkpoint, data.load_of_run(checkpoint), plans
 
 
-# ---------------------------------------------------------------------- the table
+def train_run(out, arguments):
+    """Trains and scores one run with these options of train.py, if it has no scores yet. A finished
+    one of another size or objective is refused: it would stand in one table with the others."""
+    where = "--resume" if (out / "checkpoint.pt").exists() else "--out"
+    options, device, checkpoint = parse_options([*map(str, arguments), where, str(out)])
+    if not (out / "eval.json").exists():
+        print(f"\n{out}", flush=True)
+        torch.compiler.reset()                              # else the code of every run stays
+        return train(options, device, checkpoint)
+    config = json.loads((out / "eval.json").read_text())["config"]
+    for key in ("preset", "steps", "batch_size", "image_loss"):
+        expected = getattr(options, key)
+        if config.get(key, expected) != expected:
+            fail(f"{out} was trained with {key} {config[key]}: expected {expected}, or give "
+                 "another folder")
+
+
+def train_row(folder, name, seed, preset, arguments, steps, device):
+    """What a row lacks with one seed: its training, its scores, its scores under another plan. A
+    run that another process is at is left alone."""
+    out = folder / f"{name}-seed{seed}"
+    usual_sizes = dict(vars(PRESETS[preset]))
+    vars(PRESETS[preset]).update(SIZES.get(name, {}))
+    shapes.Shapes = WORLDS.get(name, Shapes)                # where data.load finds it
+    with lock(out) as is_mine:
+        if is_mine:
+            _, flags = ROWS[name]
+            train_run(out, [*arguments, *flags.split(), "--seed", seed, "--steps",
+                            round(STEPS.get(name, 1) * steps)])
+            if name in AT_INFERENCE and not (out / "eval-inference.json").exists():
+                model, tokenizer, checkpoint, dataset, _ = open_run(out, device)
+                options = checkpoint["options"] | AT_INFERENCE[name][1]
+                plans = plans_of(checkpoint["tasks"], options, model.config.layers)
+                scores, shown = evaluate(model, tokenizer, options, checkpoint["step"], dataset,
+                                         plans)
+                save_scores(scores, shown, out, "-inference")
+    vars(PRESETS[preset]).update(usual_sizes)
+    shapes.Shapes = Shapes
+
+
+# ---------------------------------------------------------------------- numbers of many runs
 
 def value(scores, path):
     """One number of eval.json, or None: a run has the scores of its own tasks only."""
@@ -244,6 +275,11 @@ def mean_std(values, digits, sign=""):
     return f"{statistics.mean(values):{sign}.{digits}f}{spread}"
 
 
+def spread(differences):
+    """Mean ± standard deviation, with signs; "–" of fewer than two."""
+    return mean_std(differences, 1, "+") if len(differences) > 1 else "–"
+
+
 def cell(runs, path, factor, digits):
     """Mean ± standard deviation over seeds of one number; "–" where there is none."""
     found = numbers(runs, path, factor)
@@ -256,6 +292,38 @@ def markdown(titles, rows, left=1):
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in (titles, *rows)]
     return "\n".join([lines[0], rule, *lines[1:]])
 
+
+def read_runs(folder):
+    """{row: {seed: scores}} of the finished runs in a folder, of ROWS alone; scores under another
+    plan as a row of their own, "ROW-inference", without a cost of training."""
+    found, unknown = defaultdict(dict), set()
+    for file in sorted(folder.glob("*-seed*/eval*.json")):
+        name, seed = file.parent.name.rsplit("-seed", 1)
+        if name not in ROWS:
+            unknown.add(name)
+            continue
+        name += file.stem.removeprefix("eval")
+        found[name][int(seed)] = json.loads(file.read_text())
+    if unknown:
+        print(f"left out, because no such rows are known: {', '.join(sorted(unknown))}")
+    for name, runs in found.items():
+        for seed, scores in runs.items():
+            if name.endswith("-inference"):
+                del scores["cost"]                          # of steps that nobody took
+                continue
+            dense = found.get(DENSE[scores["config"]["objective"]], {})
+            if dense and "layers" not in SIZES.get(name, {}):
+                dense = dense.get(seed) or next(iter(dense.values()))       # of another seed
+                scores["cost"]["flops_ratio"] = training_flops(scores) / training_flops(dense)
+    return found
+
+
+def training_flops(scores):
+    """Of all steps. Rows differ in their number, and in the length of their sequences."""
+    return scores["cost"]["flops_per_step"] * scores["config"]["steps"]
+
+
+# ---------------------------------------------------------------------- claims
 
 def t_tail(t, freedom):
     """P(T > t) of Student's t, by integrating its density."""
@@ -288,11 +356,6 @@ def p_values(differences, points):
     return holds, 1 - holds
 
 
-def spread(differences):
-    """Mean ± standard deviation, with signs; "–" of fewer than two."""
-    return mean_std(differences, 1, "+") if len(differences) > 1 else "–"
-
-
 def answer_claims(found):
     """[[claim, mean difference in points, its standard deviation, seeds, p, answer]] of the claims
     that have two seeds. p is two-sided and corrected by Holm over all CLAIMS; a claim that has not
@@ -319,34 +382,19 @@ def answer_claims(found):
     return answers
 
 
-def read_runs(folder):
-    """{row: {seed: scores}} of the finished runs in a folder, of ROWS alone; scores under another
-    plan as a row of their own, "ROW-inference", without a cost of training."""
-    found, unknown = defaultdict(dict), set()
-    for file in sorted(folder.glob("*-seed*/eval*.json")):
-        name, seed = file.parent.name.rsplit("-seed", 1)
-        if name not in ROWS:
-            unknown.add(name)
-            continue
-        name += file.stem.removeprefix("eval")
-        found[name][int(seed)] = json.loads(file.read_text())
-    if unknown:
-        print(f"left out, because no such rows are known: {', '.join(sorted(unknown))}")
-    for name, runs in found.items():
-        for seed, scores in runs.items():
-            if name.endswith("-inference"):
-                del scores["cost"]                          # of steps that nobody took
-                continue
-            dense = found.get(DENSE[scores["config"]["objective"]], {})
-            if dense and name not in SIZES:                 # of another seed, if need be
-                dense = dense.get(seed) or next(iter(dense.values()))
-                scores["cost"]["flops_ratio"] = training_flops(scores) / training_flops(dense)
-    return found
+# ---------------------------------------------------------------------- the table
 
-
-def training_flops(scores):
-    """Of all steps. Rows differ in their number, and in the length of their sequences."""
-    return scores["cost"]["flops_per_step"] * scores["config"]["steps"]
+def kinds_table(titles, found, task, accuracy):
+    """What is right of each kind of question ("und") or of caption ("gen")."""
+    of_runs = [value(scores, (task, "by_type")) or {} for runs in found.values()
+               for scores in runs.values()]
+    kinds = list(dict.fromkeys(kind for by_type in of_runs for kind in by_type))
+    rows = []
+    for name, title in titles.items():
+        cells = [cell(found[name], (task, "by_type", kind, accuracy), 100, 1) for kind in kinds]
+        if set(cells) - {"–"}:
+            rows.append([title, *cells])
+    return markdown([f"right by kind, {task}, %", *kinds], rows)
 
 
 def make_table(folder):
@@ -357,21 +405,18 @@ def make_table(folder):
     titles = {name: title for name, (title, _) in ROWS.items()}
     for name, (title, _) in AT_INFERENCE.items():
         titles[f"{name}-inference"] = f"{titles[name]}, {title}"
+    titles = {name: title for name, title in titles.items() if name in found}
+    score_titles = [column[0] for column in COLUMNS]
+
     rows = []
-    for name in [name for name in titles if name in found]:
+    for name, title in titles.items():
         seeds = ", ".join(map(str, sorted(found[name])))
         cells = [cell(found[name], *column[1:]) for column in COLUMNS]
-        rows.append([titles[name], seeds, *cells, *PAPER.get(name, ("–",) * 3)])
-    parts = [markdown(["run", "seeds", *(column[0] for column in COLUMNS), "paper: GQA",
-                       "paper: FID ↓", "paper: FLOPs"], rows)]
-    for task, kinds, accuracy in (("und", data.QUESTION_KINDS, "accuracy"),
-                                  ("gen", data.CAPTION_FIELDS, "image_accuracy")):
-        rows = []
-        for name in [name for name in titles if name in found]:
-            cells = [cell(found[name], (task, "by_type", kind, accuracy), 100, 1) for kind in kinds]
-            if set(cells) != {"–"}:
-                rows.append([titles[name], *cells])
-        parts.append(markdown([f"right by kind, {task}, %", *kinds], rows))
+        rows.append([title, seeds, *cells, *PAPER.get(name, ("–",) * 3)])
+    parts = [markdown(["run", "seeds", *score_titles, "paper: GQA", "paper: FID ↓",
+                       "paper: FLOPs"], rows),
+             kinds_table(titles, found, "und", "accuracy"),
+             kinds_table(titles, found, "gen", "image_accuracy")]
     rows = []
     for one, others in COMPARED.items():
         for other in others:
@@ -379,7 +424,7 @@ def make_table(folder):
             if any(len(differences) > 1 for differences in each):
                 rows.append([f"{one} less {other}", max(map(len, each)), *map(spread, each)])
     if rows:
-        parts.append(markdown(["points", "seeds", *(column[0] for column in COLUMNS[:4])], rows))
+        parts.append(markdown(["points", "seeds", *score_titles[:4]], rows))
     answers = []
     for claim, mean, deviation, n, p, answer in answer_claims(found):
         p = "–" if p is None else f"{p:.1g}"
@@ -396,134 +441,57 @@ def make_table(folder):
     path = RESULTS / f"{folder.resolve().name}-{config['preset']}"
     write_file(f"{path}.md", "\n\n".join(parts) + "\n")
     write_file(f"{path}.json", json.dumps({"titles": titles, "runs": found}))
-    draw_rows(titles, found, f"{path}.png")
     draw_tradeoff(titles, found, f"{path}-flops.png")
-    print("\n\n".join(parts) + f"\n\n{path}.md, .json, .png, -flops.png")
-
-
-def rows_drawn(found):
-    """Names of the rows in pictures. Not those at inference only, which are far below; and two dots
-    beside eight would look more certain than they are."""
-    most = max(map(len, found.values()))
-    return [name for name in ROWS if 2 * len(found.get(name, ())) >= most]
-
-
-def draw_rows(titles, found, path):
-    """The table as a picture: a line for each row, a dot for each seed, a tick at their mean. A
-    seed before the axis is an open dot at its edge; where the mean is there, it alone is told."""
-    font, line, top, left, width, gap = ImageFont.load_default(24), 44, 120, 720, 290, 90
-    names = rows_drawn(found)
-    size = left + len(PANELS) * (width + gap), top + line * len(names)
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((left - 40, 64), "FLOPs", "black", font, anchor="rm")
-    for row, name in enumerate(names):
-        y = top + line * row
-        flops = statistics.mean(numbers(found[name], ("cost", "flops_ratio"), 1))
-        draw.text((left - 130, y), titles[name], "black", font, anchor="rm")
-        draw.text((left - 40, y), f"{flops:.2f}", "black", font, anchor="rm")
-    for panel, ((title, score, factor, _), (colour, lowest)) in enumerate(zip(COLUMNS, PANELS)):
-        x0 = left + panel * (width + gap)
-        draw.text((x0, 24), title, "black", font, anchor="lm")
-
-        def at(percent):
-            return x0 + (max(percent, lowest) - lowest) / (100 - lowest) * width
-
-        for percent in np.linspace(lowest, 100, 3):
-            draw.text((at(percent), 64), f"{percent:.0f}", "grey", font, anchor="mm")
-            draw.line((at(percent), 88, at(percent), sheet.height), fill="lightgrey", width=2)
-        for row, name in enumerate(names):
-            y, points = top + line * row, numbers(found[name], score, factor)
-            mean = statistics.mean(points) if points else None
-            if points and mean < lowest:
-                draw.text((x0, y), f"mean {mean:.0f}", colour, font, anchor="lm")
-                continue
-            for i, x in enumerate(points):
-                dot = at(x), y + 3 * (i - len(points) / 2)      # seeds do not hide each other
-                fill = colour if x >= lowest else "white"
-                draw.circle(dot, 7, fill=fill, outline=colour)
-            if points:
-                draw.line((at(mean), y - 17, at(mean), y + 17), fill="black", width=3)
-    save_picture(sheet, path)
+    print("\n\n".join(parts) + f"\n\n{path}.md, .json, -flops.png")
 
 
 def draw_tradeoff(titles, found, path):
     """Quality against FLOPs: for each joint row its mean, and a line of one standard deviation to
-    both sides; what a task has alone, without reduction, as a level line. FLOPs are all of
-    training, relative to dense joint training."""
-    font, big = ImageFont.load_default(22), ImageFont.load_default(26)
-    width, height, top, left, gap = 620, 480, 100, 90, 130
-    names = [name for name in rows_drawn(found) if "objective" not in ROWS[name][1]]
+    both sides; what a task has alone, without reduction, as a level line. Rows with few seeds are
+    left out: two dots beside eight would look more certain than they are."""
+    most = max(map(len, found.values()))
+    names = [name for name in ROWS if 2 * len(found.get(name, ())) >= most
+             and "--objective" not in ROWS[name][1]]
     colours = dict(zip(names, cycle(("black", "firebrick", "darkorange", "royalblue", "seagreen",
                                      "purple", "grey"))))
-    sheet = Image.new("RGB", (2 * (left + width) + gap, top + height + 140 + 34 * len(names)),
-                      "white")
+    sheet = Image.new("RGB", (1500, 690 + 34 * len(names)), "white")
     draw = ImageDraw.Draw(sheet)
-    for panel, (alone, (title, score, factor, _)) in enumerate((("u", COLUMNS[1]),
-                                                                ("g", COLUMNS[3]))):
-        x0 = left + panel * (left + width + gap // 2)
-        lowest = 40 if alone == "u" else 0
 
+    def write(x, y, text, anchor="lm"):
+        draw.text((x, y), text, DARK, font_for("", 22), anchor=anchor)
+
+    for left, alone, lowest, (title, score, factor, _) in ((80, "u", 40, COLUMNS[1]),
+                                                           (840, "g", 0, COLUMNS[3])):
         def at(flops, percent):
-            y = top + height * (100 - percent) / (100 - lowest)
-            return x0 + width * (flops - .6) / .45, y
+            """The pixel at which a point is drawn."""
+            return left + 620 * (flops - .6) / .45, 100 + 480 * (100 - percent) / (100 - lowest)
 
-        draw.text((x0, 40), title, "black", big, anchor="lm")
+        write(left, 40, title)
         for percent in range(lowest, 101, 20):
-            draw.line((at(.6, percent), at(1.05, percent)), fill="lightgrey", width=2)
-            draw.text((x0 - 14, at(.6, percent)[1]), str(percent), "grey", font, anchor="rm")
+            draw.line((at(.6, percent), at(1.05, percent)), fill=GREY, width=2)
+            write(left - 14, at(.6, percent)[1], str(percent), "rm")
         for flops in (.6, .7, .8, .9, 1.):
-            draw.text((at(flops, lowest)[0], top + height + 24), f"{flops:.1f}", "grey", font,
-                      anchor="mm")
-        draw.text((x0 + width / 2, top + height + 58),
-                  "FLOPs of training, dense joint = 1; bars: ± one standard deviation",
-                  "grey", font, anchor="mm")
-        draw.text((x0 + width / 2, top + height + 88),
-                  "(points are moved sideways by .012 at most)", "grey", font, anchor="mm")
+            write(at(flops, lowest)[0], 604, f"{flops:.1f}", "mm")
         if alone in found:
             mean = statistics.mean(numbers(found[alone], score, factor))
             draw.line((at(.6, mean), at(1.05, mean)), fill="grey", width=3)
-            x, y = at(.86, mean)
-            draw.text((x, y - 14), f"{titles[alone]}, dense", "grey", font, anchor="mm")
-        for name in names:
+            write(left + 360, at(.6, mean)[1] - 14, f"{titles[alone]}, dense", "mm")
+        for i, name in enumerate(names):
             points = numbers(found[name], score, factor)
-            if not points:
-                continue
-            mean, side = statistics.mean(points), names.index(name) % 4 - 1.5
+            mean = statistics.mean(points)
             deviation = statistics.stdev(points) if len(points) > 1 else 0.
-            flops = statistics.mean(numbers(found[name], ("cost", "flops_ratio"), 1))
             # Rows with as many FLOPs stand beside each other.
-            flops += .008 * side
-            least, most = max(lowest, mean - deviation), min(100, mean + deviation)
-            draw.line((at(flops, least), at(flops, most)),
-                      fill=colours[name], width=4)
+            flops = statistics.mean(numbers(found[name], ("cost", "flops_ratio"), 1))
+            flops += .008 * (i % 4 - 1.5)
+            ends = max(mean - deviation, lowest), min(mean + deviation, 100)
+            draw.line([at(flops, end) for end in ends], fill=colours[name], width=4)
             draw.circle(at(flops, mean), 9, fill=colours[name])
-    for row, name in enumerate(names):
-        y = top + height + 130 + 34 * row
-        draw.circle((left + 10, y), 9, fill=colours[name])
-        draw.text((left + 32, y), titles[name], "black", font, anchor="lm")
+    write(80, 640, "FLOPs of training, dense joint = 1 (points are moved sideways by .012 at "
+                   "most); bars: ± one standard deviation")
+    for i, name in enumerate(names):
+        draw.circle((90, 680 + 34 * i), 9, fill=colours[name])
+        write(112, 680 + 34 * i, titles[name])
     save_picture(sheet, path)
-
-
-def draw_samples(folder, device):
-    """Pictures that each row draws under the same seven captions, one of each kind: a line for each
-    row, from its first seed that has a checkpoint."""
-    pictures, texts = [], []
-    for name, (title, changes) in ROWS.items():
-        trained = [out for out in sorted(folder.glob(f"{name}-seed*"))
-                   if (out / "eval.json").exists() and (out / "checkpoint.pt").exists()]
-        if trained and changes.get("objective") != "und":
-            model, tokenizer, checkpoint = load_run(trained[0], device)
-            options = checkpoint["options"]
-            dataset = data.load(options["data"], options["preset"])
-            captions = [c.text for c in dataset.split("gen", "val", 7, questions=0).captions]
-            plan = plans_of(["gen"], options, model.config.layers)["gen"]
-            pictures.append(draw_pictures(model, tokenizer, captions, plan, sampling_of(options)))
-            texts += [f"{title}:\n{caption}" for caption in captions]
-    if pictures:
-        path = RESULTS / f"{folder.resolve().name}-{options['preset']}-samples.png"
-        contact_sheet(np.concatenate(pictures), texts, path, columns=7)
-        print(path)
 
 
 def main():
@@ -532,38 +500,22 @@ def main():
     parser.add_argument("--seeds", type=int, default=1, help="train seeds 1 to SEEDS (default: 1)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
                         help=f"some of: {', '.join(ROWS)}")
-    parser.add_argument("--preset", choices=data.PRESETS, help="default: what fits the device")
+    parser.add_argument("--preset", choices=PRESETS, help="default: what fits the device")
     parser.add_argument("--steps", type=int, help="default: the preset's")
-    parser.add_argument("--tokenizer", help="default: out/tokenizer.pt")
+    parser.add_argument("--tokenizer", help="default: as in train.py")
     args = parser.parse_args()
     device = pick_device(args.device)
-    # A plan of this table's own: image tokens leave after layer 10.
-    PLANS["leave-10"] = lambda layers, k: ((FULL,) * 10 + (SHALLOW,) * layers)[:layers]
-    shared = {key: getattr(args, key) for key in ("preset", "steps", "tokenizer")
-              if getattr(args, key) is not None}
-    usual = train.complete(shared, device)
-    sizes = data.PRESETS[usual["preset"]]
-    usual_sizes = {key: getattr(sizes, key) for key in SIZE_KEYS}
+    preset = args.preset or default_preset(device)
+    tokenizer = args.tokenizer or default_path("shapes", preset)
+    arguments = ["--preset", preset, "--device", device.type, "--tokenizer", tokenizer]
     if args.seeds > 0:
-        train.get_tokenizer(usual, data.load("shapes", usual["preset"]), device)
+        with lock(tokenizer, wait=True):                    # one for all rows
+            get_tokenizer(tokenizer, data.load("shapes", preset), preset, device)
     for seed in range(1, args.seeds + 1):
         for name in args.rows:
-            out = args.folder / f"{name}-seed{seed}"
-            of_row = {**usual_sizes, **SIZES.get(name, {})}
-            of_row["max_text"] += ROOM.get(name, 0)
-            for key, size in of_row.items():
-                setattr(sizes, key, size)       # in the preset: every part of a run looks there
-            given = {**shared, **ROWS[name][1], "seed": seed, "out": str(out)}
-            options = train.complete(given, device)
-            options["steps"] = round(STEPS.get(name, 1) * options["steps"])
-            options |= of_row                   # for check_finished: eval.json keeps all options
-            check_finished(out, options)
-            world = WORLDS.get(name, data.Shapes)
-            data.load = lambda source, preset: world(preset)        # every part of a run calls it
-            torch.compiler.reset()                          # else the code of every row stays
-            train_row(out, options, AT_INFERENCE.get(name, ("", {}))[1], device)
+            train_row(args.folder, name, seed, preset, arguments,
+                      args.steps or PRESETS[preset].steps, device)
     make_table(args.folder)
-    draw_samples(args.folder, device)
 
 
 if __name__ == "__main__":
