@@ -1,6 +1,7 @@
 """Scripts run in forked processes: as a user would run them, but without seconds of imports."""
 import faulthandler
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -12,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "study"))
+sys.path[:0] = str(ROOT), str(ROOT / "study")
 torch.set_num_threads(1)                # more do not survive a fork, and nothing here needs them
 os.environ["OMP_NUM_THREADS"] = "1"
 tqdm.monitor_interval = 0               # no thread that may hold a lock at the moment of a fork
@@ -28,6 +29,8 @@ class Script:
         if self.pid == 0:
             status = 1
             try:
+                # As in a terminal, even if pytest runs in the background, where Ctrl-C is ignored.
+                signal.signal(signal.SIGINT, signal.default_int_handler)
                 os.dup2(self.printed.fileno(), 1)
                 os.dup2(self.printed.fileno(), 2)
                 faulthandler.dump_traceback_later(120, exit=True)       # what hangs, tells where
@@ -88,3 +91,17 @@ def trained(tmp_path_factory):
     run("tokenizer.py", "--preset", "tiny", "--out", folder / "tokenizer.pt", "--device", "cpu")
     run("train.py", *train_args(folder, "joint", "--steps", 40))
     return folder
+
+
+@pytest.fixture
+def error(capsys):
+    """A function: what another one complains of, which has to be one line, with exit status 2."""
+    def complaint(function, *args):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            function(*args)
+        printed = capsys.readouterr().err.replace("\r", "\n").splitlines()
+        (line,) = [line for line in printed if line.strip() and "it/s" not in line]
+        assert stop.value.code == 2 and line.startswith("error: ")
+        return line
+    return complaint

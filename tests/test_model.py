@@ -1,20 +1,25 @@
 """All ways through the layers are one function, and what a plan drops costs nothing."""
 import random
+from functools import cache
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
-import prune
-from eval import answer, draw_pictures
+from eval import answer, draw
 from model import AUXILIARY_WEIGHT, PROJECTIONS, Config, Model, generation, understanding
-from prune import (FULL, HIMIX, NAIVE, PLANS, SHALLOW, Layout, Rule, flops, make_plan, paper_cost,
-                   predicting)
+from probe import allocation
+from prune import (FULL, HIMIX, NAIVE, PLANS, SHALLOW, Layout, Rule, can_generate, flops, letters_of,
+                   make_plan, masks, paper_cost, predicting)
 from tokenizer import FIRST_CODE
+from train import apply_gradients, optimizers_of
 
 CODES = 16
+TASK_PLANS = [(task, name) for task in ("und", "gen") for name in PLANS
+              if task == "und" or can_generate(make_plan(name, 5, 1))]
 
 
 class Words:
@@ -85,8 +90,7 @@ def test_gathered_equals_reference(task, projections):
         model = random_model(rng, projections, image_loss=trial % 2 == 1)
         layers = model.config.layers
         batch = random_batch(rng, task, model.config)
-        span = predicting(batch.layout, batch.image_loss)
-        has_target = batch.targets[:, span] >= 0
+        has_target = batch.targets[:, predicting(batch.layout, batch.image_loss)] >= 0
         for plan in every_plan(layers) | {random_plan(rng, layers), random_plan(rng, layers)}:
             logits, loss = model(batch, plan)
             reference, reference_loss, attention = model.reference(batch, plan)
@@ -99,58 +103,56 @@ def test_gathered_equals_reference(task, projections):
             assert ((sums - 1).abs() < 1e-10).logical_or(sums == 0).all()
 
 
-def decode(model, batch, plan):
-    """Codes of the image, drawn greedily: all tokens, and the logits that each code came from."""
-    seen = []
-
-    def choose(logits):
-        seen.append(logits)
-        return logits[:, FIRST_CODE:].argmax(-1) + FIRST_CODE
-
-    return model.generate(batch, plan, batch.layout.before, choose), torch.stack(seen, 1)
-
-
 def test_decoding_with_a_cache_equals_decoding_without():
-    """Token after token, each from a forward pass over all that is there so far."""
+    """Codes drawn greedily, token after token; then one pass over all tells what each step saw."""
     rng = random.Random(1)
     for trial in range(30):
         model = random_model(rng, rng.choice(list(PROJECTIONS)))
-        c = model.config
+        c, seen = model.config, []
         plan = random_plan(rng, c.layers)
         if trial % 2:
             plan = make_plan(rng.choice(list(PLANS)), c.layers, rng.randint(0, (c.layers - 1) // 2))
         batch = random_batch(rng, "gen", c)
-        drawn, seen = decode(model, batch, plan)
-        with torch.no_grad():               # afterwards, one pass tells what each step saw
-            logits, _ = model(batch._replace(tokens=drawn), plan)
-        assert (seen - logits).abs().max() < 1e-9
 
+        def choose(logits):
+            seen.append(logits)
+            return logits[:, FIRST_CODE:].argmax(-1) + FIRST_CODE
 
-@pytest.mark.parametrize("task", ["und", "gen"])
-def test_causality(task):
-    """Changing token t changes no logits before t, under any plan, and some at or after t."""
-    rng = random.Random(2)
-    for name in PLANS:
-        if (task, name) == ("gen", "himix"):
-            continue                        # the drawn image is never read
-        model = random_model(rng, "task", layers=5)
-        plan = make_plan(name, 5, 2)
-        batch = random_batch(rng, task, model.config, rows=1)
-        # One stream: no padding, no separate questions.
-        batch = batch._replace(segment_ids=torch.zeros_like(batch.segment_ids))
-        n = batch.tokens.size(1)
+        drawn = model.generate(batch, plan, batch.layout.before, choose)
         with torch.no_grad():
-            before, _ = model(batch, plan)
-            first = predicting(batch.layout, batch.image_loss).start
-            for t in range(n):
-                tokens = batch.tokens.clone()
-                base = FIRST_CODE if tokens[0, t] >= FIRST_CODE else 0
-                tokens[:, t] = (tokens[:, t] + 1) % CODES + base
-                after, _ = model(batch._replace(tokens=tokens), plan)
-                changed = (after - before).abs().amax(-1)[0]
-                here = max(0, t - first)
-                assert (changed[:here] == 0).all(), (name, t)
-                assert changed[here:].sum() > 0 or (task == "gen" and t == n - 1), (name, t)
+            logits, _ = model(batch._replace(tokens=drawn), plan)
+        assert (torch.stack(seen, 1) - logits).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("task, name", TASK_PLANS)
+def test_causality(task, name):
+    """Changing token t changes no logits before t, and none of another question; but
+    some that may see it, where any may. With segments as `understanding` builds them: three
+    questions and padding."""
+    rng = random.Random(2)
+    model, plan = random_model(rng, "task", layers=5), make_plan(name, 5, 2)
+    batch = generation(words, torch.randint(CODES, (1, model.config.side ** 2)), ["1 2 3"], 8)
+    if task == "und":
+        pairs = [("1 2 3", "4"), ("5 6", "7 8"), ("9", "10")]
+        batch = understanding(words, batch.tokens[:, 8:] - FIRST_CODE, [pairs], 14)
+    segments, first = batch.segment_ids[0], predicting(batch.layout).start
+    assert set(segments.tolist()) == ({-1, 0, 1, 2, 3} if task == "und" else {-1, 0})
+    with torch.no_grad():
+        logits, _ = model(batch, plan)
+        after_first = segments[first:first + logits.size(1)]            # of each row of logits
+        for t in range(batch.tokens.size(1)):
+            tokens = batch.tokens.clone()
+            base = FIRST_CODE if tokens[0, t] >= FIRST_CODE else 0
+            tokens[:, t] = (tokens[:, t] + 1) % CODES + base
+            changed = (model(batch._replace(tokens=tokens), plan)[0] != logits).any(-1)[0]
+            seen = torch.arange(len(changed)) + first >= t
+            if segments[t] != 0:            # by its own question, and by nobody if it is padding
+                seen &= (after_first == segments[t]) & (after_first > 0)
+            real = after_first >= 0
+            assert not changed[~seen & real].any(), t
+            hidden = task == "und" and base and all(rule.keys == "none" for rule in plan)
+            if t < first + len(changed) and segments[t] >= 0 and not hidden:
+                assert changed[seen & real].any(), t
 
 
 def test_the_loss_is_that_of_eq_1(monkeypatch):
@@ -183,8 +185,7 @@ def test_packed_questions_are_answered_as_if_asked_alone():
         model = random_model(rng, "image", layers=4)
         pairs = [(text(rng, 2, 4), text(rng, 1, 1)) for _ in range(3)]
         codes = torch.randint(CODES, (1, model.config.side ** 2))
-        together = understanding(words, codes, [pairs], 20)
-        logits, _ = model(together, plan)
+        logits, _ = model(understanding(words, codes, [pairs], 20), plan)
         start = 0
         for question, answered in pairs:
             alone, _ = model(understanding(words, codes, [[(question, answered)]], 7), plan)
@@ -194,33 +195,27 @@ def test_packed_questions_are_answered_as_if_asked_alone():
 
 
 def test_questions_that_do_not_fit_are_left_out():
-    codes = torch.randint(CODES, (1, 4))
-    pairs = [("1 2", "3"), ("4", "5")]
+    codes, pairs = torch.randint(CODES, (1, 4)), [("1 2", "3"), ("4", "5")]
     shorter, cut = (understanding(words, codes, [pairs[:n]], 4) for n in (1, 2))
     assert all(map(torch.equal, shorter[3:], cut[3:]))
     assert understanding(words, codes, [pairs]).layout.after == 5       # by default all fit
+    assert understanding(words, codes, [pairs], most=4).layout.after == 4
+    assert understanding(words, codes, [pairs], most=2).layout.after == 3       # a single one does
 
 
-def test_padding_changes_nothing():
-    rng = random.Random(4)
-    model = random_model(rng, layers=3)
-    codes, caption = torch.randint(CODES, (1, model.config.side ** 2)), text(rng, 3, 3)
-    plan = make_plan("hmgen", 3, 1)
-    short, _ = model(generation(words, codes, [caption], 5), plan)
-    long, _ = model(generation(words, codes, [caption], 9), plan)
-    assert (short - long).abs().max() < 1e-10
-
-
-def test_a_picture_does_not_depend_on_those_drawn_beside_it():
+def test_a_picture_depends_neither_on_padding_nor_on_those_drawn_beside_it():
     """... nor on their captions, which are of other lengths. The seed counts."""
     rng = random.Random(11)
     model = random_model(rng, layers=3, side=3)
     plan, captions = make_plan("hmgen", 3, 1), [text(rng, n, n) for n in (6, 0, 2, 5, 1, 3, 3)]
     alone, three, all_at_once, other_seed = (
-        draw_pictures(model, words, captions, plan, (1.5, .7), batch, seed)
+        draw(model, words, captions, plan, seed=seed, batch=batch)
         for batch, seed in ((1, 0), (3, 0), (100, 0), (100, 1)))
     assert (alone == three).all() and (alone == all_at_once).all()
     assert (alone != other_seed).any()
+    codes = torch.randint(CODES, (1, 9))
+    short, long = (model(generation(words, codes, ["1 2 3"], n), plan)[0] for n in (5, 9))
+    assert (short - long).abs().max() < 1e-10
 
 
 def test_an_answer_is_the_likeliest_token_after_token():
@@ -229,14 +224,22 @@ def test_an_answer_is_the_likeliest_token_after_token():
         model = random_model(rng, layers=3)
         plan, question = make_plan(name, 3, 1), text(rng, 3, 3)
         codes, said = torch.randint(CODES, (model.config.side ** 2,)), []
-        for _ in range(6):                  # without a cache, and one more token each time
+        for _ in range(model.config.und_text):          # without a cache, one more token each time
             so_far = [(question, " ".join(map(str, said)))]
-            logits, _ = model(understanding(words, codes[None], [so_far], 20), plan)
+            logits, _ = model(understanding(words, codes[None], [so_far], 40), plan)
             here = 3 + len(said) - 1
-            said.append(logits[0, here - 20, :FIRST_CODE].argmax().item())
-        cut = said.index(words.eos) if words.eos in said else len(said)
-        expected = words.string(said[:cut])
-        assert answer(model, words, codes, question, plan, longest=6) == expected
+            said.append(logits[0, here - 40, :FIRST_CODE].argmax().item())
+        cut = said.index(words.eos) if words.eos in said else None
+        given = answer(model, words, codes, question, plan)
+        assert given == words.string(said[:cut][:len(words.ids(given))]) and given
+
+
+def test_wrong_shapes_and_types_are_told():
+    model, plan = random_model(random.Random(0), layers=3, side=2), make_plan("dense", 3)
+    with pytest.raises(ValueError, match=r"shape \(M,\), not \(1, 4\)"):
+        answer(model, words, torch.zeros(1, 4, dtype=torch.long), "1", plan)
+    with pytest.raises(TypeError, match="a list of captions, not one string"):
+        draw(model, words, "1 2", plan)
 
 
 @pytest.mark.parametrize("task", ["und", "gen"])
@@ -256,31 +259,33 @@ def test_flops_are_exact(task, projections):
         assert counted == len(batch.tokens) * model.config.flops(task, plan), plan
 
 
-def test_costs_by_hand(monkeypatch):
+def test_costs_by_hand():
     """The paper's FFN, T = 64 text, M = 256 image tokens, d = 512, one layer: HiMix is 0.20 of
     dense by the paper's formula, 0.32 when every matmul of the layer is counted."""
-    monkeypatch.setattr(prune, "FFN", 4)
     layout = Layout(2, 256, 62)
     assert paper_cost((FULL,), layout, 512) == 320 * 320 * 512 + 8 * 320 * 512 ** 2
     assert round(paper_cost((HIMIX,), layout, 512) / paper_cost((FULL,), layout, 512), 2) == .20
     assert round(flops((HIMIX,), layout, 512, 0) / flops((FULL,), layout, 512, 0), 2) == .32
 
 
-def test_himix_never_updates_the_image():
+def test_masks_hide_image_tokens_alone_and_what_is_printed_is_what_is_hidden():
+    layout = Layout(2, 3, 1)
+    assert masks(HIMIX, layout) == ([True, True, False, False, False, True], [True] * 6)
+    assert masks(NAIVE, layout) == ([True] * 6, [True, True, False, False, False, True])
+    assert letters_of(HIMIX, layout) == ["t     ", "tt    ", *["------"] * 3, "tteeet"]
+    assert letters_of(SHALLOW, layout)[5] == "tt   t" and letters_of(FULL, layout)[4] == "ttiii "
+
+
+def test_dropped_image_tokens_are_passed_on_bit_for_bit():
     rng = random.Random(7)
     model = random_model(rng, "image", layers=4)
     batch = random_batch(rng, "und", model.config)
     before, m, _ = batch.layout
     image = model.gathered(batch, make_plan("himix", 4))[:, before:before + m]
     assert torch.equal(image, model.embed(batch)[:, before:before + m])
-
-
-def test_shallow_layers_pass_the_image_on_bit_for_bit():
-    rng = random.Random(8)
-    model = random_model(rng, layers=3)
     batch = random_batch(rng, "gen", model.config)
-    before, image = batch.layout.before, model.gathered(batch, (FULL, SHALLOW, SHALLOW))
-    assert torch.equal(image[:, before:], model.gathered(batch, (FULL,))[:, before:])
+    image = model.gathered(batch, (FULL, SHALLOW, SHALLOW))[:, batch.layout.before:]
+    assert torch.equal(image, model.gathered(batch, (FULL,))[:, batch.layout.before:])
 
 
 def test_own_projections_are_used_by_image_tokens_alone():
@@ -299,36 +304,69 @@ def test_own_projections_are_used_by_image_tokens_alone():
                 assert size("key_value", "text") > 0
 
 
+def test_segments_are_the_papers():
+    """Each token has one; padding has none."""
+    codes = torch.arange(4)[None]
+    for batch, letters in ((understanding(words, codes, [[("1 2", "3 4")]], 6), "ssiiiittoo.."),
+                           (generation(words, codes, ["1 2"], 6), "..ssttoooo")):
+        found = batch.segments()[0]
+        assert found.sum(1).tolist() == [letter != "." for letter in letters]
+        for letter, column in zip("sito", found.T.tolist()):
+            assert column == [x == letter for x in letters]
+
+
+def test_attention_allocation_is_a_mean_over_updated_tokens():
+    """Eq. 2, written out once more."""
+    rng = random.Random(12)
+    for task, name in (("und", "himix"), ("und", "dense"), ("gen", "hmgen")):
+        model, plan = random_model(rng, layers=3), make_plan(name, 3, 1)
+        batch = random_batch(rng, task, model.config)
+        shares, _, _ = allocation(model, batch, plan, chunk=2)
+        *_, weights = model.reference(batch, plan)
+        for layer, rule in enumerate(plan):
+            rows, (queries, _) = [], masks(rule, batch.layout)
+            for b, t in product(range(3), range(len(queries))):
+                if queries[t] and batch.segment_ids[b, t] >= 0:
+                    rows.append(weights[layer][b, :, t].mean(0) @ batch.segments()[b].double())
+            found = [shares[segment][layer] for segment in model_module.SEGMENTS]
+            assert np.allclose(found, torch.stack(rows).mean(0).tolist(), atol=1e-6)
+
+
 @pytest.mark.parametrize("layers, k, letters", [
-    (3, 1, "FsF"), (4, 1, "FsFF"), (6, 2, "FsFsFF"), (12, 3, "FFFsFsFsFFFF")])
-def test_shallow_layers_alternate_in_the_middle(layers, k, letters):
+    (1, 0, "F"), (2, 0, "FF"), (3, 1, "FsF"), (4, 1, "FsFF"), (6, 2, "FsFsFF"),
+    (12, 3, "FFFsFsFsFFFF")])
+def test_shallow_layers_alternate_in_the_middle(layers, k, letters, error):
     plan = make_plan("hmgen", layers, k)
+    assert plan == make_plan("hmgen", layers) or layers == 6            # a quarter by default
     assert "".join("s" if rule == SHALLOW else "F" for rule in plan) == letters
+    for wrong in (-1, (layers + 1) // 2):
+        assert f"--shallow {wrong}: expected 0 to " in error(make_plan, "hmgen", layers, wrong)
 
 
-def test_plans_that_do_not_fit_are_refused():
-    for name, layers, k in (("hmgen", 4, 2), ("hmgen", 4, -1), ("fast", 4, 1)):
-        with pytest.raises(ValueError, match="expected"):
-            make_plan(name, layers, k)
-
-
-def test_a_tiny_model_learns_both_tasks():
-    """Twenty pictures by heart: what is on them, and how to draw them; dense and accelerated."""
+@cache
+def learn(und, gen, projections):
+    """A small float32 model that knows twenty pictures by heart: what is on them, and how to draw
+    them. Also its batches, plans, codes and captions."""
     torch.manual_seed(0)
     codes = torch.randint(CODES, (20, 9))
     questions = [[("99", str(100 + i))] for i in range(20)]
     names = [f"{i // 5} {i % 5}" for i in range(20)]
     batches = {"und": understanding(words, codes, questions, 4),
                "gen": generation(words, codes, names, 4)}
-    for und, gen, projections in (("dense", "dense", "shared"), ("himix", "hmgen", "task")):
-        c = Config(FIRST_CODE + CODES, 3, 64, 2, 3, 4, 4, projections)
-        model = Model(c, torch.randn(CODES, 4))
-        plans = {"und": make_plan(und, 3), "gen": make_plan(gen, 3, 1)}
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-        for _ in range(120):
-            loss = sum(model(batches[task], plans[task])[1] for task in batches)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        assert loss < .1, (und, gen)
-        assert answer(model, words, codes[3], "99", plans["und"]) == "103"
+    model = Model(Config(FIRST_CODE + CODES, 3, 64, 2, 3, 4, 4, projections), torch.randn(CODES, 4))
+    plans = {"und": make_plan(und, 3), "gen": make_plan(gen, 3, 1)}
+    optimizers = optimizers_of(model, .02)
+    for _ in range(100):
+        for task in batches:
+            model(batches[task], plans[task])[1].backward()
+        apply_gradients(optimizers)
+    return model, batches, plans, codes, names
+
+
+@pytest.mark.parametrize("how", [("dense", "dense", "shared"), ("himix", "hmgen", "task")])
+def test_a_tiny_model_learns_both_tasks(how):
+    model, batches, plans, codes, names = learn(*how)
+    assert max(model(batches[task], plans[task])[1].item() for task in batches) < .1
+    assert [answer(model, words, row, "99", plans["und"]) for row in codes[:3]] == \
+        ["100", "101", "102"]
+    assert (draw(model, words, names, plans["gen"], 1., .01) == codes.numpy()).all()
