@@ -33,10 +33,10 @@ class Script:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 os.dup2(self.printed.fileno(), 1)
                 os.dup2(self.printed.fileno(), 2)
-                faulthandler.dump_traceback_later(120, exit=True)       # what hangs, tells where
                 os.chdir(folder)
                 sys.stdout = os.fdopen(1, "w", closefd=False)
                 sys.stderr = os.fdopen(2, "w", 1, closefd=False)
+                faulthandler.dump_traceback_later(120, exit=True)       # what hangs, tells where
                 sys.argv = [name, *map(str, args)]
                 from common import run_script
                 run_script(import_module(Path(name).stem).main)
@@ -101,7 +101,8 @@ def error(capsys):
         with pytest.raises(SystemExit) as stop:
             function(*args)
         printed = capsys.readouterr().err.replace("\r", "\n").splitlines()
-        (line,) = [line for line in printed if line.strip() and "it/s" not in line]
-        assert stop.value.code == 2 and line.startswith("error: ")
+        progress = "%|", "it/s"
+        (line,) = [x for x in printed if x.strip() and not any(mark in x for mark in progress)]
+        assert stop.value.code == 2 and line.removeprefix("\x1b[A").startswith("error: ")
         return line
     return complaint
