@@ -3,6 +3,7 @@ import argparse
 import io
 import math
 import os
+import signal
 import sys
 import textwrap
 from contextlib import contextmanager, suppress
@@ -66,6 +67,26 @@ def positive(kind):
     return number
 
 
+@contextmanager
+def noted_signals(bar):
+    """A list, to which Ctrl-C and SIGTERM are added meanwhile. Then they do what they did before.
+    """
+    signals, before = [], {}
+
+    def note(number, frame):
+        signals.append(number)
+        bar.disable = True              # of `2>&1 | tee`, Ctrl-C ends tee: writing would fail
+
+    with suppress(ValueError):                              # outside of the main thread
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 # ---------------------------------------------------------------------- files and checkpoints
 
 def write_file(path, content):
@@ -117,9 +138,8 @@ def pick_device(name):
 
 def hardware(device):
     """What a result was measured on, in words."""
-    name = f"CPU with {torch.backends.cpu.get_cpu_capability()}"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name()
+    cpu = f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
     return f"{name}, {torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}"
 
 

@@ -92,9 +92,11 @@ def check_preset(name):
             fail(f"preset {name}: {row} is {getattr(p, row)}, expected {what} (data.COLUMNS)")
 
 
-def settings(preset, *sections):
-    """What a preset has in these sections of COLUMNS, for a checkpoint: {row: value}."""
-    return {row: getattr(PRESETS[preset], row) for section in sections for row in COLUMNS[section]}
+def made_with(dataset, preset, sections=("world", "tokenizer", "transformer", "training")):
+    """What something depends on, beside options: its data, and what the preset has in these
+    sections of COLUMNS. {name: value}, for its checkpoint."""
+    rows = {row: getattr(PRESETS[preset], row) for section in sections for row in COLUMNS[section]}
+    return {"data": dataset.identity, **rows}
 
 
 def same_settings(had, now, what):
@@ -246,12 +248,6 @@ def load(source, preset):
     if not Path(source).is_dir():
         fail(f"--data {source}: expected shapes, or a folder of images")
     return Folder(source, preset)
-
-
-def made_with(dataset, preset):
-    """What a run depends on beside its options: {name: value}, for its checkpoint."""
-    return {"data": dataset.identity,
-            **settings(preset, "world", "tokenizer", "transformer", "training")}
 
 
 def load_of_run(checkpoint, source=None):

@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import read_checkpoint
-from prune import FFN, FULL, Layout, Rule, flops, masks, predicting
+from prune import FFN, FREEZE, FULL, HIMIX, Layout, Rule, flops, masks, predicting
 from tokenizer import FIRST_CODE, Tokenizer
 
 
@@ -228,8 +228,8 @@ class LayerInputs(NamedTuple):
     """What all layers with one Rule have in common. It is made outside of them."""
     rule: Rule
     layout: Layout          # of the tokens that a layer is given
-    query_rotary: tuple     # (cos, sin) of those that it updates, each (B, 1, q, Dh)
-    key_rotary: tuple       # (cos, sin) of those that they attend to, each (B, 1, k, Dh)
+    query_rotary: tuple     # (cos, sin) of those that it updates, each (B, q, 1, Dh / 2)
+    key_rotary: tuple       # (cos, sin) of those that they attend to, each (B, k, 1, Dh / 2)
     mask: torch.Tensor      # (B, 1, q, k) bool: what each query sees; k: with those of a cache
 
 
@@ -242,20 +242,15 @@ PROJECTIONS = {"shared": ["text"],                  # image tokens use those of 
                                                     # "share partial" (sec. 6.2)
 
 
-def part(index, layout, with_image):
-    """The positions `index` of tokens with this layout, with or without those of the image."""
-    before, image, after = index.split(layout)
-    return torch.cat([before, image, after] if with_image else [before, after])
-
-
 def rotate(x, cos, sin):
     """Rotary position embedding (Su et al. 2021): turns each pair (x[i], x[i + Dh / 2]) by an
-    angle. x: (B, H, n, Dh); cos, sin: (B, 1, n, Dh), the first half of sin negative.
+    angle. x: (B, n, H, Dh); cos, sin: (B, n, 1, Dh / 2).
 
     Pairs are turned by a token's row and by its column in turn: what an image token needs is as
     often above it as to its left. (Qwen2-VL, Wang et al. 2024, does the same in blocks of pairs.)
     """
-    return x * cos + x.roll(x.size(-1) // 2, -1) * sin
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
 class Block(nn.Module):
@@ -283,24 +278,24 @@ class Block(nn.Module):
         (B, H, n, Dh), to which those of x are added. attend: a function of q, k, v and the mask.
         """
         rule, layout = inputs.rule, inputs.layout
-        query_layout, key_layout = layout.taking_part(rule)
-        before, _, after = x.split(layout, 1)
-        updated = x if rule.query else torch.cat([before, after], 1)        # (B, q, d)
-        source = x                                          # of keys and values: (B, k, d)
+        before, image, after = x.split(layout, 1)
+        if not rule.query or rule.keys == "none":
+            text = torch.cat([before, after], 1)
+        updated = x if rule.query else text                                 # (B, q, d)
+        source = text if rule.keys == "none" else x         # of keys and values: (B, k, d)
         if rule.keys == "embedding":
             # HiMix (sec. 5.1). Each layer normalises and projects the input embeddings by its own
             # attention_norm and key_value.
             source = torch.cat([before, embedding.split(layout, 1)[1], after], 1)
-        elif rule.keys == "none":
-            source = torch.cat([before, after], 1)
         h = self.attention_norm(updated)
         h_source = h if source is updated else self.attention_norm(source)
-        q = self.split_heads(self.project(self.query, h, query_layout, task))
-        kv = self.project(self.key_value, h_source, key_layout, task)
-        k, v = map(self.split_heads, kv.chunk(2, dim=-1))                   # (B, H, k, Dh)
+        q = self.project(self.query, h, layout, task)
+        k, v = self.project(self.key_value, h_source, layout, task).chunk(2, -1)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, v))    # (B, n, H, Dh)
         # The norms' weights are float32, and so are q and k from here on, under autocast, too.
         q = rotate(self.query_norm(q.type_as(self.query_norm.weight)), *inputs.query_rotary)
         k = rotate(self.key_norm(k.type_as(self.key_norm.weight)), *inputs.key_rotary)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))                    # (B, H, n, Dh)
         if cache is not None:
             cache.append((k, v))
             k, v = (torch.cat(parts, 2) for parts in zip(*cache))
@@ -312,20 +307,17 @@ class Block(nn.Module):
         if rule.query:
             return updated
         before, after = updated.split([layout.before, layout.after], 1)
-        return torch.cat([before, x.split(layout, 1)[1], after], 1)         # the image is passed on
+        return torch.cat([before, image, after], 1)         # the image is passed on
 
     def project(self, linears, h, layout, task):
-        """Text tokens by their weights, image tokens by theirs, which may be the same: (B, n,
-        out)."""
-        if self.projections == "shared":
+        """Text tokens by their weights, image tokens, if h (B, n, d) has them, by theirs, which may
+        be the same: (B, n, out)."""
+        if self.projections == "shared" or h.size(1) < sum(layout):
             return linears["text"](h)
         image_linear = linears["image" if self.projections == "image" else task]
         before, image, after = h.split(layout, 1)
         parts = [linears["text"](before), image_linear(image), linears["text"](after)]
         return torch.cat(parts, 1)
-
-    def split_heads(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)        # (B, n, d) -> (B, H, n, Dh)
 
 
 # ---------------------------------------------------------------------- the model
@@ -372,23 +364,28 @@ class Model(nn.Module):
         return self.token_embedding(batch.tokens[:, start:stop]) + grid[start:stop]
 
     def rotary(self, batch, index):
-        """(cos, sin) of the rotary angles at the positions `index`, each (B, 1, n, Dh)."""
-        ids = batch.position_ids[:, None, index]                                # (B, 1, n, 2)
-        angles = ids[..., self.row_or_column] * self.frequencies                # (B, 1, n, Dh / 2)
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+        """(cos, sin) of the rotary angles at the positions `index`, each (B, n, 1, Dh / 2)."""
+        ids = batch.position_ids[:, index, None]                                # (B, n, 1, 2)
+        angles = ids[..., self.row_or_column] * self.frequencies
+        return angles.cos(), angles.sin()
 
     def layer_inputs(self, rule, batch, start=0, stop=None):
         """The LayerInputs of all layers with this Rule, for the tokens from start to stop. They
         also see the keys before start, which are in a cache."""
         stop = stop or sum(batch.layout)
         index = torch.arange(stop, device=batch.tokens.device)
-        layout, so_far = batch.layout.window(start, stop), batch.layout.window(0, stop)
-        queries = part(index[start:], layout, rule.query)
-        keys = part(index[start:], layout, rule.keys != "none")
-        seen = part(index, so_far, rule.keys != "none")
-        return LayerInputs(rule, layout, self.rotary(batch, queries), self.rotary(batch, keys),
-                           batch.attention_mask(queries, seen))
+
+        def positions(first, with_image):
+            before, image, after = index[first:].split(batch.layout.window(first, stop))
+            return torch.cat([before, image, after] if with_image else [before, after])
+
+        queries, keys, seen = (positions(start, rule.query), positions(start, rule.keys != "none"),
+                               positions(0, rule.keys != "none"))
+        mask = batch.attention_mask(queries, seen)
+        if mask.device.type == "mps":   # before PyTorch 2.13, one mask for all heads is misread
+            mask = mask.repeat(1, self.config.heads, 1, 1)
+        return LayerInputs(rule, batch.layout.window(start, stop), self.rotary(batch, queries),
+                           self.rotary(batch, keys), mask)
 
     def loss(self, x, batch):
         """The logits (B, n, vocab) of the positions that prune.predicting names, and the loss of
@@ -435,6 +432,9 @@ class Model(nn.Module):
         """The same, but each layer takes in its queries and keys alone. Returns the last hidden
         states of the tokens from start to stop, by default of all, (B, N, d). caches: one for each
         layer, of the tokens before."""
+        # Up to the first layer that updates image tokens they *are* their embeddings.
+        first = [rule.query for rule in (*plan, FULL)].index(True)
+        plan = [FREEZE if rule == HIMIX and i < first else rule for i, rule in enumerate(plan)]
         inputs_of = {rule: self.layer_inputs(rule, batch, start, stop) for rule in set(plan)}
         embedding = self.embed(batch, start, stop)
         x = embedding.clone()       # one tensor in two places would be another case to compile

@@ -88,11 +88,6 @@ class Layout(NamedTuple):
         edges = [min(max(edge, start), stop) for edge in edges]
         return Layout(*(end - begin for begin, end in zip(edges, edges[1:])))
 
-    def taking_part(self, rule):
-        """Those of the queries, and of the keys, in a layer with this rule."""
-        no_image = self._replace(image=0)
-        return self if rule.query else no_image, self if rule.keys != "none" else no_image
-
 
 def masks(rule, layout):
     """The token-drop masks of a layer: is each of the N tokens a query, is it a key? Two lists of N

@@ -257,31 +257,25 @@ class Shapes:
         text = f"{', '.join(first)} and {last}" if first else last
         return Caption(rng.choice(("", "draw ", "a picture of ")) + text, kind, relation)
 
-    def fulfilled(self, caption, wanted, seen):
-        """Of how many wanted objects the caption is true; and whether it is true of all that is
-        seen: exactly these objects and, where a relation is stated, in that relation."""
+    def check(self, split, pixels):
+        """Pictures that were drawn for a Split's captions, as `fulfilled` has them."""
+        rows = zip(split.captions, split.scenes, self.read(pixels))
+        return [self.fulfilled(*row) for row in rows]
+
+    def fulfilled(self, caption, scene, seen):
+        """Of a scene's caption and of what a picture shows: how many objects are asked for, how
+        many of them are there, and is the caption true of exactly what is seen, its relation
+        included? Where pairs are held out from generation, their objects alone are counted."""
         template, _ = CAPTIONS[caption.kind]
-        want, have = (Counter(self.say(template, thing) for thing in scene)
-                      for scene in (wanted, seen))
+        held_out = [thing for thing in scene if thing.pair in self.held_out["gen"]]
+        counted, want, have = (Counter(self.say(template, thing) for thing in things)
+                               for things in (held_out or scene, scene, seen))
         right = want == have
         if right and caption.relation:
             first, r, second = caption.relation
             by_shape = {thing.shape: thing for thing in seen}
             right = r in self.related(by_shape[first], by_shape[second])
-        return (want & have).total(), right
-
-    def check(self, split, pixels):
-        """The pictures drawn for a Split's captions: for each, how many objects are asked for, how
-        many of these are seen, and is all of it right? Where pairs are shown that are held out from
-        generation, their objects alone are counted."""
-        rows = []
-        for caption, scene, seen in zip(split.captions, split.scenes, self.read(pixels)):
-            found, right = self.fulfilled(caption, scene, seen)
-            held_out = [thing for thing in scene if thing.pair in self.held_out["gen"]]
-            if held_out:
-                found, _ = self.fulfilled(caption, held_out, seen)
-            rows.append((len(held_out or scene), found, right))
-        return rows
+        return counted.total(), (counted & have).total(), right
 
     def question(self, rng, scene, kind, avoid=(), required=None):
         """One Question of this kind, or None where the scene gives none."""

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from common import (contact_sheet, fail, has_bfloat16, pick_device, read_checkpoint, run_script,
                     save_checkpoint, script_parser)
-from data import PRESETS, load, same_settings, settings
+from data import PRESETS, load, made_with, same_settings
 
 import torch
 import torch.nn as nn
@@ -261,12 +261,12 @@ def train_tokenizer(dataset, preset, device):
 def get_tokenizer(path, dataset, preset, device):
     """The Tokenizer in a file; trained and saved there if there is no such file. Refused where it
     was made for other data or another size."""
-    made_with = {"data": dataset.identity, **settings(preset, "world", "tokenizer")}
+    now = made_with(dataset, preset, ("world", "tokenizer"))
     if not Path(path).exists():
         state = train_tokenizer(dataset, preset, device).state()
-        save_checkpoint({"kind": "tokenizer", "made_with": made_with, **state}, path)
+        save_checkpoint({"kind": "tokenizer", "made_with": now, **state}, path)
     checkpoint = read_checkpoint(path, "tokenizer")
-    same_settings(checkpoint.get("made_with", {}), made_with, path)
+    same_settings(checkpoint.get("made_with", {}), now, path)
     tokenizer = Tokenizer.from_state(checkpoint)
     tokenizer.vq.to(device)
     return tokenizer

@@ -7,22 +7,21 @@
     python train.py --resume out/joint-cpu          goes on where that run stopped
     python train.py --preset tiny   every stage in a minute; too short to learn anything
 
-Finds the device and the size that fits it. The run's folder, `out/joint-cpu/`, then holds
-checkpoint.pt, log.jsonl, loss.png, eval.json and samples.png.
+Finds the device and the size that fits it. A run's folder holds checkpoint.pt, log.jsonl, loss.png,
+eval.json and samples.png.
 """
 import json
 import random
-import signal
 import sys
 import time
 import zlib
-from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from common import (fail, has_bfloat16, line_chart, mixed_precision, pick_device, positive,
-                    read_checkpoint, run_script, save_checkpoint, save_picture, script_parser)
+from common import (fail, has_bfloat16, line_chart, mixed_precision, noted_signals, pick_device,
+                    positive, read_checkpoint, run_script, save_checkpoint, save_picture,
+                    script_parser)
 
 import torch
 from tqdm import tqdm
@@ -44,8 +43,8 @@ LOG_EVERY = 10          # steps: log.jsonl, a checkpoint if it is time, a look w
 
 def train(options, device, checkpoint=None):
     """Trains and scores one run, from its beginning or from a checkpoint: see `parse_options`."""
-    out, steps, preset = Path(options.out), options.steps, PRESETS[options.preset]
-    plans = plans_of(OBJECTIVES[options.objective], vars(options), preset.layers)
+    out, steps, p = Path(options.out), options.steps, PRESETS[options.preset]
+    plans = plans_of(OBJECTIVES[options.objective], vars(options), p.layers)
     out.mkdir(parents=True, exist_ok=True)
     if not checkpoint and any(out.iterdir()):
         fail(f"{out} is not empty: --resume goes on with the run in it, --out PATH begins another")
@@ -64,10 +63,10 @@ def train(options, device, checkpoint=None):
 
     # The model and its optimizers.
     config = Config(
-        vocab=tokenizer.vocab, layers=preset.layers, width=preset.width, heads=preset.heads,
-        side=tokenizer.vq.side, projections=options.projections, image_loss=options.image_loss,
+        tokenizer.vocab, p.layers, p.width, p.heads, side=tokenizer.vq.side,
         und_text=examples["und"].layout.after if "und" in plans else 0,
-        gen_text=examples["gen"].layout.before if "gen" in plans else 0)
+        gen_text=examples["gen"].layout.before if "gen" in plans else 0,
+        projections=options.projections, image_loss=options.image_loss)
     torch.manual_seed(options.seed)
     model = Model(config, tokenizer.vq.codebook.cpu()).to(device)
     muon, adamw = optimizers = optimizers_of(model, options.lr)
@@ -87,11 +86,10 @@ def train(options, device, checkpoint=None):
             block.compile(dynamic=False)
         run_passes = cuda_graph(run_passes, model, order[0])
 
-    parameters = sum(p.numel() for p in model.parameters())
     tokens = options.batch_size * sum(sum(config.layout(task)) for task in plans)
     flops = options.batch_size * sum(config.flops(task, plan) for task, plan in plans.items())
-    print(f"{parameters / 1e6:.2f} M parameters, {tokens} tokens and {flops / 1e9:.1f} GFLOP a "
-          "step")
+    print(f"{sum(x.numel() for x in model.parameters()) / 1e6:.2f} M parameters, {tokens} tokens "
+          f"and {flops / 1e9:.1f} GFLOP a step")
 
     def save(step):
         contents = {"kind": "run", "options": vars(options), "tasks": list(plans), "step": step,
@@ -119,7 +117,7 @@ def train(options, device, checkpoint=None):
             if done % LOG_EVERY and done < steps:
                 continue
 
-            if not all(p.isfinite().all() for p in model.parameters()):
+            if not all(x.isfinite().all() for x in model.parameters()):
                 fail(f"weights are not finite at step {done}: begin again with a lower --lr, or go "
                      f"on from the last checkpoint with --resume {out}")
             now = time.monotonic()
@@ -149,34 +147,12 @@ def train(options, device, checkpoint=None):
     print(f"look at them, and at {out}/loss.png; then: python probe.py {out}")
 
 
-@contextmanager
-def noted_signals(bar):
-    """A list, to which Ctrl-C and SIGTERM are added meanwhile. Then they do what they did before.
-    """
-    signals, before = [], {}
-
-    def note(number, frame):
-        signals.append(number)
-        bar.disable = True              # of `2>&1 | tee`, Ctrl-C ends tee: writing would fail
-
-    with suppress(ValueError):                              # outside of the main thread
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def learning_rate_factor(step, steps):
     """What the highest learning rates are multiplied by: up to 1, level (in runs of 167 steps or
     more), linearly down to .02."""
     if step < WARM_UP:
         return (step + 1) / WARM_UP
-    if step < (1 - DECAY) * steps:
-        return 1.
-    return max(.02, (1 - step / steps) / DECAY)
+    return min(1., max(.02, (1 - step / steps) / DECAY))
 
 
 # What a task's loss is multiplied by before the backward pass, even if it is the only task. Logged
@@ -254,11 +230,13 @@ CAPTION_DROPOUT = .1    # of captions are empty in training, which classifier-fr
 
 def training_sequences(task, options, dataset, tokenizer):
     """All that a task is trained on, as one Batch."""
-    preset, seed = PRESETS[options.preset], options.seed
+    p, seed = PRESETS[options.preset], options.seed
     if task == "und":
-        split = dataset.split("und", "train", preset.und_scenes, seed, preset.questions)
-        return sequences(task, tokenizer, split, preset.max_text, options.image_loss)
-    split = dataset.split("gen", "train", preset.gen_scenes, seed, questions=0)
+        split = dataset.split("und", "train", p.und_scenes, seed, p.questions)
+        return sequences(task, tokenizer, split, p.max_text, options.image_loss)
+    split = dataset.split("gen", "train", p.gen_scenes, seed, questions=0)
+    if not all(caption.text for caption in split.captions):
+        fail(f"--data {options.data}: generation needs a caption for each picture")
     rng = random.Random(f"{seed} dropout")
     dropped = [i for i in range(len(split.captions)) if rng.random() < CAPTION_DROPOUT]
     for i in dropped:
@@ -293,12 +271,8 @@ BETAS = (.9, .99)       # AdamW's
 
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal (Jordan et al. 2024), for matrices: all singular values of a step
-    are about equal.
-
-    The same as torch.optim.Muon without weight decay, but for all matrices of one shape at once,
-    and in float32: that one computes in bfloat16, one by one, which takes 20 times as long on a
-    CPU.
-    """
+    are about equal. It does what torch.optim.Muon does, but for all matrices of one shape at once,
+    and on a CPU in float32: one by one in bfloat16 takes 20 times as long there."""
 
     def __init__(self, parameters, lr):
         super().__init__(parameters, dict(lr=lr))
@@ -330,15 +304,15 @@ def orthogonal(x, steps=5):
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         a = x @ x.mT
-        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+        b = torch.baddbmm(a, a, a, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
     return x.mT if tall else x
 
 
 def optimizers_of(model, lr):
     """Muon for the matrices of the layers, AdamW for embeddings, head, norms and positions."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    ids = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in ids]
+    rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     adamw = torch.optim.AdamW(rest, ADAMW_RATIO * lr, BETAS, weight_decay=0, fused=True)
     return Muon(matrices, lr), adamw
 
@@ -352,10 +326,6 @@ def apply_gradients(optimizers):
 
 
 # ---------------------------------------------------------------------- options
-
-# What --resume may be given beside its folder, because it does not change what is learned.
-HARMLESS = {"out", "data", "parts", "compile", "save_every"}
-
 
 def parse_options(arguments=None):
     """A run's options, its device, and the checkpoint that it goes on from. What is not given is as
@@ -392,14 +362,16 @@ def parse_options(arguments=None):
         usual = checkpoint["options"] | {"out": given.resume}
     else:
         name = given.preset or default_preset(device)
-        usual = {"preset": name, "steps": PRESETS[name].steps,
-                 "batch_size": PRESETS[name].batch_size, "out": f"out/{given.objective}-{name}",
+        p = PRESETS[name]
+        usual = {"preset": name, "steps": p.steps, "batch_size": p.batch_size,
+                 "out": f"out/{given.objective}-{name}",
                  "tokenizer": default_path(given.data, name)}
     parser.set_defaults(**usual)
     options = parser.parse_args(arguments)                  # now with these defaults
     del options.device, options.resume
-    for key, value in vars(options).items():
-        if checkpoint and key not in HARMLESS and value != usual[key]:
+    for key, value in vars(options).items() if checkpoint else ():
+        does_not_matter = key in ("out", "data", "parts", "compile", "save_every")
+        if value != usual[key] and not does_not_matter:
             fail(f"--{key.replace('_', '-')} {value}: the run in {given.resume} has {usual[key]}")
     return options, device, checkpoint
 
