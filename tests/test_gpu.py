@@ -11,7 +11,6 @@ from torch.utils._pytree import tree_leaves
 
 import train
 from eval import answer, draw
-from model import Block
 from probe import allocation
 from prune import make_plan
 from test_model import TASK_PLANS, learn, random_batch, random_model, words
@@ -33,30 +32,6 @@ def test_blocks_compile_once_for_each_kind_of_layer(task, name):
         with torch.compiler.set_stance("force_eager"):
             assert (loss - model(batch, plan)[1]).abs() < 1e-10
     assert counter.frame_count == len(set(plan))
-
-
-def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
-    """... with suppress_errors, as train.py sets it; but a mistake in the forward pass is one."""
-    rng = random.Random(0)
-    model, plan = random_model(rng, layers=3).float(), make_plan("dense", 3)
-    batch = random_batch(rng, "und", model.config)
-
-    def no_compiler(graph, inputs):
-        raise RuntimeError("no such card")
-
-    def wrong(*args, **options):
-        raise ValueError("a student's mistake")
-
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", True)
-    torch._dynamo.reset()
-    expected = model(batch, plan)[1]
-    for block in model.blocks:
-        block.compile(backend=no_compiler, dynamic=False)
-    assert model(batch, plan)[1] == expected
-    monkeypatch.setattr(Block, "project", wrong)
-    torch._dynamo.reset()
-    with pytest.raises(ValueError, match="mistake"):
-        model(batch, plan)
 
 
 def test_a_step_in_parts_has_the_same_gradients():
