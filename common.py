@@ -69,18 +69,17 @@ def positive(kind):
 
 @contextmanager
 def noted_signals(bar):
-    """A list, to which Ctrl-C and SIGTERM are added meanwhile. Then they do what they did before.
-    """
+    """A list, to which Ctrl-C and SIGTERM are added meanwhile. Later they do what they did."""
     signals, before = [], {}
 
     def note(number, frame):
         signals.append(number)
         bar.disable = True              # of `2>&1 | tee`, Ctrl-C ends tee: writing would fail
 
-    with suppress(ValueError):                              # outside of the main thread
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
     try:
+        with suppress(ValueError):                          # outside of the main thread
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, note)
         yield signals
     finally:
         for number, handler in before.items():
@@ -161,12 +160,11 @@ LINE_COLOURS = (40, 100, 190), (225, 120, 30), (50, 150, 80), (190, 50, 60), (15
 
 
 def font_for(text, size=12):
-    """Pillow's own font, which has Latin letters only; for others one of the system's, if there is
-    one."""
-    if not text.isascii():
-        for name in ("NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc", "DejaVuSans.ttf"):
-            with suppress(OSError):
-                return ImageFont.truetype(name, size)
+    """Pillow's own font, which is Latin; for other letters one of the system's, if there is one."""
+    names = "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc", "DejaVuSans.ttf"
+    for name in () if text.isascii() else names:
+        with suppress(OSError):
+            return ImageFont.truetype(name, size)
     return ImageFont.load_default(size)
 
 
@@ -199,24 +197,22 @@ def line_chart(lines, title, x_label, top_y=None, size=(560, 360)):
     logarithmic, in whole powers of ten."""
     font, left, top, right, bottom = font_for(""), 50, 50, size[0] - 24, size[1] - 40
     xs, ys = np.array([point for line in lines.values() for point in line], float).T
-    floor = max(ys.max(), 1e-9) / 1e4                       # zeros have no logarithm
-    marks = np.linspace(0, top_y, 6) if top_y else 10. ** np.arange(
-        math.floor(math.log10(max(ys.min(), floor))), math.ceil(math.log10(ys.max() + floor)) + 1)
+    scale = np.asarray if top_y else lambda y: np.log10(np.maximum(y, 1e-4))
+    marks = np.linspace(0, top_y or 1, 6)
+    if not top_y:
+        marks = 10. ** np.arange(np.floor(scale(ys.min())), np.ceil(scale(ys.max())) + 1)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
 
-    def at(x, y):
-        """The pixel at which a point is drawn."""
-        scale = (lambda y: y) if top_y else (lambda y: math.log(max(y, floor)))
-        low, high = scale(marks[0]), scale(marks[-1])
-        return (left + (x - xs.min()) / (np.ptp(xs) or 1) * (right - left),
-                bottom - (scale(y) - low) / (high - low) * (bottom - top))
+    def at(x, y):                                           # the pixel at which a point is drawn
+        return (np.interp(x, (xs.min(), xs.max()), (left, right)),
+                np.interp(scale(y), scale(marks[[0, -1]]), (bottom, top)))
 
     for y in marks:
         draw.line([at(xs.min(), y), at(xs.max(), y)], fill=GREY)
         draw.text((left - 6, at(xs.min(), y)[1]), f"{y:.2g}", DARK, font, anchor="rm")
     for x in sorted(set(xs))[::max(1, len(set(xs)) // 6)]:
-        draw.text((at(x, marks[-1])[0], bottom + 6), f"{x:g}", DARK, font, anchor="mt")
+        draw.text((at(x, 0)[0], bottom + 6), f"{x:g}", DARK, font, anchor="mt")
     draw.text((left, 8), title, DARK, font)
     draw.text(((left + right) / 2, size[1] - 14), x_label, DARK, font, anchor="mm")
     x = left                                                # of the next name

@@ -73,23 +73,24 @@ for section in COLUMNS.values():
 def check_preset(name):
     """Refuses a preset that cannot work: the row of the table, and what is expected there."""
     p = PRESETS[name]
-    side, cells = p.image_size // p.patch, p.grid ** 2
-    expected = {row: (value >= 1, "at least 1") for row, value in vars(p).items()
-                if row not in ("held_out", "jitter")} | {
-        "image_size": (side > 0 and p.image_size % p.patch == 0, f"a multiple of patch, {p.patch}"),
-        "grid": (p.grid in (2, 3), "2 or 3"),
-        "shapes": (2 <= p.shapes <= 8, "2 to 8"),
-        "colours": (3 <= p.colours <= 8, "3 to 8"),
-        "max_objects": (2 <= p.max_objects <= cells, f"2 to {cells}, the number of cells"),
-        "held_out": (0 <= p.held_out <= p.shapes, f"0 to {p.shapes}, the number of shapes"),
-        "jitter": (0 <= p.jitter <= p.image_size // p.grid // 8, "0 to an eighth of a cell"),
-        "codes": (1 < p.codes <= p.vq_batch_size * side ** 2, "at most the patches in a batch"),
-        "vq_width": (p.vq_width > 0 and p.vq_width % 8 == 0, "a multiple of 8"),
-        "heads": (p.heads > 0 and p.width % (2 * p.heads) == 0,
-                  f"a number that divides width, {p.width}, into heads of even size")}
-    for row, (is_right, what) in expected.items():
+    rows = [(row, value > 0 or row in ("held_out", "jitter"), "at least 1")
+            for row, value in vars(p).items()]
+    side, cells = p.image_size // max(1, p.patch), p.grid ** 2
+    rows += [
+        ("image_size", side * p.patch == p.image_size, f"a multiple of patch, {p.patch}"),
+        ("grid", p.grid in (2, 3), "2 or 3"),
+        ("shapes", 2 <= p.shapes <= 8, "2 to 8"),
+        ("colours", 3 <= p.colours <= 8, "3 to 8"),
+        ("max_objects", 2 <= p.max_objects <= cells, f"2 to {cells}, the number of cells"),
+        ("held_out", 0 <= p.held_out <= p.shapes, f"0 to {p.shapes}, the number of shapes"),
+        ("jitter", 0 <= 8 * p.jitter * p.grid <= p.image_size, "0 to an eighth of a cell"),
+        ("codes", 1 < p.codes <= p.vq_batch_size * side ** 2, "at most the patches in a batch"),
+        ("vq_width", p.vq_width % 8 == 0, "a multiple of 8"),
+        ("heads", p.width % max(1, 2 * p.heads) == 0,
+         f"a number that divides width, {p.width}, into heads of even size")]
+    for row, is_right, expected in rows:
         if not is_right:
-            fail(f"preset {name}: {row} is {getattr(p, row)}, expected {what} (data.COLUMNS)")
+            fail(f"preset {name}: {row} is {getattr(p, row)}, expected {expected} (data.COLUMNS)")
 
 
 def made_with(dataset, preset, sections=("world", "tokenizer", "transformer", "training")):
@@ -100,8 +101,7 @@ def made_with(dataset, preset, sections=("world", "tokenizer", "transformer", "t
 
 
 def same_settings(had, now, what):
-    """Nothing is used in silence under other settings ({name: value}) than it was made with: one
-    line names the first that differs."""
+    """Nothing is used in silence under other settings ({name: value}) than it was made with."""
     for name in {**had, **now}:
         if had.get(name) != now.get(name):
             fail(f"{what} was made with {name} = {had.get(name)}, and now it is {now.get(name)}: "

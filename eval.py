@@ -55,8 +55,7 @@ def draw(model, tokenizer, captions, plan, guidance=1.5, temperature=.7, seed=0,
     """Captions (strings) -> sampled pictures (N, H, W, 3) uint8, `batch` at a time.
 
     Classifier-free guidance (Ho & Salimans 2022): logits of no caption + guidance * (those of the
-    caption - those of no caption). 1 draws from the model's own distribution; more follows the
-    caption more closely.
+    caption - those of no caption). 1 is the model's own distribution, more follows captions more.
     """
     if isinstance(captions, str):
         raise TypeError("expected a list of captions, not one string")
@@ -93,8 +92,7 @@ def answer_all(model, tokenizer, split, plan):
     Greedy decoding gives exactly the right answer if and only if each of its tokens, the end
     included, is the likeliest text token after the right ones before it, so one forward pass
     tells. Returns for each picture [(Question, what was answered so, is it right?)], and the mean
-    loss (nats) of an output token.
-    """
+    loss (nats) of an output token."""
     answers, loss = [], 0.
     batch = sequences("und", tokenizer, split, model.config.und_text).to(model.device)
     for i in tqdm(range(0, len(batch.tokens), BATCH), desc="answering", leave=False):
@@ -181,13 +179,16 @@ def score_generation(model, tokenizer, plan, dataset, part, n, seed):
 def cost(c, plans, batch_size):
     """What a training step costs, forward and backward, by exact FLOPs and by the paper's formula,
     beside the dense plan's. plans: {task: plan}."""
-    dense = make_plan("dense", c.layers)
-    flops = sum(c.flops(task, plan) for task, plan in plans.items())
-    dense_flops = sum(c.flops(task, dense) for task in plans)
-    by_paper = sum(paper_cost(plan, c.layout(task), c.width) for task, plan in plans.items())
-    dense_by_paper = sum(paper_cost(dense, c.layout(task), c.width) for task in plans)
-    return {"flops_per_step": batch_size * flops, "flops_ratio": flops / dense_flops,
-            "paper_flops_ratio": by_paper / dense_by_paper}
+    def exact(plans):
+        return sum(c.flops(task, plan) for task, plan in plans.items())
+
+    def by_paper(plans):
+        return sum(paper_cost(plan, c.layout(task), c.width) for task, plan in plans.items())
+
+    dense = dict.fromkeys(plans, make_plan("dense", c.layers))
+    return {"flops_per_step": batch_size * exact(plans),
+            "flops_ratio": exact(plans) / exact(dense),
+            "paper_flops_ratio": by_paper(plans) / by_paper(dense)}
 
 
 def evaluate(model, tokenizer, options, step, dataset, plans):
@@ -195,8 +196,7 @@ def evaluate(model, tokenizer, options, step, dataset, plans):
     part that its data set names, but of no more pictures than it was trained on.
 
     options: of train.py. step: how far it was trained. Returns what eval.json holds, and what to
-    show: [(picture, text, is it wrong?)].
-    """
+    show: [(picture, text, is it wrong?)]."""
     start, preset, scores, shown = time.time(), PRESETS[options["preset"]], {}, []
     model.eval()
     for task, plan in plans.items():
@@ -264,8 +264,8 @@ def main():
             pixels = open_picture(picture, tokenizer.vq.image_size)
         print(answer(model, tokenizer, tokenizer.encode(pixels[None])[0], question, plans["und"]))
     elif args.draw is not None:
-        pixels = draw(model, tokenizer, [args.draw] * args.n, plans["gen"], *checkpoint["sampling"],
-                      args.seed)
+        captions, sampling = [args.draw] * args.n, checkpoint["sampling"]
+        pixels = draw(model, tokenizer, captions, plans["gen"], *sampling, args.seed)
         contact_sheet(pixels, [""] * args.n, out / "draw.png")
         save_picture(Image.fromarray(pixels[0]), out / "draw-0.png")
         print(f"{out}/draw.png: {args.n} pictures of {args.draw!r}; draw-0.png: the first")

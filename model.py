@@ -92,8 +92,7 @@ class Batch(NamedTuple):
 
         Causal. Several questions share one picture, which saves computing it again; they do not
         see each other, so that each is answered as if it were asked alone. No token sees padding,
-        but padding itself does: a query without any key has no softmax.
-        """
+        but padding itself does: a query without any key has no softmax."""
         asker, seen = self.segment_ids[:, queries, None], self.segment_ids[:, None, keys]
         causal = keys <= queries[:, None]
         return (causal & ((seen == 0) | (seen == asker)))[:, None]
@@ -108,8 +107,7 @@ def blank(task, layout, image_loss, rows, pad):
                  is_output=np.zeros(shape, bool))
 
 
-def grid_positions(m):
-    """Row and column of m image tokens that fill a square: (m, 2)."""
+def grid_positions(m):      # row and column of m image tokens that fill a square: (m, 2)
     return np.stack(np.divmod(np.arange(m), math.isqrt(m)), 1)
 
 
@@ -124,8 +122,7 @@ def understanding(tokenizer, codes, questions, length=None, image_loss=False, mo
     strings. image_loss: also predict the image tokens. By default `length` is what all questions
     need, but at most `most`, unless a single one is longer.
 
-    A picture of 4 tokens i0 to i3, two questions, and a length of 8; `-` is a target of -1, w is
-    AUXILIARY_WEIGHT:
+    A picture of 4 tokens, two questions, a length of 8; `-` is a target of -1, w AUXILIARY_WEIGHT:
 
         tokens         bos und i0 i1 i2 i3  what shape   ? ring  size   ? big  pad
         position_ids     0   1  2  2  3  3     6     7   8    9     6   7   8    0   (rows)
@@ -136,8 +133,7 @@ def understanding(tokenizer, codes, questions, length=None, image_loss=False, mo
         is_output        .   .  .  .  .  .     .     .   x    x     .   x   x    .
 
     The end of an answer, eos, is a target, but no token: nothing follows it. With image_loss, i0 to
-    i3 are targets of weight w, too.
-    """
+    i3 are targets of weight w, too."""
     encoded = [[(tokenizer.ids(question), tokenizer.ids(answer)) for question, answer in pairs]
                for pairs in questions]
     if length is None:
@@ -177,11 +173,9 @@ def understanding(tokenizer, codes, questions, length=None, image_loss=False, mo
 
 def generation(tokenizer, codes, captions, length=None):
     """[bos] [gen] caption image, where all before the image is `length` tokens long, by default the
-    least that fits: padding comes first, so that the image stands at the same place in each
-    sequence.
+    least that fits: padding comes first, so that all images stand at the same place.
 
-    codes: (B, M), of any value where they are still to be sampled. "a ring", a picture of 4 tokens
-    i0 to i3, and a length of 5:
+    codes: (B, M), of any value where they are still to be sampled. With a length of 5:
 
         tokens         pad bos gen  a ring i0 i1 i2 i3
         position_ids     0   0   1  2    3  4  4  5  5   (rows)
@@ -208,8 +202,7 @@ def generation(tokenizer, codes, captions, length=None):
 
 
 def sequences(task, tokenizer, split, most=math.inf, image_loss=False):
-    """All pictures of a data.Split as one Batch, as long as its longest text needs. most: see
-    `understanding`."""
+    """All of a data.Split as one Batch, as long as its longest text needs, or `most`."""
     codes = tokenizer.encode(split.pixels)
     if task == "gen":
         return generation(tokenizer, codes, [caption.text for caption in split.captions])
@@ -247,8 +240,7 @@ def rotate(x, cos, sin):
     angle. x: (B, n, H, Dh); cos, sin: (B, n, 1, Dh / 2).
 
     Pairs are turned by a token's row and by its column in turn: what an image token needs is as
-    often above it as to its left. (Qwen2-VL, Wang et al. 2024, does the same in blocks of pairs.)
-    """
+    often above it as to its left. (Qwen2-VL, Wang et al. 2024, turns blocks of pairs.)"""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
@@ -268,15 +260,13 @@ class Block(nn.Module):
         self.out = nn.Linear(d, d, bias=False)
         self.up, self.down = nn.Linear(d, FFN * d, bias=False), nn.Linear(FFN * d, d, bias=False)
 
-    def forward(self, x, embedding, inputs, task, cache=None,
-                attend=F.scaled_dot_product_attention):
+    def forward(self, x, embedding, inputs, task, cache=None, attend=None):
         """One layer: x (B, N, d), the hidden states of all tokens -> the same after the layer.
         embedding: (B, N, d), what they were before the first layer.
 
         A token that is no query skips the query projection and the FFN, one that is no key skips
         those of key and value. cache: a list of the keys and values of earlier tokens, each
-        (B, H, n, Dh), to which those of x are added. attend: a function of q, k, v and the mask.
-        """
+        (B, H, n, Dh), to which those of x are added. attend: instead of PyTorch's attention."""
         rule, layout = inputs.rule, inputs.layout
         before, image, after = x.split(layout, 1)
         if not rule.query or rule.keys == "none":
@@ -284,8 +274,7 @@ class Block(nn.Module):
         updated = x if rule.query else text                                 # (B, q, d)
         source = text if rule.keys == "none" else x         # of keys and values: (B, k, d)
         if rule.keys == "embedding":
-            # HiMix (sec. 5.1). Each layer normalises and projects the input embeddings by its own
-            # attention_norm and key_value.
+            # HiMix (sec. 5.1): each layer normalises and projects the embeddings once more.
             source = torch.cat([before, embedding.split(layout, 1)[1], after], 1)
         h = self.attention_norm(updated)
         h_source = h if source is updated else self.attention_norm(source)
@@ -299,7 +288,7 @@ class Block(nn.Module):
         if cache is not None:
             cache.append((k, v))
             k, v = (torch.cat(parts, 2) for parts in zip(*cache))
-        attended = attend(q, k, v, inputs.mask)                             # (B, H, q, Dh)
+        attended = (attend or F.scaled_dot_product_attention)(q, k, v, inputs.mask)
         updated = updated + self.out(attended.transpose(1, 2).flatten(2))
         # In place, and no .square(): on a CPU that saves a quarter of the FFN's time.
         h = F.relu(self.up(self.ffn_norm(updated)), inplace=True)
@@ -310,8 +299,7 @@ class Block(nn.Module):
         return torch.cat([before, image, after], 1)         # the image is passed on
 
     def project(self, linears, h, layout, task):
-        """Text tokens by their weights, image tokens, if h (B, n, d) has them, by theirs, which may
-        be the same: (B, n, out)."""
+        """(B, n, d) -> (B, n, out): text by its own weights, image tokens, if any, by theirs."""
         if self.projections == "shared" or h.size(1) < sum(layout):
             return linears["text"](h)
         image_linear = linears["image" if self.projections == "image" else task]
@@ -324,8 +312,7 @@ class Block(nn.Module):
 
 class Model(nn.Module):
     def __init__(self, c, codebook=None):
-        """codebook: (codes, code_dim), the image tokenizer's: similar codes start with similar
-        embeddings."""
+        """codebook: (codes, code_dim): similar codes start with similar embeddings."""
         super().__init__()
         self.config = c
         self.token_embedding = nn.Embedding(c.vocab, c.width)
@@ -356,8 +343,7 @@ class Model(nn.Module):
         return self.head.weight.device
 
     def embed(self, batch, start=0, stop=None):
-        """(B, stop - start, d): of each token its embedding, of image tokens row and column,
-        too."""
+        """(B, stop - start, d): each token's embedding; of image tokens, row and column, too."""
         before, _, after = batch.layout
         grid = (self.row[:, None] + self.column).flatten(0, 1)                  # (M, d)
         grid = F.pad(grid, (0, 0, before, after))                               # (N, d), 0 for text
@@ -373,15 +359,15 @@ class Model(nn.Module):
         """The LayerInputs of all layers with this Rule, for the tokens from start to stop. They
         also see the keys before start, which are in a cache."""
         stop = stop or sum(batch.layout)
-        index = torch.arange(stop, device=batch.tokens.device)
 
         def positions(first, with_image):
-            before, image, after = index[first:].split(batch.layout.window(first, stop))
+            index = torch.arange(first, stop, device=batch.tokens.device)
+            before, image, after = index.split(batch.layout.window(first, stop))
             return torch.cat([before, image, after] if with_image else [before, after])
 
-        queries, keys, seen = (positions(start, rule.query), positions(start, rule.keys != "none"),
-                               positions(0, rule.keys != "none"))
-        mask = batch.attention_mask(queries, seen)
+        seen = rule.keys != "none"
+        queries, keys, with_cached = map(positions, (start, start, 0), (rule.query, seen, seen))
+        mask = batch.attention_mask(queries, with_cached)
         if mask.device.type == "mps":   # before PyTorch 2.13, one mask for all heads is misread
             mask = mask.repeat(1, self.config.heads, 1, 1)
         return LayerInputs(rule, batch.layout.window(start, stop), self.rotary(batch, queries),
@@ -394,8 +380,7 @@ class Model(nn.Module):
             loss = sum over the batch of weight * cross-entropy / number of its output tokens
 
         `understanding` and `generation` show targets, weights and outputs. A training step adds the
-        losses of both tasks, times TASK_WEIGHT.
-        """
+        losses of both tasks, times train.TASK_WEIGHT."""
         span = predicting(batch.layout, batch.image_loss)
         logits = self.head(self.norm(x[:, span]))
         targets, weights = batch.targets[:, span].flatten(), batch.loss_weights[:, span].flatten()
@@ -406,9 +391,7 @@ class Model(nn.Module):
         """Every layer computes all tokens; masks hide what the plan drops.
 
         plan: one prune.Rule for each layer. Returns logits and loss, as `forward` does, and the
-        attention weights of every layer, (B, H, N, N). Tokens that are no queries have weights,
-        too, which change nothing.
-        """
+        attention weights of every layer, (B, H, N, N): also of tokens that are no queries."""
         all_weights = []
 
         def attend(q, k, v, mask):
@@ -430,8 +413,7 @@ class Model(nn.Module):
 
     def gathered(self, batch, plan, start=0, stop=None, caches=None):
         """The same, but each layer takes in its queries and keys alone. Returns the last hidden
-        states of the tokens from start to stop, by default of all, (B, N, d). caches: one for each
-        layer, of the tokens before."""
+        states of the tokens from start to stop, or of all, (B, N, d). caches: a layer's each."""
         # Up to the first layer that updates image tokens they *are* their embeddings.
         first = [rule.query for rule in (*plan, FULL)].index(True)
         plan = [FREEZE if rule == HIMIX and i < first else rule for i, rule in enumerate(plan)]
@@ -460,8 +442,7 @@ class Model(nn.Module):
 
 
 def load_run(folder, device):
-    """A trained run, by its folder: the model, its tokenizer, the whole checkpoint (train.py says
-    what it holds)."""
+    """A trained run, by its folder: the model, its tokenizer, the whole checkpoint."""
     checkpoint = read_checkpoint(Path(folder) / "checkpoint.pt", "run")
     tokenizer = Tokenizer.from_state(checkpoint["tokenizer"])
     model = Model(Config(**checkpoint["config"]))

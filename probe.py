@@ -1,5 +1,4 @@
-"""Where attention goes, layer by layer: the paper's figs. 2 and 3, for both tasks of a trained
-model.
+"""Where attention goes, layer by layer: figs. 2 and 3 for both tasks of a trained model.
 
     python probe.py out/joint-cpu                   attention.json, attention.png, heatmaps.png
     python probe.py out/joint-cpu --untrained       the same network before training, as a control
@@ -31,8 +30,7 @@ def allocation(model, batch, plan, chunk=16):
     shares that sum to 1, so we read it as a mean.)
 
     Returns two things: {segment: [per layer]} of all queries, and of those alone that predict
-    output; and the attention of the first sequence, a mean over heads, (layers, N, N).
-    """
+    output; and the attention of the first sequence, a mean over heads, (layers, N, N)."""
     queries, _ = zip(*(masks(rule, batch.layout) for rule in plan))
     updated = torch.tensor(queries, device=model.device)                # (layers, N)
     sums = torch.zeros(2, len(SEGMENTS), len(plan), device=model.device)

@@ -32,12 +32,10 @@ NAMES = {FULL: "Full", HIMIX: "himix", SHALLOW: "shallow", NAIVE: "naive", FREEZ
 
 def alternating(rule, layers, k):
     """k layers in the middle have this rule and alternate with full ones; the first and the last
-    layer are full (sec. 5.2). 1 of 4: F s F F; 2 of 6: F s F s F F; 3 of 12: F F F s F s F s F F
-    F F."""
+    layer are full (sec. 5.2). 1 of 4: FsFF; 2 of 6: FsFsFF; 3 of 12: FFFsFsFsFFFF."""
     most = (layers - 1) // 2
     if not 0 <= k <= most:
-        fail(f"--shallow {k}: expected 0 to {most}, so many of {layers} layers can alternate with "
-             "full ones")
+        fail(f"--shallow {k}: expected 0 to {most}, so many of {layers} layers can alternate")
     first = (layers - 2 * k + 1) // 2
     chosen = range(first, first + 2 * k, 2)
     return tuple(rule if layer in chosen else FULL for layer in range(layers))
@@ -55,8 +53,7 @@ PLANS = {
 
 
 def make_plan(name, layers, shallow=None):
-    """The plan of that name, with HMGen's K = `shallow`: by default a quarter of the layers, the
-    paper's higher K / L."""
+    """The plan of that name. shallow: HMGen's K, by default the paper's higher K / L, a quarter."""
     if shallow is None:
         shallow = min(max(1, layers // 4), (layers - 1) // 2)
     return PLANS[name](layers, shallow)
@@ -90,8 +87,7 @@ class Layout(NamedTuple):
 
 
 def masks(rule, layout):
-    """The token-drop masks of a layer: is each of the N tokens a query, is it a key? Two lists of N
-    bools."""
+    """The token-drop masks of a layer: is a token a query, is it a key? Two lists of N bools."""
     before, image, after = layout
     return ([True] * before + [rule.query] * image + [True] * after,
             [True] * before + [rule.keys != "none"] * image + [True] * after)
@@ -101,8 +97,7 @@ def predicting(layout, image_loss=False):
     """The slice of positions that may have a target: the only ones that logits are computed for.
 
     Generation: from the token before the image to the last but one of the image. Understanding:
-    all after the image; with a loss on image tokens also the image and the token before it.
-    """
+    all after the image; with a loss on image tokens also the image and the token before it."""
     before, image, after = layout
     if after == 0:
         return slice(before - 1, before + image - 1)
@@ -125,8 +120,7 @@ def flops(plan, layout, width, vocab, image_loss=False):
         feed-forward network            2 FFN q d^2
     The head takes d * vocab for each position that logits are computed for. A multiply-add is two
     operations. The backward pass costs twice the forward pass: one product for the gradient of the
-    input, one for that of the weights. Hence the factor 6.
-    """
+    input, one for that of the weights. Hence the factor 6."""
     d, span = width, predicting(layout, image_loss)
     multiply_adds = (span.stop - span.start) * d * vocab
     for rule in plan:
@@ -145,15 +139,13 @@ def paper_cost(plan, layout, width):
 # ---------------------------------------------------------------------- what is printed
 
 def letters_of(rule, layout):
-    """What each token sees in a layer, in letters: a line for each query, a letter for each key."""
+    """What each token sees in a layer: a line for each query, a letter for each key."""
     image = {"hidden": "i", "embedding": "e", "none": " "}[rule.keys]
     letters = "t" * layout.before + image * layout.image + "t" * layout.after
     queries, keys = masks(rule, layout)
-    lines = []
-    for i, is_query in enumerate(queries):
-        seen = [letters[j] if keys[j] and j <= i else " " for j in range(len(keys))]    # causal
-        lines.append("".join(seen) if is_query else "-" * len(keys))
-    return lines
+    seen = "".join(letter if is_key else " " for letter, is_key in zip(letters, keys))
+    return [(seen[:i + 1] if is_query else "-" * sum(layout)).ljust(17)                 # causal
+            for i, is_query in enumerate(queries)]
 
 
 def main():
@@ -163,17 +155,17 @@ def main():
     print("What a token (row) sees of others (columns): t text, i the hidden state of an image "
           "token, e its embedding;\n------ skips the layer. Understanding, then generation.\n")
     for layout in (Layout(2, 6, 5), Layout(6, 7, 0)):
-        print("".join(f"{name:17}" for name in NAMES.values()))
+        print("".join(name.ljust(17) for name in NAMES.values()))
         for lines in zip(*(letters_of(rule, layout) for rule in NAMES)):
-            print("".join(f"{line:17}" for line in lines))
+            print("".join(lines))
 
     # As many questions as fit, and a caption of two fifths of that, which is longer than a run's.
     image, vocab = (p.image_size // p.patch) ** 2, FIRST_CODE + p.codes
     layouts = {"und": Layout(2, image, p.max_text), "gen": Layout(p.max_text * 2 // 5, image, 0)}
     dense = make_plan("dense", p.layers)
     for task, layout in layouts.items():
-        print(f"\n{task}: {layout}, width {p.width}; forward and backward of one sequence\n"
-              f"{'plan':8}{'layers':>{p.layers + 2}}{'GFLOP':>10}{'of dense':>10}{'by paper':>10}")
+        print(f"\n{task}: {layout}, width {p.width}; forward and backward of one sequence")
+        print(f"{'plan':10}{'layers':14}{'GFLOP':>8}{'of dense':>10}{'by paper':>10}")
         for name in PLANS:
             plan = make_plan(name, p.layers)
             if task == "gen" and not can_generate(plan):
@@ -182,8 +174,7 @@ def main():
             exact = flops(plan, layout, p.width, vocab)
             of_dense = exact / flops(dense, layout, p.width, vocab)
             by_paper = paper_cost(plan, layout, p.width) / paper_cost(dense, layout, p.width)
-            print(f"{name:8}{rules:>{p.layers + 2}}{exact / 1e9:10.3f}{of_dense:10.2f}"
-                  f"{by_paper:10.2f}")
+            print(f"{name:10}{rules:14}{exact / 1e9:8.3f}{of_dense:10.2f}{by_paper:10.2f}")
 
 
 if __name__ == "__main__":

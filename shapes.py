@@ -1,7 +1,6 @@
 """The world of coloured shapes: scenes, their pictures, an exact checker; captions and questions.
 
-It is a data set like any other (data.py says what that takes). Skip this file on first reading, or
-put your own world in its place.
+A data set like any other (see data.py): skip it on first reading, or put your own in its place.
 """
 import random
 import zlib
@@ -100,8 +99,7 @@ class Shapes:
     """Scenes, their pictures, captions and questions, and the checker that reads pictures.
 
     A scene is a tuple of Things, sorted by cell. `rng`: a random.Random. `avoid`: (colour, shape)
-    pairs that are not shown or named. `required`, if given: pairs that questions have to be about.
-    """
+    pairs that are not shown or named. `required`: if given, pairs that questions are about."""
     identity = "shapes"
     sampling = 1.5, .7          # guidance and temperature: study/NOTES.md says what was tried
 
@@ -177,13 +175,11 @@ class Shapes:
         """n scenes for a task ("und" or "gen") of a part, with up to so many questions on each.
 
         A scene's part depends on what it shows alone (not on where in the cell an object lies, nor
-        on the seed), so no picture of a training scene is ever in another part.
-        """
+        on the seed), so no picture of a training scene is ever in another part."""
         rng = random.Random(f"{seed} {task} {part}")
         question_rng = random.Random(f"{seed} {task} {part} questions")
         held_out, every_pair = self.held_out[task], self.held_out["und"] | self.held_out["gen"]
-        # Pairs that are never shown, those of which one always is; kinds of captions and of
-        # questions, in turn.
+        # Pairs never shown, those of which one always is; kinds of captions, of questions, in turn.
         avoid, required = every_pair, None
         caption_kinds, question_kinds = [*CAPTIONS], [*QUESTIONS]
         if part == "train":                     # more of those that take longer to learn
@@ -233,8 +229,8 @@ class Shapes:
     @cache                      # of few things, but asked for often
     def say(self, template, thing):
         """What a template says of a thing: "the {size} {shape}", "the small ring"."""
-        return template.format(**{field: names[getattr(thing, field)]
-                                  for field, names in self.names.items()})
+        words = {field: names[getattr(thing, field)] for field, names in self.names.items()}
+        return template.format(**words)
 
     def related(self, a, b):
         """Which RELATIONS (as indices, in order) hold between two things."""
@@ -317,8 +313,7 @@ class Shapes:
 
     def existence(self, rng, scene, thing, names, avoid, required):
         """Is there ...? Half of the answers are no, and most of these are hard, as in POPE (Li et
-        al. 2023): one object's colour with another's shape, or the companion of a present object.
-        """
+        al. 2023): one object's colour with another's shape, or a present object's companion."""
         name = names[0] if required or rng.random() >= .4 else rng.choice(names[1:])
         if rng.randrange(2) == 1:
             return "yes", self.say(name, thing)
@@ -335,8 +330,7 @@ class Shapes:
         return None, None
 
     def relation(self, rng, scene, thing, names, asked):
-        """What, as the template `asked` says it, is left of another thing? Or, if it is None: is
-        this one?"""
+        """What (as the template `asked` says it) is left of another thing? Without: is this one?"""
         other = rng.choice([t for t in scene if t is not thing])
         first, second = (self.refer(rng, scene, t, names) for t in (thing, other))
         if asked is None:

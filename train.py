@@ -7,8 +7,7 @@
     python train.py --resume out/joint-cpu          goes on where that run stopped
     python train.py --preset tiny   every stage in a minute; too short to learn anything
 
-Finds the device and the size that fits it. A run's folder holds checkpoint.pt, log.jsonl, loss.png,
-eval.json and samples.png.
+Leaves checkpoint.pt, log.jsonl, loss.png, eval.json and samples.png in the run's folder.
 """
 import json
 import random
@@ -133,8 +132,8 @@ def train(options, device, checkpoint=None):
                 save(done)
                 saved_at = now
             if signals:
-                tqdm.write(f"stopped after step {done} and saved: python train.py --resume {out} "
-                           "goes on", file=sys.stderr)
+                how = f"python train.py --resume {out} goes on"
+                tqdm.write(f"stopped after step {done} and saved: {how}", file=sys.stderr)
                 raise SystemExit(128 + signals[0])
 
     run_passes = None                                       # a CUDA graph holds memory
@@ -148,27 +147,23 @@ def train(options, device, checkpoint=None):
 
 
 def learning_rate_factor(step, steps):
-    """What the highest learning rates are multiplied by: up to 1, level (in runs of 167 steps or
-    more), linearly down to .02."""
+    """What the highest learning rates are multiplied by: up to 1, level, linearly down to .02."""
     if step < WARM_UP:
         return (step + 1) / WARM_UP
     return min(1., max(.02, (1 - step / steps) / DECAY))
 
 
-# What a task's loss is multiplied by before the backward pass, even if it is the only task. Logged
-# losses are without it.
+# What a task's loss is multiplied by, even if it is the only task. Logged losses are without it.
 TASK_WEIGHT = {"und": 1., "gen": 2.}
 
 
 def forward_backward(model, plans, examples, parts, index):
     """Forward and backward pass of a step: adds to the gradients and returns {task: loss}. plans,
     examples: {task: plan}, {task: Batch}. index: (tasks, batch_size), which of the examples, in the
-    order of `plans`. They are taken in so many parts, one after the other: less memory, the same
-    gradients.
+    order of `plans`. In several parts it takes less memory for the same gradients.
 
     As a CUDA graph, this Python runs once: a rate, a random number or a step count in it would
-    never change, and a tensor must not be looked at (print, .item(), if).
-    """
+    never change, and a tensor must not be looked at (print, .item(), if)."""
     losses = dict.fromkeys(plans, 0.)
     for (task, plan), chosen in zip(plans.items(), index):
         outputs = examples[task].is_output[chosen].sum()
@@ -184,9 +179,9 @@ def forward_backward(model, plans, examples, parts, index):
 
 def cuda_graph(function, model, *inputs):
     """A function of tensors that leaves gradients in `model`, as one CUDA graph: a GPU gets all its
-    kernels at once, instead of waiting for Python to launch hundreds of them one by one. Without
-    it, dropped tokens save no time. Returns the same function of other tensors of the same shapes.
-    Its result is overwritten by the next call."""
+    kernels at once, instead of waiting for Python to launch them one by one. Without it, dropped
+    tokens save no time. The same function of tensors of the same shapes; its result is overwritten
+    by the next call."""
     inputs = [x.clone() for x in inputs]
     torch.cuda.empty_cache()            # a graph has a pool of its own: nothing is held twice
     # What happens only once, like the choice of kernels, must not become part of the graph: warm
