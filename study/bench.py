@@ -2,67 +2,38 @@
 
     python study/bench.py [--preset gpu] [--compile]        study/results/bench-PRESET.json and .png
 
-Nothing is learned, so a step costs what it costs in training. Steps take turns, so that what else
-the machine does hits all alike; times are medians.
+Nothing is learned, so a step costs what it costs in training. Each step takes turns with the dense
+one, so that what else the machine does hits both alike; times are medians. Also: a GPT written the
+usual way beside ours (nanoGPT's structure: LayerNorm, one QKV product, GELU, learned positions,
+tied head, logits and loss at every position, AdamW), and drawing with and without the KV cache.
 """
+import gc
 import json
 import statistics
-import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "study"))
-from common import (cuda_graph, hardware, line_chart, mixed_precision, pick_device, run_script,
-                    save_picture, script_parser, write_file)
+from table import RESULTS, markdown
+from common import (hardware, line_chart, mixed_precision, pick_device, run_script, save_picture,
+                    script_parser, write_file)
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
-from data import PATCH, PRESETS
+from data import PRESETS
 from model import PROJECTIONS, Batch, Config, Model
-from prune import PLANS, can_generate, make_plan, paper_cost, usual_shallow
-from table import RESULTS, markdown
+from prune import PLANS, can_generate, make_plan, paper_cost
 from tokenizer import FIRST_CODE, default_preset
-from train import apply_gradients, optimizers_of
+from train import apply_gradients, cuda_graph, optimizers_of
 
 
-def synchronize(device):
-    """Wait until the device has done all that it was given: before a clock is read."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
-def time_each(work, device, repeats):
-    """{name: function} -> {name: [seconds]}. One round warms up; then the functions take turns, so
-    that what else the machine does hits all alike."""
-    seconds = {name: [] for name in work}
-    for i in range(1 + repeats):
-        for name, function in work.items():
-            synchronize(device)
-            start = time.perf_counter()
-            function()
-            synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: of_name[1:] for name, of_name in seconds.items()}
-
-
-def timing(seconds, tokens):
-    """What a table has of a step's times."""
-    ms = [1e3 * x for x in seconds]
-    return {"ms": statistics.median(ms), "ms_range": [min(ms), max(ms)],
-            "tokens_per_s": tokens / statistics.median(seconds)}
-
-
-def ms_cell(row):
-    return "{:.0f} ({:.0f}, {:.0f})".format(row["ms"], *row["ms_range"])
-
+# ---------------------------------------------------------------------- what is timed
 
 def bench_config(preset, side=None, projections="shared"):
     """The Config of a preset. Text tokens are as many as it may have at most, before the image two
     fifths of that: a run measures its own."""
     p = PRESETS[preset]
-    return Config(FIRST_CODE + p.codes, p.layers, p.width, p.heads, side or p.image_size // PATCH,
+    return Config(FIRST_CODE + p.codes, p.layers, p.width, p.heads, side or p.image_size // p.patch,
                   p.max_text, p.max_text * 2 // 5, projections)
 
 
@@ -77,22 +48,56 @@ def random_batch(task, c, rows):
                  tokens.roll(-1, 1), everywhere, everywhere.bool())
 
 
-def bench_step(task, plan, c, rows, device, compiled, muon=True, graph=True):
-    """A function that takes one training step on random tokens, as train.py does. Without `muon`,
-    AdamW updates the matrices, too. graph: on CUDA, a compiled step is a CUDA graph."""
+class GPTBlock(nn.Module):
+    def __init__(self, d, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
+        self.up, self.down = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
+
+    def forward(self, x):
+        qkv = self.qkv(self.norm1(x)).chunk(3, -1)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in qkv)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """The usual GPT, as large as a Config's model."""
+
+    def __init__(self, c, length):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(c.vocab, c.width), nn.Embedding(length, c.width)
+        self.blocks = nn.Sequential(*(GPTBlock(c.width, c.heads) for _ in range(c.layers)))
+        self.norm, self.head = nn.LayerNorm(c.width), nn.Linear(c.width, c.vocab, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids):
+        x = self.tokens(ids) + self.positions.weight[:ids.size(1)]
+        logits = self.head(self.norm(self.blocks(x)))
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def bench_step(task, plan, c, rows, device, compiled, muon=True, graph=True, usual=False):
+    """A function that takes one training step on random tokens, as train.py does: compiled, on
+    CUDA, as a CUDA graph. Without `muon`, AdamW updates the matrices, too. usual: of the usual GPT
+    instead."""
     torch.manual_seed(0)
-    model = Model(c).to(device)
-    if compiled:
-        for block in model.blocks:
-            block.compile(dynamic=False)
-    batch, optimizers = random_batch(task, c, rows).to(device), optimizers_of(model, 1e-3)
-    if not muon:
+    batch = random_batch(task, c, rows).to(device)
+    model = (GPT(c, sum(batch.layout)) if usual else Model(c)).to(device)
+    optimizers = optimizers_of(model, 1e-3)
+    if usual or not muon:
         matrices = optimizers[0].param_groups[0]["params"]
         optimizers = torch.optim.AdamW(matrices, 1e-3, fused=True), optimizers[1]
+    if compiled:
+        for module in [model] if usual else model.blocks:
+            module.compile(dynamic=False)
 
     def forward_backward():
         with mixed_precision(device):
-            _, loss = model(batch, plan)
+            loss = model(batch.tokens) if usual else model(batch, plan)[1]
         loss.backward()
 
     if compiled and graph and device.type == "cuda":
@@ -103,6 +108,33 @@ def bench_step(task, plan, c, rows, device, compiled, muon=True, graph=True):
         apply_gradients(optimizers)
 
     return step
+
+
+def synchronize(device):
+    """Wait until the device has done all that it was given: before a clock is read."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def time_each(work, device, repeats):
+    """{name: function} -> {name: [seconds]}. One round warms up; then the functions take turns."""
+    seconds = {name: [] for name in work}
+    for i in range(1 + repeats):
+        for name, function in work.items():
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: of_name[1:] for name, of_name in seconds.items()}
+
+
+def clean_up():
+    """Before the next steps: compiled code, and graphs with all that they hold, go."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def memory_of(step, device):
@@ -126,39 +158,45 @@ def memory_of(step, device):
     return sum(kept.values()) / 2 ** 20
 
 
-def time_steps(cases, shallow, device, compiled, matmul_rate, repeats):
-    """Time and memory of training steps beside the dense one of the same task and Config. cases:
-    [(task, plan name, Config, sequences)]."""
-    rows, steps = [], {}
-    for i, (task, name, c, n) in enumerate(cases):
-        plan, dense = make_plan(name, c.layers, shallow), make_plan("dense", c.layers)
-        steps[i] = bench_step(task, plan, c, n, device, compiled)
-        layout = c.layout(task)
-        rows.append({
-            "task": task, "plan": name, "projections": c.projections, "image_tokens": c.side ** 2,
-            "batch_size": n, "flops": n * c.flops(task, plan),
-            "flops_ratio": c.flops(task, plan) / c.flops(task, dense),
-            "paper_ratio": paper_cost(plan, layout, c.width) / paper_cost(dense, layout, c.width),
-            "memory_mb": memory_of(
-                bench_step(task, plan, c, n, device, compiled, graph=False), device)})
+# ---------------------------------------------------------------------- what is measured
+
+def time_step(task, name, c, rows, device, compiled, repeats):
+    """Time and memory of a training step beside the dense one of the same task and Config."""
+    plan, dense = make_plan(name, c.layers), make_plan("dense", c.layers)
+    clean_up()
+    steps = {each: bench_step(task, make_plan(each, c.layers), c, rows, device, compiled)
+             for each in ("dense", name)}
     seconds = time_each(steps, device, repeats)
-    for i, row in enumerate(rows):
-        task, _, c, n = cases[i]
-        row |= timing(seconds[i], n * sum(c.layout(task)))
-        row["of_matmul_rate"] = 1e3 * row["flops"] / row["ms"] / matmul_rate
-        key = row["task"], row["projections"], row["image_tokens"]
-        dense = next(x for x in rows[:i + 1] if x["plan"] == "dense"
-                     and (x["task"], x["projections"], x["image_tokens"]) == key)
-        row["time_ratio"] = row["ms"] / dense["ms"]
-    return rows
+    ms = [1e3 * x for x in seconds[name]]
+    launched = bench_step(task, plan, c, rows, device, compiled, graph=False)
+    median, layout = statistics.median(ms), c.layout(task)
+    return {"task": task, "plan": name, "projections": c.projections, "image_tokens": c.side ** 2,
+            "batch_size": rows, "ms": median, "ms_range": [min(ms), max(ms)],
+            "tokens_per_s": 1e3 * rows * sum(layout) / median,
+            "tflop_per_s": rows * c.flops(task, plan) / median / 1e9,
+            "memory_mb": memory_of(launched, device),
+            "time_ratio": median / 1e3 / statistics.median(seconds["dense"]),
+            "flops_ratio": c.flops(task, plan) / c.flops(task, dense),
+            "paper_ratio": paper_cost(plan, layout, c.width) / paper_cost(dense, layout, c.width)}
+
+
+def time_beside(task, c, rows, device, compiled, repeats):
+    """Tokens a second of dense training, with AdamW alone, and of the usual GPT."""
+    clean_up()
+    given = task, make_plan("dense", c.layers), c, rows, device, compiled
+    steps = {"ours": bench_step(*given), "ours, AdamW alone": bench_step(*given, muon=False),
+             "usual GPT": bench_step(*given, usual=True)}
+    tokens = rows * sum(c.layout(task))
+    return {"task": task, **{name: tokens / statistics.median(seconds)
+                             for name, seconds in time_each(steps, device, repeats).items()}}
 
 
 @torch.no_grad()
-def time_drawing(name, c, shallow, device, rows=8):
+def time_drawing(name, c, device, rows=8):
     """Images a second that are drawn with and without the KV cache, and the share of codes that
     come out the same."""
     torch.manual_seed(0)
-    model, plan = Model(c).to(device).eval(), make_plan(name, c.layers, shallow)
+    model, plan = Model(c).to(device).eval(), make_plan(name, c.layers)
     batch, start, codes = random_batch("gen", c, rows).to(device), c.gen_text, {}
     for p in model.parameters():
         p.add_(.1 * torch.randn_like(p))        # a new model gives all codes the same chance
@@ -170,38 +208,32 @@ def time_drawing(name, c, shallow, device, rows=8):
     def uncached():
         """The readable twin of `generate`: for each token, all before it once more."""
         for stop in range(start, batch.tokens.size(1)):
-            so_far = batch.layout._replace(image=stop - start)
-            part = Batch("gen", so_far, False, *(x[:, :stop] for x in batch[3:]))
-            logits = model.head(model.norm(model.gathered(part, plan)[:, -1]))
-            batch.tokens[:, stop] = logits.argmax(-1)
+            x = model.gathered(batch, plan, 0, stop)[:, -1]
+            batch.tokens[:, stop] = model.head(model.norm(x)).argmax(-1)
         codes["uncached"] = batch.tokens.clone()
 
     seconds = time_each({"cached": cached, "uncached": uncached}, device, 3)
     same = (codes["cached"] == codes["uncached"])[:, start:].float().mean().item()
-    row = {"plan": name, "image_tokens": c.side ** 2, "batch_size": rows, "same_codes": same}
-    for how, times in seconds.items():
-        row[f"{how}_images_per_s"] = rows / statistics.median(times)
-    return row
+    return {"plan": name, "image_tokens": c.side ** 2, "batch_size": rows, "same_codes": same,
+            **{f"{how}_images_per_s": rows / statistics.median(times)
+               for how, times in seconds.items()}}
 
 
-def bench(preset, batch_size, shallow, device, compiled, repeats=7, sides=(8, 16, 32)):
+def bench(preset, rows, device, compiled, repeats, sides=(8, 16, 32)):
     """All that is measured, as bench-PRESET.json has it. sides: of images, in tokens; drawing is
     measured with the second."""
-    edge, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
-    a, b = torch.randn(2, edge, edge, device=device, dtype=dtype)
-    seconds = time_each({"matmul": lambda: a @ b}, device, 10)["matmul"]
-    rate = 2 * edge ** 3 / statistics.median(seconds)
-    every = [(task, name, bench_config(preset, None, projections), batch_size)
+    given = rows, device, compiled, repeats
+    every = [(task, name, bench_config(preset, None, projections))
              for projections in PROJECTIONS for task in ("und", "gen") for name in PLANS
-             if task == "und" or can_generate(make_plan(name, 4))]
-    sizes = [(task, name, bench_config(preset, side), batch_size) for side in sides
+             if task == "und" or can_generate(make_plan(name, PRESETS[preset].layers))]
+    sizes = [(task, name, bench_config(preset, side)) for side in sides
              for task, name in (("und", "dense"), ("und", "himix"), ("gen", "dense"),
                                 ("gen", "hmgen"))]
-    return {"hardware": hardware(device), "preset": preset, "batch_size": batch_size,
-            "shallow": shallow, "compile": compiled, "matmul_flops_per_s": rate,
-            "steps": time_steps(every, shallow, device, compiled, rate, repeats),
-            "image_tokens": time_steps(sizes, shallow, device, compiled, rate, repeats),
-            "drawing": [time_drawing(name, bench_config(preset, sides[1]), shallow, device)
+    return {"hardware": hardware(device), "preset": preset, "batch_size": rows, "compile": compiled,
+            "steps": [time_step(*case, *given) for case in every],
+            "image_tokens": [time_step(*case, *given) for case in sizes],
+            "beside": [time_beside(task, bench_config(preset), *given) for task in ("und", "gen")],
+            "drawing": [time_drawing(name, bench_config(preset, sides[1]), device)
                         for name in ("dense", "hmgen")]}
 
 
@@ -209,34 +241,35 @@ def main():
     parser = script_parser(__doc__)
     parser.add_argument("--preset", choices=PRESETS, help="default: what fits the device")
     parser.add_argument("--batch-size", type=int, help="sequences in a step")
+    parser.add_argument("--repeats", type=int, default=7, help="of timed steps (default: 7)")
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     device = pick_device(args.device)
     preset = args.preset or default_preset(device)
-    n = args.batch_size or PRESETS[preset].batch_size
-    torch._dynamo.config.recompile_limit = 1000             # the code of every row stays
-    result = bench(preset, n, usual_shallow(PRESETS[preset].layers), device, args.compile)
+    rows = args.batch_size or PRESETS[preset].batch_size
+    found = bench(preset, rows, device, args.compile, args.repeats)
     path = RESULTS / f"bench-{preset}.json"
-    write_file(path, json.dumps(result, indent=1))
+    write_file(path, json.dumps(found, indent=1))
     lines = {}
-    for x in result["image_tokens"]:
+    for x in found["image_tokens"]:
         line = lines.setdefault(f"{x['task']} {x['plan']}", [])
-        line.append((x["image_tokens"], x["ms"] / n))
-    title = "ms a picture in a training step"
+        line.append((x["image_tokens"], x["ms"] / rows))
     most = max(ms for line in lines.values() for _, ms in line)
-    save_picture(line_chart(lines, title, "image tokens", top_y=most), path.with_suffix(".png"))
-    print(f"{result['hardware']}; preset {preset}, {n} sequences a step, K = {result['shallow']}; "
-          f"matmuls alone {result['matmul_flops_per_s'] / 1e12:.3g} TFLOP/s")
+    chart = line_chart(lines, "ms a picture in a training step", "image tokens", top_y=most)
+    save_picture(chart, path.with_suffix(".png"))
+    print(f"{found['hardware']}; preset {preset}, {rows} sequences a step")
     for key in ("steps", "image_tokens"):
         print("\n" + markdown(
-            ["task", "plan", "projections", "image tokens", "ms (least, most)", "tokens/s",
-             "memory, MB", "time", "FLOPs", "time / FLOPs", "paper's FLOPs", "of the matmul rate"],
+            ["task", "plan", "projections", "image tokens", "ms (least, most)", "TFLOP/s",
+             "memory, MB", "time", "FLOPs", "paper's FLOPs"],
             [[x["task"], x["plan"], x["projections"], x["image_tokens"],
-              ms_cell(x), f"{x['tokens_per_s']:.0f}",
+              "{:.0f} ({:.0f}, {:.0f})".format(x["ms"], *x["ms_range"]), f"{x['tflop_per_s']:.3g}",
               f"{x['memory_mb']:.0f}", f"{x['time_ratio']:.2f}", f"{x['flops_ratio']:.2f}",
-              f"{x['time_ratio'] / x['flops_ratio']:.2f}", f"{x['paper_ratio']:.2f}",
-              f"{x['of_matmul_rate']:.2f}"] for x in result[key]], 3))
-    for x in result["drawing"]:
+              f"{x['paper_ratio']:.2f}"] for x in found[key]], 3))
+    names = list(found["beside"][0])
+    print("\n" + markdown(["tokens/s", *names[1:]], [
+        [x["task"], *(f"{x[name]:.0f}" for name in names[1:])] for x in found["beside"]]))
+    for x in found["drawing"]:
         print("\ndrawing, {plan}, {image_tokens} image tokens, batch {batch_size}: "
               "{cached_images_per_s:.2f} images/s with the KV cache, {uncached_images_per_s:.2f} "
               "without; {same_codes:.0%} of codes the same".format(**x))

@@ -8,79 +8,60 @@ captions of each run. The image is hidden at inference only, by the rule of the 
 these layers image tokens are updated, but are no keys of any token.
 """
 import json
-import sys
 from pathlib import Path
 from statistics import fmean
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "study"))
-from common import (fail, hardware, line_chart, pick_device, read_checkpoint, run_script,
-                    save_picture, script_parser, write_file)
+from table import RESULTS, markdown, mean_std, open_run
+from common import (fail, hardware, line_chart, pick_device, run_script, save_picture,
+                    script_parser, write_file)
 
 from PIL import Image
 from tqdm import tqdm
 
-import data
-import probe
-from eval import (answer_all, check_pictures, draw_pictures, generation_loss, sampling_of,
-                  understanding_scores)
-from model import load_run, sequences
-from probe import TITLES
-from prune import NAIVE, plans_of
-from table import RESULTS, markdown, mean_std
+from eval import score_generation, score_understanding
+from model import sequences
+from probe import TITLES, allocation
+from prune import NAIVE
 
 SCORED = {"und": 200, "gen": 140}       # validation pictures with questions, captions to draw
 
 
 def measure(folder, device):
     """One run: {task: {"attention": [image's share of the output queries' attention in each layer],
-    "right": [accuracy if the image is hidden from layer 1 on, from 2 on, ..., nowhere], and for
-    generation "loss" of an image token, likewise}}."""
-    model, tokenizer, checkpoint = load_run(folder, device)
-    options, layers, found = checkpoint["options"], model.config.layers, {}
-    if options["data"] != "shapes":
-        fail(f"{folder} was trained on {options['data']}: expected the shapes world, whose "
-             "pictures can be checked")
-    shares, _, _ = probe.measure(model, tokenizer, checkpoint, n=256)
-    dataset = data.load_of_run(checkpoint)
-    for task, plan in plans_of(checkpoint["tasks"], options, layers).items():
-        split = dataset.split(task, "val", SCORED[task], options["seed"])
-        batch = sequences(task, tokenizer, split, model.config.und_text).to(device)
+    "right": [accuracy if the image is hidden from layer 1 on, from 2 on, ..., nowhere], and "loss"
+    of an output token, likewise}}."""
+    model, tokenizer, checkpoint, dataset, plans = open_run(folder, device)
+    layers, seed, found = model.config.layers, checkpoint["options"]["seed"], {}
+    if not hasattr(dataset, "check"):
+        fail(f"{folder} was trained on {checkpoint['options']['data']}: expected the shapes world, "
+             "whose pictures can be checked")
+    for task, plan in plans.items():
+        batch = sequences(task, tokenizer, dataset.split(task, "val", 256, seed, questions=1))
+        _, of_output, _ = allocation(model, batch.to(device), plan)
         image = "image" if task == "und" else "output"      # generation's image is its output
-        found[task] = {"attention": shares[task]["output_queries"][image], "right": []}
+        found[task] = {"attention": of_output[image], "right": [], "loss": []}
+        score, accuracy = {"und": (score_understanding, "accuracy"),
+                           "gen": (score_generation, "image_accuracy")}[task]
         for seen in tqdm(range(layers + 1), desc=f"{folder.name}, {TITLES[task]}", leave=False):
             hidden = plan[:seen] + (NAIVE,) * (layers - seen)
-            if task == "und":
-                answers, _ = answer_all(model, tokenizer, split, batch, hidden)
-                right = understanding_scores(answers)["accuracy"]
-            else:
-                texts = [caption.text for caption in split.captions]
-                pictures = draw_pictures(model, tokenizer, texts, hidden, sampling_of(options))
-                right = check_pictures(dataset, split, pictures)[0]["image_accuracy"]
-                loss = generation_loss(model, batch, hidden)
-                found[task].setdefault("loss", []).append(loss)
-            found[task]["right"].append(right)
+            scores, _ = score(model, tokenizer, hidden, dataset, "val", SCORED[task], seed)
+            found[task]["right"].append(scores[accuracy])
+            found[task]["loss"].append(scores["loss"])
     return found
 
 
 def table_of(found):
     """What was found, as a table in Markdown: means over runs, and their standard deviation."""
-    def cells(runs, digits, factor=1.):
-        return [mean_std([factor * x for x in values], digits) for values in zip(*runs)]
-
+    measures = (("attention", "attention of output queries to the image", 2, 1),
+                ("right", "right, %, if hidden from here on", 1, 100),
+                ("loss", "loss of an output token, likewise", 3, 1))
     rows = []
     for task in found[0]:
-        runs = [run[task] for run in found]
-        rows.append([f"{TITLES[task]}: attention of output queries to the image",
-                     *cells([run["attention"] for run in runs], 2), ""])
-        rows.append([f"{TITLES[task]}: right, %, if hidden from here on",
-                     *cells([run["right"] for run in runs], 1, 100)])
-        if "loss" in runs[0]:
-            rows.append([f"{TITLES[task]}: loss of an image token, likewise",
-                         *cells([run["loss"] for run in runs], 3)])
-    layers = range(1, len(rows[0]) - 1)
-    return markdown(["layer", *layers, "nowhere"], rows)
+        for name, title, digits, factor in measures:
+            of_layers = zip(*(run[task][name] for run in found))
+            cells = [mean_std([factor * x for x in values], digits) for values in of_layers]
+            rows.append([f"{TITLES[task]}: {title}", *cells] + [""] * (name == "attention"))
+    return markdown(["layer", *range(1, len(rows[0]) - 1), "nowhere"], rows)
 
 
 def draw(found, path):
@@ -99,13 +80,11 @@ def draw(found, path):
 
 def main():
     parser = script_parser(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
+                        help="folders of runs with the same tasks and number of layers")
     parser.add_argument("--name", default="depth", help="of the results (default: depth)")
     args = parser.parse_args()
     device = pick_device(args.device)
-    checkpoints = [read_checkpoint(folder / "checkpoint.pt", "run") for folder in args.runs]
-    if len({(tuple(c["tasks"]), c["config"]["layers"]) for c in checkpoints}) > 1:
-        fail("expected runs of the same tasks, with the same number of layers")
     found = {str(folder): measure(folder, device) for folder in args.runs}
     path = RESULTS / f"{args.name}.json"
     write_file(path, json.dumps({"runs": found, "scored": SCORED, "hardware": hardware(device)}))

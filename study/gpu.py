@@ -1,54 +1,46 @@
 """One visit to a GPU: what is to be measured there, in order of worth, in one command.
 
-    python study/gpu.py --minutes 9.5 --out DIR     everything; DIR gets report.json, visit.tar.gz
-    python study/gpu.py --only right fast           some of it
+    python study/gpu.py --minutes 9 --out DIR       everything
+    python study/gpu.py --only right steps          some of it
     python study/gpu.py --minutes 5 --preset tiny --device cpu      a rehearsal without a GPU
 
-Each part is a process of its own with a limit of its own. What it finds goes to stdout as lines of
-JSON and into the archive, which is packed anew after each part, so that a visit that is cut short
-keeps what it had. A part that fails does not keep the others from being done. Checkpoints stay in
-out/gpu.
+Each part is a process of its own with a limit of its own, and prints a line of JSON for each
+result at once: DIR/PART.jsonl has them, also if the part is cut short, DIR/PART.log what went
+wrong. A part that fails does not keep the others from being done.
 """
 import json
 import os
-import shutil
+import signal
 import statistics
 import subprocess
 import sys
-import tarfile
+import threading
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from collections import Counter
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from functools import partial
 from pathlib import Path
 
-BEGAN = time.time()     # imports count: the first ones on a fresh machine take a minute
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "study"))
-from common import (cuda_graph, fail, hardware, mixed_precision, peak_flops, pick_device,
-                    run_script, script_parser, write_file)
+from table import ROOT
+from common import hardware, mixed_precision, pick_device, run_script, script_parser
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench import (bench_config, bench_step, memory_of, random_batch, time_drawing, time_each)
-from compare import GPT, Llama, usual_step
+from bench import (bench_config, bench_step, clean_up, memory_of, random_batch, synchronize,
+                   time_each)
 from data import PRESETS
 from model import Model
-from prune import make_plan, usual_shallow
-from table import RESULTS
+from prune import make_plan
 from tokenizer import default_preset
+from train import cuda_graph, forward_backward, parse_options, train
 
-# Seconds that a part may take. The default run has what is left, but for SCORING.
-PARTS = {"versions": 30, "scripts": 120, "right": 110, "fast": 150, "train": None, "depth": 150,
-         "table": None}
-# Rows that are trained at once, because one does not fill a GPU: those not measured there yet.
-TABLE = ["share-partial", "freeze-hmgen-practice", "joint-practice"]
-SCORING = 70            # seconds kept to score a run that its limit has stopped
-PATIENCE = 25           # seconds that a stopped process has to save and end
-METHODS = [("und", "dense"), ("und", "himix"), ("gen", "dense"), ("gen", "hmgen")]
-WORK = ROOT / "out" / "gpu"
-SMALL = 2 ** 20         # bytes: larger files stay where they are
+# Steps that are looked at: task, plan, projections.
+CASES = [("und", "dense", "shared"), ("und", "himix", "shared"), ("und", "freeze", "shared"),
+         ("gen", "dense", "shared"), ("gen", "hmgen", "shared"), ("und", "himix", "task")]
+RUN_STEPS = 1500        # of the runs at the end
 
 
 def emit(**result):
@@ -61,230 +53,218 @@ def emit_errors(**what):
     """A failure is a result, too, and the next measurement is still worth making."""
     try:
         yield
-    except Exception:
+    except (Exception, SystemExit):
         emit(**what, error=traceback.format_exc()[-1500:])
 
 
-# ---------------------------------------------------------------------- parts in this process
+def milliseconds(function, device, repeats=15):
+    return 1e3 * statistics.median(time_each({"": function}, device, repeats)[""])
 
-def versions(preset, device):
-    emit(torch=torch.__version__, cuda=torch.version.cuda, hardware=hardware(device),
-         preset=preset)
+
+# ---------------------------------------------------------------------- the parts
+
+def versions(preset, device, out):
+    emit(torch=torch.__version__, cuda=torch.version.cuda, hardware=hardware(device), preset=preset)
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        emit(capability=torch.cuda.get_device_capability(), memory=properties.total_memory,
-             architectures=torch.cuda.get_arch_list(), peak_flops=peak_flops(device))
-        subprocess.run(["nvidia-smi"], check=False)
+        emit(capability=torch.cuda.get_device_capability(), free_and_all=torch.cuda.mem_get_info(),
+             architectures=torch.cuda.get_arch_list())
 
 
-def right(preset, device):
-    """Is what a GPU does for speed also right? Loss and gradient norm of one step in float32, in
-    mixed precision, compiled, and as a CUDA graph; and cached beside uncached drawing."""
-    c, rows = bench_config(preset), PRESETS[preset].batch_size
-    for task, name in METHODS:
-        batch, plan = random_batch(task, c, rows).to(device), make_plan(name, c.layers)
+def resume(preset, device, out):
+    """Is a run with --parts 2 that is stopped and resumed the unbroken one, as CUDA graphs? And do
+    both have the losses of steps that are launched one by one?"""
+    def run(name, *arguments):
+        with redirect_stdout(sys.stderr):                   # stdout is for JSON
+            train(*parse_options(["--device", device.type, *map(str, arguments)]))
+        rows = [json.loads(line) for line in (out / name / "log.jsonl").open()]
+        emit(run=name, first_loss=rows[0]["loss"], last_loss=rows[-1]["loss"])
+
+    def stop(log):
+        while not log.exists() or log.read_text().count("\n") < 3:
+            time.sleep(.01)
+        os.kill(os.getpid(), signal.SIGTERM)                # train.py saves at this
+
+    new = "--preset", "tiny", "--steps", 300, "--parts", 2, "--tokenizer", out / "tiny.pt"
+    for name, *more in (("launched", "--no-compile"), ("unbroken",)):
+        with emit_errors(run=name):
+            run(name, *new, "--out", out / name, *more)
+    threading.Thread(target=stop, args=[out / "stopped" / "log.jsonl"], daemon=True).start()
+    try:
+        run("stopped", *new, "--out", out / "stopped")
+    except SystemExit as end:
+        emit(run="stopped", status=end.code)
+    with emit_errors(run="resumed"):
+        run("stopped", "--resume", out / "stopped")
+        models = [torch.load(out / name / "checkpoint.pt")["model"]
+                  for name in ("unbroken", "stopped")]
+        emit(largest_difference=max((models[0][name] - models[1][name]).abs().max().item()
+                                    for name in models[0]))
+
+
+def right(preset, device, out):
+    """Is what a GPU does for speed also right? Losses and gradient norms of one step in float32, in
+    mixed precision, in two parts, compiled, and as a CUDA graph."""
+    rows = PRESETS[preset].batch_size
+    for task, name, projections in CASES:
+        clean_up()
+        c, found = bench_config(preset, None, projections), {}
         torch.manual_seed(0)
-        model, found = Model(c).to(device), {}
+        model, index = Model(c).to(device), torch.arange(rows, device=device)[None]
         for p in model.parameters():
             p.data.add_(.02 * torch.randn_like(p))          # zeros would hide mistakes
-
-        def forward_backward():
-            with nullcontext() if exact else mixed_precision(device):
-                _, loss = model(batch, plan)
-            loss.backward()
-            return loss.detach()
-
-        for precision in ("float32", "mixed", "compiled", "graph"):
-            if precision == "compiled":
+        examples = {task: random_batch(task, c, rows).to(device)}
+        plans = {task: make_plan(name, c.layers)}
+        for how in ("float32", "mixed", "two parts", "compiled", "graph"):
+            passes = partial(forward_backward, model, plans, examples, 2 if how[:3] == "two" else 1)
+            exact = torch.autocast(device.type, enabled=False)
+            torch.set_float32_matmul_precision("highest" if how == "float32" else "high")
+            if how == "compiled":
                 for block in model.blocks:
                     block.compile(dynamic=False)
-            exact = precision == "float32"
-            torch.set_float32_matmul_precision("highest" if exact else "high")
-            with emit_errors(task=task, plan=name, precision=precision):
-                if precision == "graph" and device.type == "cuda":
-                    forward_backward = cuda_graph(forward_backward, model)
-                loss = forward_backward()
+            with emit_errors(task=task, plan=name, projections=projections, how=how):
+                if how == "graph" and device.type == "cuda":
+                    passes = cuda_graph(passes, model, index)
+                with exact if how == "float32" else nullcontext():
+                    loss = passes(index)[task].item()
                 gradients = [p.grad for p in model.parameters() if p.grad is not None]
-                norm = torch.nn.utils.get_total_norm(gradients)
-                found[precision] = {"loss": loss.item(), "gradient_norm": norm.item()}
+                found[how] = loss, torch.nn.utils.get_total_norm(gradients).item()
             model.zero_grad()
-        emit(task=task, plan=name, **found)
-    torch.set_float32_matmul_precision("highest")           # near ties would differ
-    with emit_errors(drawing="hmgen"):
-        emit(drawing=time_drawing("hmgen", c, usual_shallow(c.layers), device))
+        emit(task=task, plan=name, projections=projections, loss_and_gradient_norm=found)
 
 
-def fast(preset, device):
-    """Milliseconds of compiled training steps, MFU, time over FLOPs, memory; others' steps."""
-    compiled, peak = device.type == "cuda", peak_flops(device)
-    size, c = PRESETS[preset], bench_config(preset)
-    dense_ms, dense = {}, make_plan("dense", size.layers)
-    torch._dynamo.config.recompile_limit = 1000             # the code of every step stays
+def profile(preset, device, out):
+    """The 25 kernels that take longest in a step, and sums by kind, ms."""
+    kinds = {"matmul": ("gemm", "nvjet", "cutlass", "cublas", "aten::mm", "aten::bmm"),
+             "attention": ("flash", "fmha", "sdpa", "attention"), "compiled": ("triton",),
+             "copies": ("memcpy", "memset", "copy")}
+    cuda = device.type == "cuda"
+    for task, name, projections in CASES[:2]:
+        clean_up()
+        c = bench_config(preset, None, projections)
+        step = bench_step(task, make_plan(name, c.layers), c, PRESETS[preset].batch_size, device,
+                          compiled=cuda)
+        for _ in range(3):
+            step()
+        activity = torch.profiler.ProfilerActivity
+        with torch.profiler.profile(activities=[activity.CUDA if cuda else activity.CPU]) as found:
+            step()
+            synchronize(device)
+        times, calls, sums = Counter(), Counter(), Counter()
+        for event in found.key_averages():
+            ms = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3
+            kind = next((kind for kind, words in kinds.items()
+                         if any(word in event.key.lower() for word in words)), "other")
+            times[event.key] += ms
+            calls[event.key] += event.count
+            sums[kind] += ms
+        emit(task=task, plan=name, all_ms=sum(times.values()), by_kind=sums)
+        for kernel, ms in times.most_common(25):
+            emit(task=task, plan=name, kernel=kernel[:150], ms=ms, calls=calls[kernel])
 
-    def milliseconds(step, repeats=15):
-        (seconds,) = time_each({"": step}, device, repeats).values()
-        return 1e3 * statistics.median(seconds)
 
-    for how, settings in {"not compiled": dict(compiled=False),
-                          "AdamW alone": dict(compiled=compiled, muon=False)}.items():
-        with emit_errors(how=how):
-            step = bench_step("und", dense, c, size.batch_size, device, **settings)
-            emit(how=how, ms=milliseconds(step))
-    for task, name in METHODS:
-        with emit_errors(task=task, plan=name):
-            plan = make_plan(name, c.layers)
-            step = task, plan, c, size.batch_size, device, compiled
-            launched_ms = milliseconds(bench_step(*step, graph=False))
-            ms = milliseconds(bench_step(*step))
-            dense_ms.setdefault(task, ms)
-            flops = size.batch_size * c.flops(task, plan)
-            emit(task=task, plan=name, batch=size.batch_size, ms=ms, launched_ms=launched_ms,
-                 flops=flops, mfu=flops / ms * 1e3 / peak if peak else None,
-                 time_ratio=ms / dense_ms[task],
+def attention(preset, device, out):
+    """Attention alone, forward and backward, ms: with the mask, and causal without one."""
+    c = bench_config(preset)
+    n, rows = sum(c.layout("und")), PRESETS[preset].batch_size
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    q, k, v = (torch.randn(rows, c.heads, n, c.width // c.heads, device=device, dtype=dtype,
+                           requires_grad=True) for _ in range(3))
+    mask = torch.ones(rows, 1, n, n, dtype=torch.bool, device=device).tril()
+    for name, backend, how in (("cuDNN, mask", SDPBackend.CUDNN_ATTENTION, {"attn_mask": mask}),
+                               ("efficient, mask", SDPBackend.EFFICIENT_ATTENTION,
+                                {"attn_mask": mask}),
+                               ("flash, causal", SDPBackend.FLASH_ATTENTION, {"is_causal": True})):
+        with emit_errors(attention=name), sdpa_kernel(backend):
+            def passes():
+                F.scaled_dot_product_attention(q, k, v, **how).sum().backward()
+            emit(attention=name, ms=milliseconds(passes, device))
+
+
+def steps(preset, device, out):
+    """Training steps as train.py takes them: CUDA graphs, one at a time."""
+    rows, compiled = PRESETS[preset].batch_size, device.type == "cuda"
+    every = [(*case, rows, {}) for case in CASES]
+    every += [("und", "dense", "shared", rows, {"muon": False}),
+              ("und", "dense", "shared", rows, {"usual": True})]
+    every += [("und", name, "shared", 2 * rows, {}) for name in ("dense", "himix")]
+    for task, name, projections, n, how in every:
+        clean_up()
+        what = dict(task=task, plan=name, projections=projections, rows=n, **how)
+        with emit_errors(**what):
+            c = bench_config(preset, None, projections)
+            plan, dense = make_plan(name, c.layers), make_plan("dense", c.layers)
+            given = task, plan, c, n, device, compiled
+            ms = milliseconds(bench_step(*given, **how), device)
+            launched = bench_step(*given, **how, graph=False)
+            emit(**what, ms=ms, launched_ms=milliseconds(launched, device),
+                 memory_mb=memory_of(launched, device),
+                 tflop_per_s=None if "usual" in how else n * c.flops(task, plan) / ms / 1e9,
                  flops_ratio=c.flops(task, plan) / c.flops(task, dense))
-    for rows in (size.batch_size // 2, size.batch_size, 2 * size.batch_size):
-        for name in ("dense", "himix"):
-            with emit_errors(batch=rows, plan=name):
-                step = "und", make_plan(name, c.layers), c, rows, device, compiled
-                launched = bench_step(*step, graph=False)
-                emit(batch=rows, plan=name, ms=milliseconds(bench_step(*step)),
-                     memory_mb=memory_of(launched, device))
-    length = sum(c.layout("und"))
-    ids = torch.randint(c.vocab, (size.batch_size, length), device=device)
-    for kind in (GPT, Llama):
-        with emit_errors(beside=kind.__name__):
-            other = kind(c.vocab, c.layers, c.width, c.heads, length).to(device)
-            emit(beside=kind.__name__, ms=milliseconds(usual_step(other, ids, compiled)))
 
 
-IN_PROCESS = {"versions": versions, "right": right, "fast": fast}
+def runs(preset, device, out):
+    """Understanding alone, then jointly, as far as there is time: what is there to gain?"""
+    for objective in ("und", "joint"):
+        began, folder = time.time(), out / objective
+        with emit_errors(objective=objective):
+            with redirect_stdout(sys.stderr):
+                train(*parse_options([
+                    "--preset", preset, "--device", device.type, "--objective", objective,
+                    "--steps", str(min(RUN_STEPS, PRESETS[preset].steps)), "--seed", "1",
+                    "--tokenizer", str(out / f"{preset}.pt"), "--out", str(folder)]))
+            emit(objective=objective, seconds=time.time() - began,
+                 **json.loads((folder / "eval.json").read_text()))
 
 
-# ---------------------------------------------------------------------- parts by other scripts
-
-def script_commands(device):
-    """train.py, eval.py, probe.py and prune.py, with the smallest preset: a traceback in the first
-    minute is worth more than any speed."""
-    tiny = ["--preset", "tiny", "--device", device]
-    run, here = WORK / "tiny", ["--device", device]
-    # Uncompiled: other parts compile.
-    train = ["train.py", *tiny, "--no-compile", "--tokenizer", WORK / "tiny.pt", "--out", run]
-    return [train, ["train.py", *here, "--resume", "--out", run],
-            ["eval.py", run, *here, "--gen-plan", "hmgen"],
-            ["eval.py", run, *here, "--draw", "a red circle", "--n", 2],
-            ["eval.py", run, *here, "--ask", run / "draw-0.png", "what colour is the circle?"],
-            ["probe.py", run, *here, "--n", 16],
-            ["prune.py", "--out", WORK / "masks.png"]]
+# In this order, with seconds that each may take; the last has what is left.
+PARTS = {versions: 30, resume: 90, right: 110, profile: 70, attention: 40, steps: 150, runs: 600}
 
 
-def run_commands(commands, seconds, log, at_once=1):
-    """So many at once, each at most until the seconds are over: [(command, how it ended, how long
-    it took)]."""
-    end = time.time() + seconds
+# ---------------------------------------------------------------------- the visit
 
-    def run(command):
-        began, command = time.time(), list(map(str, command))
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=log,
-                                   stderr=subprocess.STDOUT,
-                                   env={**os.environ, "PYTHONUNBUFFERED": "1"})
-        try:
-            how = f"exit status {process.wait(max(1, end - time.time()))}"
-        except subprocess.TimeoutExpired:
-            process.terminate()                             # train.py saves at this
-            try:
-                process.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            how = "time ran out"
-        return " ".join(command), how, round(time.time() - began, 1)
-
-    with ThreadPoolExecutor(at_once) as threads:
-        return list(threads.map(run, commands))
-
-
-def commands_of(name, preset, device):
-    """The commands of a part."""
-    shared = ["--preset", preset, "--device", device]
-    tokenizer, run = ["--tokenizer", WORK / "tokenizer.pt"], WORK / "joint"
-    if name == "scripts":
-        return script_commands(device)
-    if name == "train":
-        resume = ["--resume"] if (run / "checkpoint.pt").exists() else []
-        return [["train.py", *shared, *tokenizer, "--out", run, *resume]]
-    if name == "depth":
-        return [["study/depth.py", run, "--device", device, "--name", f"depth-{preset}"]]
-    if name == "table":
-        return [["study/table.py", WORK / "table", *shared, *tokenizer, "--rows", row]
-                for row in TABLE]
-    return [["study/gpu.py", *shared, "--part", name]]
-
-
-def pack(out, report):
-    """report.json, and everything small that the visit has left, in one archive."""
-    write_file(out / "report.json", json.dumps(report, indent=1))
-    with tarfile.open(out / "visit.tar.gz", "w:gz") as archive:
-        archive.add(out / "report.json", "report.json")
-        # Of the results those of this visit: the others came with the repository.
-        for folder, since in ((WORK, 0), (RESULTS, BEGAN)):
-            for file in sorted(folder.rglob("*")):
-                wanted = file.suffix in (".json", ".jsonl", ".log", ".txt", ".md", ".png")
-                if wanted and file.stat().st_size < SMALL and file.stat().st_mtime > since:
-                    archive.add(file, file.relative_to(folder))
-
-
-def visit(minutes, only, preset, device, out):
-    end, report = BEGAN + 60 * minutes, {"hardware": hardware(device)}
-    shutil.rmtree(WORK / "tiny", ignore_errors=True)        # of an earlier visit
-    for name, limit in PARTS.items():
-        left = end - time.time() - 5                        # to pack
-        if name == "train":
-            limit = left - SCORING - PATIENCE
-        seconds = min(left, left if limit is None else limit)
-        if only and name not in only:
-            continue
-        if seconds < 5:
-            report[name] = "no time left"
-            continue
-        print(f"\n=== {name}, at most {seconds:.0f} s", flush=True)
-        path = WORK / f"{name}.log"
-        with path.open("w") as log:
-            at_once = len(TABLE) if name == "table" else 1
-            ended = run_commands(commands_of(name, preset, device.type), seconds, log, at_once)
-            run = WORK / "joint"
-            if name == "train" and (run / "checkpoint.pt").exists() \
-                    and not (run / "eval.json").exists():
-                score = ["eval.py", run, "--device", device.type]
-                ended += run_commands([score], SCORING, log)
-        report[name] = ended
-        text = path.read_text(errors="replace").replace("\r", "\n")
-        lines = [line for line in text.splitlines() if "it/s" not in line and "step/s" not in line]
-        print("\n".join(lines[-40:]), flush=True)
-        for command, how, took in ended:
-            print(f"=== {command}: {how} after {took:.0f} s", flush=True)
-        pack(out, report)
-    print(f"\n{out}/report.json, {out}/visit.tar.gz")
+def run_part(name, seconds, arguments, out):
+    """A part in a process of its own, whose results are printed and kept as they come."""
+    print(f"=== {name}, at most {seconds:.0f} s", flush=True)
+    command = [sys.executable, __file__, *arguments, "--part", name, "--out", out]
+    with (out / f"{name}.log").open("w") as log, (out / f"{name}.jsonl").open("w") as results, \
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True,
+                             cwd=ROOT) as process:
+        # train.py saves at the first, which it may need some time for.
+        timers = [threading.Timer(seconds, process.terminate),
+                  threading.Timer(seconds + 20, process.kill)]
+        for timer in timers:
+            timer.start()
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            print(line, end="", flush=True, file=results)
+        status = process.wait()
+        for timer in timers:
+            timer.cancel()
+    print(f"=== {name}: exit status {status}", flush=True)
 
 
 def main():
+    began = time.time()
+    names = {part.__name__: part for part in PARTS}
     parser = script_parser(__doc__)
-    parser.add_argument("--minutes", type=float, default=9.5)
-    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART",
-                        help=f"some of: {', '.join(PARTS)}")
-    parser.add_argument("--part", choices=IN_PROCESS,
-                        help="that part, in this process")
+    parser.add_argument("--minutes", type=float, default=9.)
+    parser.add_argument("--only", nargs="+", choices=names, default=list(names), metavar="PART",
+                        help=f"some of: {', '.join(names)}")
+    parser.add_argument("--part", choices=names, help="that part, in this process")
     parser.add_argument("--preset", choices=PRESETS, help="default: what fits the device")
-    parser.add_argument("--out", type=Path, default=WORK / "results")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu")
     args = parser.parse_args()
-    if args.minutes <= 0:
-        fail(f"--minutes {args.minutes}: expected more than 0")
-    device = pick_device(args.device)
+    device, out = pick_device(args.device), args.out.resolve()
     preset = args.preset or default_preset(device)
     if args.part:
-        IN_PROCESS[args.part](preset, device)
-        return
-    WORK.mkdir(parents=True, exist_ok=True)
-    visit(args.minutes, args.only, preset, device, args.out.resolve())
+        return names[args.part](preset, device, out)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in args.only:
+        left = 60 * args.minutes - (time.time() - began) - 5
+        if left > 5:
+            run_part(name, min(left, PARTS[names[name]]),
+                     ["--preset", preset, "--device", device.type], out)
+    print(f"\n{out}/*.jsonl and .log")
 
 
 if __name__ == "__main__":

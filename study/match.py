@@ -2,21 +2,19 @@
 
     python study/match.py out/RUN           prints how often the right one is picked
 """
-import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from table import open_run                  # first: it makes the files of the folder above known
 from common import fail, pick_device, run_script, script_parser
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import load_of_run
-from model import generation, load_run, understanding
-from prune import plans_of, predicting
+from model import generation, understanding
+from prune import predicting
 
 
 @torch.no_grad()
@@ -26,10 +24,9 @@ def output_losses(model, batch, plan):
     batch = batch.to(model.device)
     logits, _ = model(batch, plan)
     span = predicting(batch.layout, batch.image_loss)
-    targets, is_output = batch.targets[:, span], batch.is_output[:, span]
-    loss = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=-1,
-                           reduction="none")                        # (B, positions)
-    return (loss * is_output).cpu()
+    losses = F.cross_entropy(logits.float().transpose(1, 2), batch.targets[:, span],
+                             ignore_index=-1, reduction="none")     # (B, n)
+    return (losses * batch.is_output[:, span]).cpu()
 
 
 def log_likelihoods(model, batch, plan):
@@ -38,14 +35,14 @@ def log_likelihoods(model, batch, plan):
 
 
 def matching(model, tokenizer, split, task, plan, group=10):
-    """Pictures and texts matched among ten, where no checker exists. How often the right text is
-    picked for a picture ("caption"), the right picture for a text ("image"), by a blind guess
-    ("chance"). A pick whose text is the right text counts as right.
+    """How often, among ten, the right text is picked for a picture ("text"), the right picture for
+    a text ("picture"), either by a blind guess ("chance"). A pick whose text is the right one
+    counts as right.
 
-    und: log p(answer | picture, question), a text being the answer to a picture's first question.
-    Asked is the question of what is given: so an answer that fits no other question is found
-    without the picture, but a picture is not. gen: log p(picture | caption) - log p(picture | no
-    caption).
+    und: by log p(answer | picture, question), a text being the answer to a picture's first
+    question. Asked is the question of what is given: so an answer that fits no other question is
+    found without the picture, but a picture is not. gen: by log p(picture | caption) - log
+    p(picture | no caption).
     """
     hits = defaultdict(list)
     codes = tokenizer.encode(split.pixels)
@@ -69,8 +66,8 @@ def matching(model, tokenizer, split, task, plan, group=10):
             by_text = by_picture
         by_picture, by_text = by_picture.view(group, group), by_text.view(group, group)
         for k, text in enumerate(texts):
-            hits["caption"].append(texts[by_picture[k].argmax()] == text)
-            hits["image"].append(texts[by_text[:, k].argmax()] == text)
+            hits["text"].append(texts[by_picture[k].argmax()] == text)
+            hits["picture"].append(texts[by_text[:, k].argmax()] == text)
             hits["chance"].append(texts.count(text) / group)
     return {what: fmean(flags) for what, flags in hits.items()}
 
@@ -83,14 +80,13 @@ def main():
     args = parser.parse_args()
     if args.n < 10:
         fail(f"--n {args.n}: expected at least 10, of which one is the right one")
-    model, tokenizer, checkpoint = load_run(args.run, pick_device(args.device))
-    options = checkpoint["options"]
-    dataset = load_of_run(checkpoint, args.data)
-    split = dataset.split("und", "val", args.n, options["seed"])
-    for task, plan in plans_of(checkpoint["tasks"], options, model.config.layers).items():
+    model, tokenizer, checkpoint, dataset, plans = open_run(args.run, pick_device(args.device),
+                                                            args.data)
+    split = dataset.split("und", "val", args.n, checkpoint["options"]["seed"])
+    for task, plan in plans.items():
         rates = matching(model, tokenizer, split, task, plan)
-        print(f"{task}: of ten, the text of an image {rates['caption']:.1%}, the image of a text "
-              f"{rates['image']:.1%} (chance {rates['chance']:.1%})")
+        print(f"{task}: of ten, the text of an image {rates['text']:.1%}, the image of a text "
+              f"{rates['picture']:.1%} (chance {rates['chance']:.1%})")
 
 
 if __name__ == "__main__":

@@ -203,15 +203,15 @@ def lock(path, wait=False):
             yield True
 
 
-def open_run(folder, device):
-    """A trained run: model, tokenizer, checkpoint, its data set, its plans. Its sizes become those
-    of its preset, which is what data sets and scores look at."""
+def open_run(folder, device, source=None):
+    """A trained run: model, tokenizer, checkpoint, its data set (source: where that is now, if it
+    has been moved), its plans. Its sizes become those of its preset, where data sets look."""
     model, tokenizer, checkpoint = load_run(folder, device)
     options = checkpoint["options"]
     made_with = {row: size for row, size in checkpoint["made_with"].items() if row != "data"}
     vars(PRESETS[options["preset"]]).update(made_with)
     plans = plans_of(checkpoint["tasks"], options, model.config.layers)
-    return model, tokenizer, checkpoint, data.load_of_run(checkpoint), plans
+    return model, tokenizer, checkpoint, data.load_of_run(checkpoint, source), plans
 
 
 def train_run(out, arguments):
