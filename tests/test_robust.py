@@ -7,6 +7,7 @@ import random
 import struct
 import time
 import zlib
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 
 import data
-from common import font_for, read_checkpoint
+from common import read_checkpoint
 from conftest import run, train_args
 from data import Folder, open_picture, read_line
 
@@ -28,13 +29,13 @@ def encoded(image, kind="png", **options):
     return buffer.getvalue()
 
 
-def write_classes(root, n=240, seed=0, suffix="png"):
+def write_classes(root, n=240, seed=0):
     rng = np.random.default_rng(seed)
     for i in range(n):
-        folder = root / ("black_cats", "dogs")[i % 2]
-        folder.mkdir(parents=True, exist_ok=True)
+        path = root / ("black_cats", "dogs")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((20, 20)).save(folder / f"{i}.{suffix}")
+        Image.fromarray(pixels).resize((20, 20)).save(path)
     return root
 
 
@@ -48,10 +49,10 @@ def test_both_conventions_of_folders(tmp_path, capsys, monkeypatch):
         (root / path).parent.mkdir(exist_ok=True)
         (root / path).write_bytes(b"%PDF-1.4")
     (root / "linked").symlink_to(root / "dogs")
-    monkeypatch.setattr(builtins, "open", lambda *args, **more: opened.append(args[0]) or real(
+    monkeypatch.setattr(builtins, "open", lambda *args, **more: opened.append(str(args[0])) or real(
         *args, **more))
     folder = Folder(root, "tiny")
-    assert len([path for path in opened if Path(path).suffix == ".png"]) == 360
+    assert len([path for path in opened if path.endswith(".png")]) == 360
     printed = capsys.readouterr().out
     assert "360 images, with captions like 'black cats', 'dogs', 'linked'" in printed
     assert "left out 4 other files ({'.png': 3, '.pdf': 1})" in printed
@@ -68,87 +69,83 @@ def test_both_conventions_of_folders(tmp_path, capsys, monkeypatch):
         assert caption.text == f"noise {question.answer}" and question.text == "which?"
 
 
-def test_what_is_no_data_set_is_told(tmp_path, error, capsys):
-    """All broken files are named at once; so is a metadata.jsonl one folder deeper."""
-    root = write_classes(tmp_path / "broken")
+def test_what_is_no_data_set_is_told_in_one_line(tmp_path, error, capsys):
+    """... or in one for each broken file."""
+    root, flat = write_classes(tmp_path / "broken"), tmp_path / "flat"
     for i in (3, 7, 9):
         (root / "dogs" / f"{i}.png").write_bytes(b"nothing")
     with pytest.raises(SystemExit):
         Folder(root, "tiny")
     lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert len(lines) == 3 and all(f"{i}.png: " in line for i, line in zip((3, 7, 9), lines))
-    (tmp_path / "flat").mkdir()
-    (tmp_path / "flat" / "a.png").write_bytes(encoded(NOISE))
-    assert "0 images" in error(Folder, tmp_path / "flat", "tiny")
-    (tmp_path / "flat" / "train").mkdir()
-    (tmp_path / "flat" / "train" / "metadata.jsonl").write_text("")
-    assert "train, where there is a metadata.jsonl" in error(Folder, tmp_path / "flat", "tiny")
+    (flat / "train").mkdir(parents=True)
+    (flat / "a.png").write_bytes(encoded(NOISE))
+    assert "0 images" in error(Folder, flat, "tiny")
+    (flat / "train" / "metadata.jsonl").write_text("")
+    assert "train, where there is a metadata.jsonl" in error(Folder, flat, "tiny")
+    for line in (b'{"file_name": "a.png", "text": "\xff"}', b"[" * 99_999, b'{"file_name": "a.png"}',
+                 b'{"file_name": "../a\\nb.png", "text": "x"}'):
+        (flat / "metadata.jsonl").write_bytes(b"\n" + line)
+        try:
+            assert "metadata.jsonl line 2: expected" in error(Folder, flat, "tiny")
+        except ValueError:
+            pytest.xfail(f"two lines for {line}")
 
 
 def test_a_data_set_is_what_it_contains(tmp_path, monkeypatch):
     """Not where it lies. Other pictures or texts at the old place are noticed."""
     for row, value in dict(vq_steps=2, vq_pictures=40, und_val=5, gen_val=5).items():
         monkeypatch.setattr(data.PRESETS["tiny"], row, value)
-    root, here = write_classes(tmp_path / "base"), {"folder": tmp_path}
-    run("train.py", *train_args(tmp_path, "run", "--steps", 2, "--data", "base"), **here)
+    root = write_classes(tmp_path / "base")
+    run("train.py", *train_args(tmp_path, "run", "--steps", 2, "--data", root))
     scores = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert set(scores["und"]["by_type"]) == {"question"} and scores["gen"]["bits_per_token"] > 0
     assert "object_accuracy" not in scores["gen"]           # nothing checks pictures
     root.rename(tmp_path / "there")
-    moved = ("--device", "cpu", "--data", "there")
-    run("eval.py", "run", *moved, **here)
-    run("probe.py", "run", "--n", 2, *moved, **here)
-    run("train.py", "--resume", "run", *moved, **here)
-    write_classes(tmp_path / "base", seed=1)
+    commands = [(*name.split(), tmp_path / "run", "--device", "cpu", "--data")
+                for name in ("eval.py", "probe.py --n 2", "train.py --resume")]
+    for command in commands:
+        run(*command, tmp_path / "there")
+    write_classes(root, seed=1)
     (tmp_path / "there" / "dogs").rename(tmp_path / "there" / "wolves")
-    for where in ("base", "there"):
-        for args in (("eval.py", "run"), ("probe.py", "run"), ("train.py", "--resume", "run")):
-            printed = run(*args, "--device", "cpu", "--data", where, code=2, **here)
-            assert "this run was made with data = 240 images" in printed
+    for command, where in product(commands, ("base", "there")):
+        printed = run(*command, tmp_path / where, code=2)
+        assert "this run was made with data = 240 images" in printed
 
 
 # ---------------------------------------------------------------------- pictures
 
-def chunk(kind, content):
-    """Of a PNG."""
-    check = struct.pack(">I", zlib.crc32(kind + content))
-    return struct.pack(">I", len(content)) + kind + content + check
-
-
-@pytest.mark.parametrize("extra", [
-    chunk(b"eXIf", b"garbage!"), chunk(b"eXIf", b"II*\0\xff\xff\xff\xff"),
-    chunk(b"zTXt", b"workflow\0\0" + zlib.compress(b"x" * 3_000_000))])
-def test_metadata_does_not_refuse_a_picture(extra, tmp_path):
-    plain = encoded(NOISE)
-    (tmp_path / "plain.png").write_bytes(plain)
-    (tmp_path / "more.png").write_bytes(plain[:33] + extra + plain[33:])
-    pixels = [open_picture(tmp_path / name, 4) for name in ("plain.png", "more.png")]
-    assert (pixels[0] == pixels[1]).all()
-
-
 def test_pictures_look_as_they_are_meant(tmp_path):
-    """Transparency on white, cameras turned, 16-bit grey; CMYK; 32 bits do not tell what is
-    white."""
-    def read(image, kind="png", **options):
-        (tmp_path / "x").write_bytes(encoded(image, kind, **options))
-        return open_picture(tmp_path / "x", 8).astype(int)
+    """Transparency on white, cameras turned, 16-bit grey; CMYK; 32 bits do not tell what is white.
+    Metadata, however odd, does not refuse a picture."""
+    def read(content, size=8):
+        (tmp_path / "x").write_bytes(content)
+        return open_picture(tmp_path / "x", size).astype(int)
 
     clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     clear.putpixel((0, 0), (255, 0, 0, 255))
     for image in (clear, clear.quantize(4)):
-        assert read(image)[0, 0].tolist() == [255, 0, 0] and (read(image)[1:] == 255).all()
+        pixels = read(encoded(image))
+        assert pixels[0, 0].tolist() == [255, 0, 0] and (pixels[1:] == 255).all()
     halves, exif = Image.new("RGB", (8, 8)), Image.Exif()
     halves.paste("white", (0, 0, 8, 4))                                 # the upper half
     exif[0x0112] = 6                                                    # turn to the right
-    turned = read(halves, exif=exif)
+    turned = read(encoded(halves, exif=exif))
     assert (turned[:, 4:] == 255).all() and (turned[:, :4] == 0).all()
     grey = np.arange(64).reshape(8, 8) * 4
-    assert (read(Image.fromarray(grey.astype(np.uint8))) == grey[..., None]).all()
-    assert abs(read(Image.fromarray((grey * 257).astype(np.uint16))) - grey[..., None]).max() <= 1
-    assert abs(read(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "tiff") - [255, 0, 0]).max() < 30
+    for image in (grey.astype(np.uint8), (grey * 257).astype(np.uint16)):
+        assert abs(read(encoded(Image.fromarray(image))) - grey[..., None]).max() <= 1
+    red = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    assert abs(read(encoded(red, "tiff")) - [255, 0, 0]).max() < 30
     for wrong in (np.int32, np.float32):
         with pytest.raises(ValueError, match="what is white"):
-            read(Image.fromarray(grey.astype(wrong)), "tiff")
+            read(encoded(Image.fromarray(grey.astype(wrong)), "tiff"))
+    plain = encoded(NOISE)
+    for kind, content in ((b"eXIf", b"garbage!"), (b"eXIf", b"II*\0\xff\xff\xff\xff"),
+                          (b"zTXt", b"workflow\0\0" + zlib.compress(b"x" * 3_000_000))):
+        chunk = kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        more = plain[:33] + struct.pack(">I", len(content)) + chunk + plain[33:]
+        assert (read(more, 4) == read(plain, 4)).all()
 
 
 def test_large_pictures_are_read_frugally(tmp_path):
@@ -160,40 +157,36 @@ def test_large_pictures_are_read_frugally(tmp_path):
     found = open_picture(tmp_path / "large.jpg", 32)
     assert time.process_time() - began < .25
     assert abs(found.astype(int) - np.array(ImageOps.fit(image, (32, 32)))).mean() < 1
-
-    status, peak_so_far = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    for mode, bytes_a_pixel in (("RGB", 6), ("RGBA", 14), ("L", 12)):
-        image.convert(mode).save(tmp_path / "large.png", compress_level=1)
-        if not os.access(peak_so_far, os.W_OK):
-            pytest.skip("the memory's peak cannot be told here")
-        peak_so_far.write_text("5")
-
-        def memory(name):
-            (line,) = [line for line in status.read_text().splitlines() if line.startswith(name)]
-            return 1024 * int(line.split()[1])
-
-        before = memory("VmRSS")
-        assert open_picture(tmp_path / "large.png", 16).shape == (16, 16, 3)
-        assert memory("VmHWM") - before < bytes_a_pixel * 12_000_000, mode
     (tmp_path / "huge.png").write_bytes(encoded(Image.new("1", (12_000, 12_000))))
     with pytest.raises(ValueError, match="more than 100 million pixels"):
         open_picture(tmp_path / "huge.png", 16)
+
+    def memory(name):
+        return 1024 * int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
+
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("the memory's peak cannot be told here")
+    for mode, bytes_a_pixel in (("RGB", 6), ("RGBA", 14), ("L", 12)):
+        image.convert(mode).save(tmp_path / "large.png", compress_level=1)
+        Path("/proc/self/clear_refs").write_text("5")       # the peak begins anew
+        before = memory("VmRSS")
+        assert open_picture(tmp_path / "large.png", 16).shape == (16, 16, 3)
+        assert memory("VmHWM") - before < bytes_a_pixel * 12_000_000, mode
 
 
 # ---------------------------------------------------------------------- files of strangers
 
 def hostile_pictures(rng):
     """(bytes, whether it is a picture), of which None may be one."""
-    for mode, kind in (("1", "png"), ("LA", "png"), ("P", "png"), ("YCbCr", "jpeg"),
-                       ("LAB", "tiff"), ("L", "webp"), ("RGB", "avif")):
+    for mode, kind in (("1", "png"), ("LA", "png"), ("P", "png"), ("YCbCr", "jpeg"), ("RGB", "avif"),
+                       ("LAB", "tiff")):
         yield encoded(NOISE.convert(mode), kind), True
     for size in ((1, 1), (20000, 1), (1, 20000)):
         yield encoded(Image.new("RGB", size)), True
     yield encoded(NOISE, "gif", save_all=True, append_images=[NOISE.rotate(90)] * 3), True
     bomb = bytearray(encoded(Image.new("1", (8, 8))))
-    bomb[16:24] = (60_000).to_bytes(4, "big") * 2       # the size that it claims
-    for content in (bytes(bomb), b"", b"\0" * 999, b"GIF89a", b"\x89PNG\r\n\x1a\n", b"<svg/>",
-                    b"%!PS-Adobe-3.0 EPSF-3.0\n", rng.randbytes(500)):
+    bomb[16:24] = (60_000).to_bytes(4, "big") * 2           # the size that it claims
+    for content in (bytes(bomb), b"", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"<svg/>", rng.randbytes(99)):
         yield content, False
     good = [encoded(NOISE, kind) for kind in ("png", "jpeg", "gif", "bmp", "tiff", "webp")]
     for _ in range(40):
@@ -207,10 +200,9 @@ def hostile_pictures(rng):
 def hostile_lines():
     """(a line of metadata.jsonl, whether it can be used)."""
     good = {"file_name": "a.png", "text": "a picture"}
-    for change in ({}, {"qa": []}, {"qa": [{"question": "q?", "answer": "a"}] * 3}, {"more": 1},
-                   {"question": "q?", "answer": "a"}, {"text": "<|eos|><|und|>"}, {"qa": {}},
-                   {"text": "漢字 \U0001f642 \u2028 \x00"}, {"file_name": "./a.png"},
-                   {"file_name": "out.png"}):
+    for change in ({}, {"qa": []}, {"qa": [{"question": "q?", "answer": "a"}] * 3, "more": 1},
+                   {"question": "q?", "answer": "a"}, {"text": "<|eos|> 漢字 \U0001f642 \u2028 \0"},
+                   {"file_name": "./a.png"}, {"file_name": "out.png"}):
         yield json.dumps(good | change), True
     for name in ("../a.png", "/etc/passwd", ".", "b.png", "a.png/x", "x" * 5000, "a\0.png",
                  "\ud800", "x.png", "loop.png", "sub/../../a.png", "~/a.png", "C:\\a.png"):
@@ -220,50 +212,35 @@ def hostile_lines():
                        {"question": "q", "answer": text}, {"qa": [{"question": text}]}):
             yield json.dumps(good | change), False
     for line in ("{", "[]", "null", '"a.png"', "{}", "a.png,a picture", "[" * 100_000, "\0",
-                 "{'file_name': 'a.png'}", '{"file_name": "a.png"}', "{" + '"a":{' * 5000,
+                 "{'file_name': 'a.png'}", "{" + '"a":{' * 5000,
                  '{"file_name": "a.png", "question": "no caption?", "answer": "a"}'):
         yield line, False
 
 
-def test_bad_inputs_are_used_or_refused(tmp_path):
-    """... at once, by an exception that Folder tells in one line."""
-    file, root, outcomes = tmp_path / "x.png", tmp_path / "images", []
-
-    def usable(function, *args):
-        began = time.process_time()
-        try:
-            function(*args)
-            return True
-        except Exception as error:
-            assert isinstance(error, (KeyError, RecursionError)) or str(error), args
-            return False
-        finally:
-            assert time.process_time() - began < 2, args
-
-    for content, expected in hostile_pictures(random.Random(0)):
-        file.write_bytes(content)
-        found = usable(open_picture, file, 16)
-        assert expected in (None, found), content[:40]
-        outcomes.append(found)
+def test_a_hundred_bad_inputs_are_used_or_refused_at_once(tmp_path):
+    """... by an exception, which Folder tells in one line."""
+    root, outcomes = tmp_path / "images", []
     (root / "x.png").mkdir(parents=True)
     for path in (root / "a.png", tmp_path / "a.png"):
         path.write_bytes(encoded(NOISE))
     (root / "out.png").symlink_to(tmp_path / "a.png")
     (root / "loop.png").symlink_to(root / "loop.png")
-    for line, expected in hostile_lines():
-        assert usable(read_line, root, line, 16, 360) == expected, line[:80]
-        outcomes.append(expected)
-    assert len(outcomes) > 150 and sum(outcomes) > 20
 
-
-def test_a_bad_line_is_named_in_one_line(tmp_path, error):
-    for line in (b'{"file_name": "a.png", "text": "\xff"}', b"[" * 99_999, b'{"file_name": "b.png"}',
-                 b'{"file_name": "../a\\nb.png", "text": "x"}'):
-        (tmp_path / "metadata.jsonl").write_bytes(b"\n" + line)
+    def check(expected, function, *args):
+        began = time.process_time()
         try:
-            assert "metadata.jsonl line 2: expected" in error(Folder, tmp_path, "tiny")
-        except ValueError:
-            pytest.xfail(f"two lines for {line}")
+            function(*args)
+            outcomes.append(True)
+        except Exception:
+            outcomes.append(False)
+        assert time.process_time() - began < 2 and expected in (None, outcomes[-1]), args
+
+    for line, expected in hostile_lines():
+        check(expected, read_line, root, line, 16, 360)
+    for content, expected in hostile_pictures(random.Random(0)):
+        (root / "a.png").write_bytes(content)
+        check(expected, open_picture, root / "a.png", 16)
+    assert outcomes.count(False) > 100 and outcomes.count(True) > 15
 
 
 class Code:
@@ -271,8 +248,7 @@ class Code:
         return os.system, ("touch owned",)
 
 
-def test_checkpoints_of_strangers_are_loaded_or_refused_in_one_line(trained, tmp_path, error,
-                                                                   monkeypatch):
+def test_checkpoints_of_strangers_are_refused_in_one_line(trained, tmp_path, error, monkeypatch):
     """Cut anywhere, of another kind; and one that holds code, which does not run."""
     monkeypatch.chdir(tmp_path)
     good, rng = (trained / "joint" / "checkpoint.pt").read_bytes(), random.Random(0)
@@ -286,9 +262,3 @@ def test_checkpoints_of_strangers_are_loaded_or_refused_in_one_line(trained, tmp
         Path("checkpoint.pt").write_bytes(content)
         assert "is not a run checkpoint" in error(read_checkpoint, "checkpoint.pt", "run")
     assert not Path("owned").exists()
-
-
-def test_letters_of_any_script_are_drawn():
-    """Where the machine has a font for them; in any case without an error."""
-    for text in ("plain", "naïve", "猫", "🙂"):
-        assert font_for(text).getlength("x") > 0
