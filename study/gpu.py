@@ -14,16 +14,16 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections import Counter
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
+from threading import Thread, Timer
 
 from table import ROOT
-from common import hardware, mixed_precision, pick_device, run_script, script_parser
+from common import hardware, pick_device, run_script, script_parser
 
 import torch
 import torch.nn.functional as F
@@ -35,12 +35,11 @@ from data import PRESETS
 from model import Model
 from prune import make_plan
 from tokenizer import default_preset
-from train import cuda_graph, forward_backward, parse_options, train
+from train import TASK_WEIGHT, cuda_graph, forward_backward, parse_options, train
 
 # Steps that are looked at: task, plan, projections.
 CASES = [("und", "dense", "shared"), ("und", "himix", "shared"), ("und", "freeze", "shared"),
          ("gen", "dense", "shared"), ("gen", "hmgen", "shared"), ("und", "himix", "task")]
-RUN_STEPS = 1500        # of the runs at the end
 
 
 def emit(**result):
@@ -57,8 +56,14 @@ def emit_errors(**what):
         emit(**what, error=traceback.format_exc()[-1500:])
 
 
-def milliseconds(function, device, repeats=15):
-    return 1e3 * statistics.median(time_each({"": function}, device, repeats)[""])
+def milliseconds(function, device):
+    return 1e3 * statistics.median(time_each({"": function}, device, 15)[""])
+
+
+def train_here(*arguments):
+    """As train.py does; stdout is for JSON."""
+    with redirect_stdout(sys.stderr):
+        train(*parse_options(list(map(str, arguments))))
 
 
 # ---------------------------------------------------------------------- the parts
@@ -66,45 +71,37 @@ def milliseconds(function, device, repeats=15):
 def versions(preset, device, out):
     emit(torch=torch.__version__, cuda=torch.version.cuda, hardware=hardware(device), preset=preset)
     if device.type == "cuda":
-        emit(capability=torch.cuda.get_device_capability(), free_and_all=torch.cuda.mem_get_info(),
-             architectures=torch.cuda.get_arch_list())
+        emit(free_and_all_memory=torch.cuda.mem_get_info(), built_for=torch.cuda.get_arch_list())
 
 
 def resume(preset, device, out):
-    """Is a run with --parts 2 that is stopped and resumed the unbroken one, as CUDA graphs? And do
-    both have the losses of steps that are launched one by one?"""
-    def run(name, *arguments):
-        with redirect_stdout(sys.stderr):                   # stdout is for JSON
-            train(*parse_options(["--device", device.type, *map(str, arguments)]))
-        rows = [json.loads(line) for line in (out / name / "log.jsonl").open()]
-        emit(run=name, first_loss=rows[0]["loss"], last_loss=rows[-1]["loss"])
-
+    """Is a run with --parts 2 that is stopped and resumed the unbroken one, as CUDA graphs? And has
+    it the losses of one whose steps are launched kernel by kernel?"""
     def stop(log):
         while not log.exists() or log.read_text().count("\n") < 3:
             time.sleep(.01)
-        os.kill(os.getpid(), signal.SIGTERM)                # train.py saves at this
+        os.kill(os.getpid(), signal.SIGTERM)                # train.py saves at this, and ends
 
-    new = "--preset", "tiny", "--steps", 300, "--parts", 2, "--tokenizer", out / "tiny.pt"
-    for name, *more in (("launched", "--no-compile"), ("unbroken",)):
-        with emit_errors(run=name):
-            run(name, *new, "--out", out / name, *more)
-    threading.Thread(target=stop, args=[out / "stopped" / "log.jsonl"], daemon=True).start()
-    try:
-        run("stopped", *new, "--out", out / "stopped")
-    except SystemExit as end:
-        emit(run="stopped", status=end.code)
-    with emit_errors(run="resumed"):
-        run("stopped", "--resume", out / "stopped")
-        models = [torch.load(out / name / "checkpoint.pt")["model"]
-                  for name in ("unbroken", "stopped")]
-        emit(largest_difference=max((models[0][name] - models[1][name]).abs().max().item()
-                                    for name in models[0]))
+    new = "--device", device.type, "--preset", "tiny", "--steps", 200, "--parts", 2
+    ends = {}
+    for name, *more in (("launched", "--no-compile"), ("unbroken",), ("stopped",),
+                        ("stopped", "--resume", out / "stopped")):
+        if name == "stopped" and not more:
+            Thread(target=stop, args=[out / name / "log.jsonl"], daemon=True).start()
+        with emit_errors(run=name):                         # one is to be stopped
+            where = [] if "--resume" in more else ["--out", out / name]
+            train_here(*new, "--tokenizer", out / "tiny.pt", *where, *more)
+            ends[name] = torch.load(out / name / "checkpoint.pt")
+            emit(run=name, losses=[row["loss"] for row in ends[name]["log"]])
+    emit(largest_difference=max(
+        (weight - ends["stopped"]["model"][name]).abs().max().item()
+        for name, weight in ends["unbroken"]["model"].items()))
 
 
 def right(preset, device, out):
     """Is what a GPU does for speed also right? Losses and gradient norms of one step in float32, in
     mixed precision, in two parts, compiled, and as a CUDA graph."""
-    rows = PRESETS[preset].batch_size
+    rows, cuda = PRESETS[preset].batch_size, device.type == "cuda"
     for task, name, projections in CASES:
         clean_up()
         c, found = bench_config(preset, None, projections), {}
@@ -114,30 +111,37 @@ def right(preset, device, out):
             p.data.add_(.02 * torch.randn_like(p))          # zeros would hide mistakes
         examples = {task: random_batch(task, c, rows).to(device)}
         plans = {task: make_plan(name, c.layers)}
-        for how in ("float32", "mixed", "two parts", "compiled", "graph"):
-            passes = partial(forward_backward, model, plans, examples, 2 if how[:3] == "two" else 1)
-            exact = torch.autocast(device.type, enabled=False)
+
+        def in_float32(index):
+            loss = model(examples[task], plans[task])[1]
+            (TASK_WEIGHT[task] * loss).backward()
+            return {task: loss}
+
+        passes = partial(forward_backward, model, plans, examples, 1)
+        in_two = partial(forward_backward, model, plans, examples, 2)
+        for how in ("float32", "mixed", "two parts", *(("compiled", "graph") if cuda else ())):
             torch.set_float32_matmul_precision("highest" if how == "float32" else "high")
             if how == "compiled":
                 for block in model.blocks:
                     block.compile(dynamic=False)
             with emit_errors(task=task, plan=name, projections=projections, how=how):
-                if how == "graph" and device.type == "cuda":
-                    passes = cuda_graph(passes, model, index)
-                with exact if how == "float32" else nullcontext():
-                    loss = passes(index)[task].item()
+                run = {"float32": in_float32, "two parts": in_two}.get(how, passes)
+                run = cuda_graph(run, model, index) if how == "graph" else run
+                loss = run(index)[task].item()
                 gradients = [p.grad for p in model.parameters() if p.grad is not None]
                 found[how] = loss, torch.nn.utils.get_total_norm(gradients).item()
             model.zero_grad()
         emit(task=task, plan=name, projections=projections, loss_and_gradient_norm=found)
 
 
+KINDS = {"matmul": ("gemm", "nvjet", "cutlass", "cublas", "aten::mm", "aten::bmm"),
+         "attention": ("flash", "fmha", "sdpa", "attention"), "compiled": ("triton",),
+         "copies": ("memcpy", "memset", "copy")}            # kind: parts of kernels' names
+
+
 def profile(preset, device, out):
     """The 25 kernels that take longest in a step, and sums by kind, ms."""
-    kinds = {"matmul": ("gemm", "nvjet", "cutlass", "cublas", "aten::mm", "aten::bmm"),
-             "attention": ("flash", "fmha", "sdpa", "attention"), "compiled": ("triton",),
-             "copies": ("memcpy", "memset", "copy")}
-    cuda = device.type == "cuda"
+    cuda, activity = device.type == "cuda", torch.profiler.ProfilerActivity
     for task, name, projections in CASES[:2]:
         clean_up()
         c = bench_config(preset, None, projections)
@@ -145,49 +149,45 @@ def profile(preset, device, out):
                           compiled=cuda)
         for _ in range(3):
             step()
-        activity = torch.profiler.ProfilerActivity
         with torch.profiler.profile(activities=[activity.CUDA if cuda else activity.CPU]) as found:
             step()
             synchronize(device)
-        times, calls, sums = Counter(), Counter(), Counter()
+        times, sums = Counter(), Counter()
         for event in found.key_averages():
             ms = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3
-            kind = next((kind for kind, words in kinds.items()
+            kind = next((kind for kind, words in KINDS.items()
                          if any(word in event.key.lower() for word in words)), "other")
-            times[event.key] += ms
-            calls[event.key] += event.count
+            times[f"{event.count} x {event.key[:150]}"] += ms
             sums[kind] += ms
         emit(task=task, plan=name, all_ms=sum(times.values()), by_kind=sums)
         for kernel, ms in times.most_common(25):
-            emit(task=task, plan=name, kernel=kernel[:150], ms=ms, calls=calls[kernel])
+            emit(task=task, plan=name, kernel=kernel, ms=ms)
 
 
 def attention(preset, device, out):
     """Attention alone, forward and backward, ms: with the mask, and causal without one."""
-    c = bench_config(preset)
-    n, rows = sum(c.layout("und")), PRESETS[preset].batch_size
+    c, rows = bench_config(preset), PRESETS[preset].batch_size
+    shape = rows, c.heads, sum(c.layout("und")), c.width // c.heads
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    q, k, v = (torch.randn(rows, c.heads, n, c.width // c.heads, device=device, dtype=dtype,
-                           requires_grad=True) for _ in range(3))
-    mask = torch.ones(rows, 1, n, n, dtype=torch.bool, device=device).tril()
-    for name, backend, how in (("cuDNN, mask", SDPBackend.CUDNN_ATTENTION, {"attn_mask": mask}),
-                               ("efficient, mask", SDPBackend.EFFICIENT_ATTENTION,
-                                {"attn_mask": mask}),
-                               ("flash, causal", SDPBackend.FLASH_ATTENTION, {"is_causal": True})):
-        with emit_errors(attention=name), sdpa_kernel(backend):
-            def passes():
-                F.scaled_dot_product_attention(q, k, v, **how).sum().backward()
-            emit(attention=name, ms=milliseconds(passes, device))
+    q, k, v = torch.randn(3, *shape, device=device, dtype=dtype).requires_grad_()
+    mask = torch.ones(rows, 1, shape[2], shape[2], dtype=torch.bool, device=device).tril()
+    for backend, how in (("CUDNN_ATTENTION", {"attn_mask": mask}),
+                         ("EFFICIENT_ATTENTION", {"attn_mask": mask}),
+                         ("FLASH_ATTENTION", {"is_causal": True})):
+        def passes():
+            F.scaled_dot_product_attention(q, k, v, **how).sum().backward(retain_graph=True)
+
+        with emit_errors(attention=backend), sdpa_kernel(getattr(SDPBackend, backend)):
+            emit(attention=backend, **dict.fromkeys(how, True), ms=milliseconds(passes, device))
 
 
 def steps(preset, device, out):
     """Training steps as train.py takes them: CUDA graphs, one at a time."""
     rows, compiled = PRESETS[preset].batch_size, device.type == "cuda"
-    every = [(*case, rows, {}) for case in CASES]
-    every += [("und", "dense", "shared", rows, {"muon": False}),
-              ("und", "dense", "shared", rows, {"usual": True})]
-    every += [("und", name, "shared", 2 * rows, {}) for name in ("dense", "himix")]
-    for task, name, projections, n, how in every:
+    every = [(case, rows, {}) for case in CASES]
+    every += [(CASES[0], rows, {"muon": False}), (CASES[0], rows, {"usual": True})]
+    every += [(case, 2 * rows, {}) for case in CASES[:2]]
+    for (task, name, projections), n, how in every:
         clean_up()
         what = dict(task=task, plan=name, projections=projections, rows=n, **how)
         with emit_errors(**what):
@@ -198,7 +198,7 @@ def steps(preset, device, out):
             launched = bench_step(*given, **how, graph=False)
             emit(**what, ms=ms, launched_ms=milliseconds(launched, device),
                  memory_mb=memory_of(launched, device),
-                 tflop_per_s=None if "usual" in how else n * c.flops(task, plan) / ms / 1e9,
+                 tflop_per_s=n * c.flops(task, plan) / ms / 1e9,    # of a GPT: as if it were ours
                  flops_ratio=c.flops(task, plan) / c.flops(task, dense))
 
 
@@ -207,16 +207,14 @@ def runs(preset, device, out):
     for objective in ("und", "joint"):
         began, folder = time.time(), out / objective
         with emit_errors(objective=objective):
-            with redirect_stdout(sys.stderr):
-                train(*parse_options([
-                    "--preset", preset, "--device", device.type, "--objective", objective,
-                    "--steps", str(min(RUN_STEPS, PRESETS[preset].steps)), "--seed", "1",
-                    "--tokenizer", str(out / f"{preset}.pt"), "--out", str(folder)]))
+            train_here("--preset", preset, "--device", device.type, "--objective", objective,
+                       "--steps", PRESETS[preset].steps // 2, "--seed", 1, "--tokenizer",
+                       out / f"{preset}.pt", "--out", folder)
             emit(objective=objective, seconds=time.time() - began,
-                 **json.loads((folder / "eval.json").read_text()))
+                 scores=json.loads((folder / "eval.json").read_text()))
 
 
-# In this order, with seconds that each may take; the last has what is left.
+# In this order, with seconds that each may take at most.
 PARTS = {versions: 30, resume: 90, right: 110, profile: 70, attention: 40, steps: 150, runs: 600}
 
 
@@ -227,16 +225,14 @@ def run_part(name, seconds, arguments, out):
     print(f"=== {name}, at most {seconds:.0f} s", flush=True)
     command = [sys.executable, __file__, *arguments, "--part", name, "--out", out]
     with (out / f"{name}.log").open("w") as log, (out / f"{name}.jsonl").open("w") as results, \
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True,
-                             cwd=ROOT) as process:
-        # train.py saves at the first, which it may need some time for.
-        timers = [threading.Timer(seconds, process.terminate),
-                  threading.Timer(seconds + 20, process.kill)]
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
+        # train.py saves at the first, for which it may need some time.
+        timers = Timer(seconds, process.terminate), Timer(seconds + 20, process.kill)
         for timer in timers:
             timer.start()
         for line in process.stdout:
-            print(line, end="", flush=True)
-            print(line, end="", flush=True, file=results)
+            for file in (sys.stdout, results):
+                print(line, end="", flush=True, file=file)
         status = process.wait()
         for timer in timers:
             timer.cancel()
@@ -244,8 +240,7 @@ def run_part(name, seconds, arguments, out):
 
 
 def main():
-    began = time.time()
-    names = {part.__name__: part for part in PARTS}
+    began, names = time.time(), {part.__name__: part for part in PARTS}
     parser = script_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=9.)
     parser.add_argument("--only", nargs="+", choices=names, default=list(names), metavar="PART",
@@ -260,11 +255,10 @@ def main():
         return names[args.part](preset, device, out)
     out.mkdir(parents=True, exist_ok=True)
     for name in args.only:
-        left = 60 * args.minutes - (time.time() - began) - 5
+        left = 60 * args.minutes - (time.time() - began)
         if left > 5:
             run_part(name, min(left, PARTS[names[name]]),
                      ["--preset", preset, "--device", device.type], out)
-    print(f"\n{out}/*.jsonl and .log")
 
 
 if __name__ == "__main__":
