@@ -168,7 +168,8 @@ def test_the_loss_is_that_of_eq_1(monkeypatch):
         plan = make_plan("hmgen", 3, 1)
         log_p = model.head(model.norm(model.gathered(batch, plan)))[0].log_softmax(-1)
         # After the image stand 1 2 3 and 4 5 6: three answer tokens, two ends, one question token.
-        targets = [*enumerate([(2, w), (3, 1), (words.eos, w), (5, 1), (6, 1), (words.eos, w)], 2 + m)]
+        text = (2, w), (3, 1), (words.eos, w), (5, 1), (6, 1), (words.eos, w)
+        targets = [*enumerate(text, 2 + m)]
         if image_loss:
             targets += [(1 + i, (FIRST_CODE + code, w)) for i, code in enumerate(codes[0].tolist())]
         assert (batch.targets >= 0).sum() == len(targets)
@@ -243,26 +244,24 @@ def test_flops_are_exact(task, projections):
 def test_costs_by_hand():
     """The paper's FFN, T = 64 text, M = 256 image tokens, d = 512, one layer: HiMix is 0.20 of
     dense by the paper's formula, 0.32 when every matmul of the layer is counted."""
-    layout = Layout(2, 256, 62)
-    assert paper_cost((FULL,), layout, 512) == 320 * 320 * 512 + 8 * 320 * 512 ** 2
-    assert round(paper_cost((HIMIX,), layout, 512) / paper_cost((FULL,), layout, 512), 2) == .20
-    assert round(flops((HIMIX,), layout, 512, 0) / flops((FULL,), layout, 512, 0), 2) == .32
+    himix, full, size = (HIMIX,), (FULL,), (Layout(2, 256, 62), 512)
+    assert paper_cost(full, *size) == 320 * 320 * 512 + 8 * 320 * 512 ** 2
+    assert round(paper_cost(himix, *size) / paper_cost(full, *size), 2) == .20
+    assert round(flops(himix, *size, 0) / flops(full, *size, 0), 2) == .32
 
 
 def test_own_projections_are_used_by_image_tokens_alone():
     """... in every layer where image tokens take part: HMGen's full layers, not its shallow one."""
     rng = random.Random(9)
     model = random_model(rng, "task", layers=3)
-    for task, other in (("und", "gen"), ("gen", "und")):
-        for name in ("dense", "hmgen"):
-            plan = make_plan(name, 3, 1)
-            found = gradients(model, model(random_batch(rng, task, model.config), plan)[1])
-            for i, rule in enumerate(plan):
-                def size(linear, owner):
-                    return found[f"blocks.{i}.{linear}.{owner}.weight"].abs().sum()
-                assert size("query", other) == 0 == size("key_value", other)
-                assert (size("key_value", task) > 0) == (rule.keys != "none")
-                assert size("key_value", "text") > 0
+    for task in ("und", "gen"):
+        plan = make_plan("hmgen", 3, 1)
+        found = gradients(model, model(random_batch(rng, task, model.config), plan)[1])
+        for i, rule in enumerate(plan):
+            used = {(name, owner) for name in ("query", "key_value") for owner in PROJECTIONS["task"]
+                    if found[f"blocks.{i}.{name}.{owner}.weight"].any()} - {("query", task)}
+            own = {("key_value", task)} if rule.keys != "none" else set()
+            assert used == {("query", "text"), ("key_value", "text")} | own
 
 
 def test_segments_are_the_papers():
@@ -293,15 +292,14 @@ def test_attention_allocation_is_a_mean_over_updated_tokens():
             assert np.allclose(found, torch.stack(rows).mean(0).tolist(), atol=1e-6)
 
 
-@pytest.mark.parametrize("layers, k, letters", [
-    (1, 0, "F"), (2, 0, "FF"), (3, 1, "FsF"), (4, 1, "FsFF"), (6, 2, "FsFsFF"),
-    (12, 3, "FFFsFsFsFFFF")])
-def test_shallow_layers_alternate_in_the_middle(layers, k, letters, error):
-    plan = make_plan("hmgen", layers, k)
-    assert plan == make_plan("hmgen", layers) or layers == 6            # a quarter by default
-    assert "".join("s" if rule == SHALLOW else "F" for rule in plan) == letters
-    for wrong in (-1, (layers + 1) // 2):
-        assert f"--shallow {wrong}: expected 0 to " in error(make_plan, "hmgen", layers, wrong)
+def test_shallow_layers_alternate_in_the_middle(error):
+    for k, letters in ((0, "F"), (0, "FF"), (1, "FsF"), (1, "FsFF"), (2, "FsFsFF"),
+                       (3, "FFFsFsFsFFFF")):
+        plan = make_plan("hmgen", len(letters), k)
+        assert "".join("s" if rule == SHALLOW else "F" for rule in plan) == letters
+        assert k == 2 or plan == make_plan("hmgen", len(letters))       # a quarter by default
+        for wrong in (-1, (len(letters) + 1) // 2):
+            assert f"--shallow {wrong}: " in error(make_plan, "hmgen", len(letters), wrong)
 
 
 @cache
@@ -328,6 +326,5 @@ def learn(und, gen, projections):
 def test_a_tiny_model_learns_both_tasks(how):
     model, batches, plans, codes, names = learn(*how)
     assert max(model(batches[task], plans[task])[1].item() for task in batches) < .1
-    assert [answer(model, words, row, "99", plans["und"]) for row in codes[:3]] == \
-        ["100", "101", "102"]
+    assert answer(model, words, codes[3], "99", plans["und"]) == "103"
     assert (draw(model, words, names, plans["gen"], 1., .01) == codes.numpy()).all()

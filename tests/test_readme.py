@@ -54,17 +54,6 @@ def test_commands_have_the_options_that_they_use():
         assert any(re.search(rf"{option}\b", text) for text in helps.values()), option
 
 
-def test_names_in_code_are_there():
-    """`model.Model`, `Model.loss`, `train.OBJECTIVES`, ..."""
-    names = re.findall(r"`((?:\w+\.)+\w+)`", README)
-    code = {file.stem: file.read_text() for file in ROOT.glob("*.py")}
-    for name in names:
-        first, *_, last = name.split(".")
-        if last not in ("py", "pt", "json", "jsonl", "png", "md", "txt") and first.isidentifier():
-            text = code.get(first) or next((t for t in code.values() if f"class {first}" in t), "")
-            assert re.search(rf"\b(def|class) {last}\b|^ *{last}\b.*=|\b{last},", text, re.M), name
-
-
 def test_results_are_those_of_the_committed_runs():
     from table import COLUMNS, ROWS, numbers, read_runs
     found = read_runs(ROOT / "study" / "results" / "synergy")

@@ -83,8 +83,7 @@ def test_what_is_no_data_set_is_told_in_one_line(tmp_path, error, capsys):
     assert "0 images" in error(Folder, flat, "tiny")
     (flat / "train" / "metadata.jsonl").write_text("")
     assert "train, where there is a metadata.jsonl" in error(Folder, flat, "tiny")
-    for line in (b'{"file_name": "a.png", "text": "\xff"}', b"[" * 99_999, b'{"file_name": "a.png"}',
-                 b'{"file_name": "../a\\nb.png", "text": "x"}'):
+    for line in (b'{"file_name": "a.png", "text": "\xff"}', b"[" * 99_999, b'{"text": "x"}', b'{"file_name": "../a\\nb.png", "text": "x"}'):
         (flat / "metadata.jsonl").write_bytes(b"\n" + line)
         try:
             assert "metadata.jsonl line 2: expected" in error(Folder, flat, "tiny")
@@ -178,15 +177,14 @@ def test_large_pictures_are_read_frugally(tmp_path):
 
 def hostile_pictures(rng):
     """(bytes, whether it is a picture), of which None may be one."""
-    for mode, kind in (("1", "png"), ("LA", "png"), ("P", "png"), ("YCbCr", "jpeg"), ("RGB", "avif"),
-                       ("LAB", "tiff")):
+    for mode, kind in (("1", "png"), ("LA", "png"), ("P", "png"), ("YCbCr", "jpeg"), ("LAB", "tiff")):
         yield encoded(NOISE.convert(mode), kind), True
     for size in ((1, 1), (20000, 1), (1, 20000)):
         yield encoded(Image.new("RGB", size)), True
     yield encoded(NOISE, "gif", save_all=True, append_images=[NOISE.rotate(90)] * 3), True
     bomb = bytearray(encoded(Image.new("1", (8, 8))))
     bomb[16:24] = (60_000).to_bytes(4, "big") * 2           # the size that it claims
-    for content in (bytes(bomb), b"", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"<svg/>", rng.randbytes(99)):
+    for content in (bytes(bomb), b"", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"<svg/>", b"\0" * 99):
         yield content, False
     good = [encoded(NOISE, kind) for kind in ("png", "jpeg", "gif", "bmp", "tiff", "webp")]
     for _ in range(40):
@@ -201,7 +199,7 @@ def hostile_lines():
     """(a line of metadata.jsonl, whether it can be used)."""
     good = {"file_name": "a.png", "text": "a picture"}
     for change in ({}, {"qa": []}, {"qa": [{"question": "q?", "answer": "a"}] * 3, "more": 1},
-                   {"question": "q?", "answer": "a"}, {"text": "<|eos|> 漢字 \U0001f642 \u2028 \0"},
+                   {"question": "q?", "answer": "a"}, {"text": "<|eos|> 漢字 🙂 \u2028 \0"},
                    {"file_name": "./a.png"}, {"file_name": "out.png"}):
         yield json.dumps(good | change), True
     for name in ("../a.png", "/etc/passwd", ".", "b.png", "a.png/x", "x" * 5000, "a\0.png",

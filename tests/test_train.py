@@ -45,37 +45,17 @@ def scores_of(folder):
     return json.loads((folder / "eval.json").read_text())
 
 
-def sequences(folder, task, *given):
-    _, tokenizer, _ = load_run(folder / "joint", CPU)
-    of_run, _, _ = options(folder, "sequences", "--seed", 3, *given)
-    return train.training_sequences(task, of_run, Shapes("tiny"), tokenizer), tokenizer
-
-
-def test_by_default_each_task_predicts_its_own_output(trained):
-    """Understanding its text alone, generation its image alone; --image-loss changes the first."""
-    for given in ([], ["--image-loss"]):
-        batch, _ = sequences(trained, "und", *given)
-        before, m, _ = batch.layout
-        images, text = batch.targets[:, :before + m], batch.targets[:, before + m:]
-        assert text.max() < FIRST_CODE and (text >= 0).any(1).all()
-        expected = batch.tokens[:, before:before + m] if given else torch.tensor(-1)
-        assert (images[:, before - 1:-1] == expected).all()
-    batch, _ = sequences(trained, "gen")
-    assert (batch.targets[batch.targets >= 0] >= FIRST_CODE).all()
-    assert torch.equal(batch.targets >= 0, batch.is_output)
-
-
 def test_practice_shows_understandings_pictures_where_there_is_no_caption(trained):
     """... and only there; without it all pictures are generation's own."""
-    (plain, tokenizer), (practice, _) = (sequences(trained, "gen", *on)
-                                         for on in ([], ["--practice"]))
-    own, others = (FIRST_CODE + tokenizer.encode(Shapes("tiny").split(
-        task, "train", 300, 3, questions=0).pixels) for task in ("gen", "und"))
+    world, (_, tokenizer, _) = Shapes("tiny"), load_run(trained / "joint", CPU)
+    plain, practice = (train.training_sequences("gen", options(trained, "x", *on)[0], world,
+                                                tokenizer) for on in ([], ["--practice"]))
+    own, others = (FIRST_CODE + tokenizer.encode(world.split(
+        task, "train", 300, questions=0).pixels) for task in ("gen", "und"))
     before = plain.layout.before
     empty = plain.tokens[:, before - 1] == tokenizer.gen                # (N,)
-    assert .05 < empty.double().mean() < .2
+    assert .05 < empty.double().mean() < .2 and torch.equal(plain.tokens[:, before:], own)
     assert torch.equal(plain.tokens[:, :before], practice.tokens[:, :before])
-    assert torch.equal(plain.tokens[:, before:], own)
     assert torch.equal(practice.tokens[~empty, before:], own[~empty])
     assert torch.equal(practice.tokens[empty, before:], others[:empty.sum()])
 
