@@ -1,0 +1,359 @@
+"""What needs study/: a fork deletes both. Its scripts, tiny but real, its statistics; and what
+study/README.md states, held to the committed results."""
+import json
+import re
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "study"))
+
+import bench
+import depth
+import front
+import gpu
+import photos
+import table
+from conftest import ROOT, run, train_args
+from data import PRESETS, Folder
+from match import log_likelihoods, matching
+from model import understanding
+from prune import PLANS, can_generate, make_plan
+from readout import draw_means, token_labels
+from shapes import Shapes, Thing
+from table import (HELD_OUT, IMAGES, QUESTIONS, ROWS, UNSEEN, answer_claims, differences_of,
+                   mean_std, numbers, open_run, p_values, read_runs, spread, t_tail, train_run)
+
+CPU, STUDY = torch.device("cpu"), (ROOT / "study" / "README.md").read_text()
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """Results of scripts are written here instead."""
+    for module in (table, depth, photos, bench, front):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def two_classes(tmp_path_factory):
+    """A folder with two classes of random pictures, dark and light ones."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for name, brightness in (("dark", 0), ("light", 155)):
+        (folder / name).mkdir()
+        for i in range(120):
+            picture = rng.integers(0, 100, (16, 16, 3), dtype=np.uint8) + np.uint8(brightness)
+            Image.fromarray(picture).save(folder / name / f"{i}.png")
+    return folder
+
+
+# ---------------------------------------------------------------------- table.py
+
+def test_the_table_trains_what_is_missing(trained, results):
+    out = results / "table"
+    args = (out, "--preset", "tiny", "--steps", 5, "--rows", "u", "joint", "joint-shuffled",
+            "deep-leave-10", "u-describe", "--tokenizer", trained / "tokenizer.pt", "--device",
+            "cpu")
+    first = run("table.py", *args)
+    assert first.count("GFLOP a step") == 5 and "at inference only" in first and "52.86" in first
+    assert "GFLOP a step" not in run("table.py", *args)     # nothing is trained twice
+    stored = json.loads((results / "table-tiny.json").read_text())["runs"]
+    assert set(stored) == {"u", "u-inference", "joint", "joint-shuffled", "deep-leave-10",
+                           "u-describe"}
+    assert "cost" not in stored["u-inference"]["1"]         # nobody trained like that
+    assert stored["u-describe"]["1"]["cost"]["flops_ratio"] > 1
+    assert Image.open(results / "table-tiny-flops.png").width > 1000
+    # Two rows that differ in the world alone: captions beside the wrong pictures.
+    logs = [(out / f"{row}-seed1" / "log.jsonl").read_text() for row in ("joint", "joint-shuffled")]
+    losses = [json.loads(log.splitlines()[-1])["loss_gen"] for log in logs]
+    assert losses[0] != losses[1]
+    # A run of other sizes can be opened, although its preset has others by now.
+    assert "made with layers = 12" in run("eval.py", out / "deep-leave-10-seed1", code=2)
+    usual = dict(vars(PRESETS["tiny"]))
+    try:
+        model, _, _, _, plans = open_run(out / "deep-leave-10-seed1", CPU)
+    finally:
+        vars(PRESETS["tiny"]).update(usual)
+    assert model.config.layers == 12 and not plans["und"][10].query and plans["gen"][10].query
+
+
+def test_a_stopped_row_goes_on_and_a_locked_one_is_left_alone(trained, results):
+    out = results / "runs" / "u-seed1"
+    args = (results / "runs", "--preset", "tiny", "--rows", "u", "--tokenizer",
+            trained / "tokenizer.pt", "--device", "cpu", "--steps", 10)
+    run("train.py", *train_args(trained, "unused", "--steps", 10, "--objective", "und", "--seed", 1,
+                                "--out", out))
+    (out / "eval.json").unlink()
+    with table.lock(out):
+        assert "no finished run" in run("table.py", *args, code=2)
+    assert "| 1 |" in run("table.py", *args)
+    for changed in ("--steps 11", "--image-loss"):          # it would be in one table with others
+        given = [*changed.split(), "--preset", "tiny", "--device", "cpu", "--objective", "und"]
+        with pytest.raises(SystemExit):
+            train_run(out, given)
+    (out / "checkpoint.pt").unlink()                        # as with committed scores
+    with pytest.raises(SystemExit):
+        train_run(out, ["--preset", "tiny", "--device", "cpu", "--steps", 11])
+
+
+def test_the_table_of_stored_results(results):
+    """... is made without training, whatever the rows were when they were trained."""
+    for name, preset in (("synergy", "cpu"), ("deep", "cpu"), ("scale", "gpu")):
+        folder = ROOT / "study" / "results" / name
+        printed = run("table.py", folder, "--seeds", 0, "--preset", preset, "--device", "cpu")
+        committed = (folder.parent / f"{name}-{preset}.md").read_text()
+        assert (results / f"{name}-{preset}.md").read_text() == committed
+        assert committed.strip() in printed and "transfer" not in committed
+
+
+# ---------------------------------------------------------------------- claims
+
+def test_claims_are_tested_seed_by_seed_and_corrected():
+    """Differences of 4, 5 and 6 points: t = 5 sqrt(3), of which the two-sided p with 2 degrees of
+    freedom is .0131. Holm's correction takes ten times that for the smallest of ten claims."""
+    assert abs(t_tail(1, 1) - .25) < 1e-6 and abs(t_tail(-2.365, 7) - .975) < 1e-4
+    assert abs(2 * p_values([4, 5, 6], 0)[0] - .0131) < 1e-4
+    joint = {seed: {"und": {"accuracy": .9}} for seed in range(1, 20)}
+
+    def answer(*differences):
+        alone = {seed: {"und": {"accuracy": .9 - x / 100}} for seed, x in enumerate(differences, 1)}
+        return answer_claims({"joint": joint, "u": alone})[0]
+
+    _, mean, deviation, n, p, words = answer(4, 5, 6)       # too few seeds are no answer
+    assert abs(mean - 5) < 1e-9 and abs(deviation - 1) < 1e-9
+    assert (n, p, words) == (3, None, "3 of 8 seeds")
+    eight = 1, 3, -1, 2, 4, 0, 2, 1
+    *_, n, p, words = answer(*eight, 50)                    # nor is a ninth one
+    assert (n, words) == (8, "undecided") and abs(p - 20 * p_values(eight, 0)[0]) < 1e-9
+    assert answer(*(x + 5 for x in eight))[-1] == "holds"
+    assert answer(*(x - 9 for x in eight))[-1] == "does not hold"
+
+
+@pytest.mark.parametrize("differences, right", [
+    ((.5, -.4, .2, -.1, .3, 0, -.2, .1), "holds"), ((9, -8, 6, -7, 8, -9, 7, -5), "undecided"),
+    ((-4.5, -5.4, -4.8, -5.1, -4.7, -5, -5.2, -4.9), "does not hold")])
+def test_keeping_is_not_the_lack_of_a_difference(differences, right):
+    """Of images within 2 points, the only claim for which these rows have scores."""
+    found = {"g": {i: {"gen": {"image_accuracy": .9}} for i in range(8)},
+             "joint": {i: {"gen": {"image_accuracy": .9 + x / 100}}
+                       for i, x in enumerate(differences)}}
+    assert answer_claims(found)[0][-1] == right
+
+
+def test_synergy_is_compared_as_a_difference_of_differences():
+    """Joint training adds 20 points without reduction, and 5 with it: 15 in between."""
+    accuracy = {"joint": .9, "u": .7, "share-all": .6, "u-himix": .55}
+    found = {row: {seed: {"und": {HELD_OUT[1]: x + seed / 100}} for seed in (1, 2)}
+             for row, x in accuracy.items()}
+    assert np.allclose(differences_of(found, HELD_OUT, *accuracy), [15, 15])
+    del found["u"][2]                                       # then seed 2 lacks one
+    assert np.allclose(differences_of(found, HELD_OUT, *accuracy), [15])
+
+
+# ---------------------------------------------------------------------- the other scripts
+
+def test_pictures_are_matched_by_what_they_show():
+    """A question tells which answers fit it, but not which picture it is about."""
+    model, tokenizer, _, dataset, plans = open_run(ROOT / "study" / "trained", CPU)
+    split = dataset.split("und", "val", 30)
+    rates = matching(model, tokenizer, split, "und", plans["und"])
+    assert rates["text"] > .9 and rates["picture"] > rates["chance"] + .3
+    exchanged = split._replace(pixels=np.roll(split.pixels, 7, 0))
+    rates = matching(model, tokenizer, exchanged, "und", plans["und"])
+    assert rates["picture"] < rates["chance"] + .15
+
+
+def test_bench_counts_what_it_times():
+    found = bench.bench("tiny", 1, CPU, False, repeats=1, sides=(4, 6, 20))
+    of_gen = sum(can_generate(make_plan(name, 3)) for name in PLANS)
+    assert len(found["steps"]) == 3 * (len(PLANS) + of_gen) and len(found["image_tokens"]) == 12
+    for row in found["steps"] + found["image_tokens"]:
+        assert row["ms_range"][0] <= row["ms"] <= row["ms_range"][1]
+        assert row["plan"] != "dense" or row["time_ratio"] == row["flops_ratio"] == 1
+    large = {row["plan"]: row for row in found["image_tokens"]
+             if (row["task"], row["image_tokens"]) == ("und", 400)}
+    assert large["himix"]["flops_ratio"] < .4 and large["himix"]["time_ratio"] < .9
+    assert large["himix"]["memory_mb"] < large["dense"]["memory_mb"] * .7
+    assert {row["task"] for row in found["beside"]} == {"und", "gen"}
+    assert all(row["usual GPT"] > 0 for row in found["beside"])
+    for row in found["drawing"]:
+        assert row["same_codes"] == 1 and row["cached_images_per_s"] > row["uncached_images_per_s"]
+
+
+def test_depth(trained, results, monkeypatch):
+    """Where the image is hidden nowhere, scores are those of eval.py; hiding it changes them."""
+    size = PRESETS["tiny"]
+    monkeypatch.setattr(depth, "SCORED", {"und": size.und_val, "gen": size.gen_val})
+    found = depth.measure(trained / "joint", CPU)
+    scores = json.loads((trained / "joint" / "eval.json").read_text())
+    for task, of_task in found.items():
+        assert len(of_task["attention"]) == size.layers and min(of_task["attention"]) > .05
+        assert len(of_task["right"]) == size.layers + 1
+        assert of_task["loss"][-1] == pytest.approx(scores[task]["loss"])
+        assert len(set(of_task["loss"])) == size.layers + 1
+    assert found["und"]["right"][-1] == pytest.approx(scores["und"]["accuracy"])
+    depth.draw([found, found], results / "depth.png")
+    line = depth.table_of([found, found]).splitlines()[2]
+    assert f"| {found['und']['attention'][0]:.2f} |" in line
+
+
+def test_readout(trained, tmp_path):
+    """Places can be read from embeddings, into which they were put. Labels say what a patch shows,
+    and a run on other data is refused."""
+    scenes = [(Thing(1, 2, 0, 3),), (Thing(0, 0, 1, 0),)]
+    labels, is_last = token_labels(Shapes("tiny"), scenes, side=4)
+    shown = labels[0, labels[0, :, 0] >= 0].tolist()
+    assert shown == 4 * [[1, 2, 0, 3]] and is_last.sum(1).tolist() == [1, 1] and is_last[0, -1]
+
+    checkpoint = torch.load(trained / "joint" / "checkpoint.pt")
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    assert "| shape, last token, held-out pairs |" in run("readout.py", tmp_path)
+    found = json.loads((tmp_path / "readout.json").read_text())
+    for task in ("und", "gen"):
+        for fields in found["tokens"][task].values():
+            assert len(fields["cell"]["trained"]) == 4 and fields["cell"]["trained"][0] > .95
+    draw_means({tmp_path / "joint-seed1": found, tmp_path / "joint-seed2": found}, tmp_path / "all")
+    means = json.loads((tmp_path / "all.json").read_text())["gen"]["joint"]["known pairs"]
+    assert means == {"mean": found["tokens"]["gen"]["last token"]["shape"]["trained"],
+                     "standard_deviation": 4 * [0]}
+
+
+def test_photos(two_classes, results, monkeypatch):
+    """Every stage; its run is matched among ten, too. Names are scored as match.py would."""
+    for name, smaller in (("DRAWN", 10), ("FEW", 7)):
+        monkeypatch.setattr(photos, name, smaller)
+    args = (two_classes, "--preset", "tiny", "--device", "cpu", "--seeds", 1, "--rows", "u-few",
+            "joint", "--out", results / "out", "--steps")
+    assert run("photos.py", *args, 30).count("GFLOP a step") == 2
+    assert "GFLOP a step" not in run("photos.py", *args, 30)            # nothing is trained twice
+    assert "has 30" in run("photos.py", *args, 31, code=2)
+    stored = json.loads((results / "photos-tiny.json").read_text())
+    assert stored["real"]["accuracy"] > .95 and stored["names"] == ["dark", "light"]
+    assert set(stored["runs"]["u-few"]["1"]["photos"]) == {"named"}
+    assert set(stored["runs"]["joint"]["1"]["photos"]) == {"named", "drawn_right", "frechet"}
+    assert run("match.py", results / "out" / "joint-seed1", "--n", 20).count("of ten") == 2
+
+    few = photos.with_few_labels(Folder(two_classes, "tiny")).split("und", "train", 200)
+    assert sorted(caption.text for caption in few.captions) == 7 * ["dark"] + 7 * ["light"]
+    assert few.questions[0][0].answer == few.captions[0].text
+    model, tokenizer, _, _, plans = open_run(results / "out" / "joint-seed1", CPU)
+    names, question = ["dark", "light"], few.questions[0][0].text
+    together = photos.name_likelihoods(model, tokenizer, plans["und"], few.pixels, question, names)
+    codes = tokenizer.encode(few.pixels)
+    for k, name in enumerate(names):
+        batch = understanding(tokenizer, codes, [[(question, name)]] * len(codes))
+        alone = log_likelihoods(model, batch, plans["und"])
+        assert torch.allclose(together[:, k], alone, atol=1e-4)
+    # Features shifted by 2 in each of 5 numbers: 20. Twice as wide: the trace of the covariance.
+    a = torch.randn(300, 5, dtype=torch.float64)
+    assert abs(photos.frechet(a, a + 2) - 20) < 1e-6
+    a -= a.mean(0)
+    assert abs(photos.frechet(a, 2 * a) - a.T.cov().trace()) < 1e-6
+
+
+def test_the_front_is_drawn_from_a_run(trained, results, monkeypatch):
+    front.shrink(trained / "joint", results)
+    assert "optimizers" not in open_run(results, CPU)[2]
+    real = Shapes("tiny").split("gen", "val", 6, questions=0).pixels    # a tiny run draws nothing
+    monkeypatch.setattr(front, "draw", lambda model, tokenizer, texts, *_: real[:len(texts)])
+    run("front.py", results, "--device", "cpu")
+    assert Image.open(results / "drawing.gif").n_frames > 5
+    assert Image.open(results / "masks.png").width > 1000
+
+
+def test_a_visit_to_a_gpu_can_be_rehearsed(trained, tmp_path):
+    """Each part prints lines of JSON, which are kept, also if its time is over before its work."""
+    given = "--preset", "tiny", "--device", "cpu", "--out", tmp_path
+    printed = run("gpu.py", "--minutes", 1, "--only", "versions", *given)
+    assert (tmp_path / "versions.jsonl").read_text() in printed and "exit status 0" in printed
+    shutil.copy(trained / "tokenizer.pt", tmp_path / "tiny.pt")
+    *_, last = run("gpu.py", "--part", "resume", *given).splitlines()
+    assert json.loads(last) == {"largest_difference": 0.}
+    for line in run("gpu.py", "--part", "right", *given).splitlines():
+        found = json.loads(line)["loss_and_gradient_norm"]
+        assert np.allclose(found["float32"], found["two parts"], rtol=1e-4)
+    began = time.time()
+    gpu.run_part("steps", .5, given[:4], tmp_path)
+    assert time.time() - began < 15 and (tmp_path / "steps.jsonl").exists()
+
+
+@pytest.mark.parametrize("args", [("readout.py", "nowhere"), ("photos.py", "nowhere"),
+                                  ("depth.py", "nowhere"), ("match.py", "nowhere"),
+                                  ("table.py", "nowhere", "--seeds", "0", "--preset", "tiny")])
+def test_bad_options_are_one_line_and_status_2(args, tmp_path):
+    printed = run(*args, code=2, folder=tmp_path)
+    (line,) = [line for line in printed.splitlines() if "error: " in line]
+    assert "nowhere" in line and "Traceback" not in printed
+
+
+# ---------------------------------------------------------------------- study/README.md
+
+def table_under(first_cell):
+    lines = STUDY[STUDY.index(f"| {first_cell} |"):].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_differences_are_those_of_the_committed_runs():
+    """... which the tables of the paper's claims, of controls and of the frozen plan have."""
+    found = read_runs(ROOT / "study" / "results" / "synergy")
+    expected = [
+        [(HELD_OUT, "joint", "u"), (HELD_OUT, "joint", "u-long"), (QUESTIONS, "joint", "u")],
+        [(IMAGES, "joint", "g"), (UNSEEN, "joint", "g")],
+        [(QUESTIONS, "u-himix", "u"), (HELD_OUT, "u-himix", "u")],
+        [(IMAGES, "g-hmgen", "g"), (UNSEEN, "g-hmgen", "g")],
+        [(HELD_OUT, "share-all", "joint"), (HELD_OUT, "joint", "u", "share-all", "u-himix")],
+        [(HELD_OUT, "share-partial", "share-all"),
+         (HELD_OUT, "joint", "u", "share-partial", "u-himix")]]
+    rows = table_under("the paper says")
+    for row, differences in zip(rows, expected):
+        shown = re.findall(r"[-+]?[\d.]+ ± [\d.]+", " ".join(row))
+        values = [spread(differences_of(found, *difference)) for difference in differences]
+        assert [x.lstrip("+") for x in shown] == [x.lstrip("+") for x in values], row
+    runs = json.loads((ROOT / "study/results/depth-cpu.json").read_text())["runs"].values()
+    for layer in (7, 11):
+        for task in ("und", "gen"):
+            right = [100 * run[task]["right"][layer - 1] for run in runs]
+            assert mean_std(right, 1) in " ".join(rows[-1])
+    row_of = {title: row for row, (title, _) in ROWS.items()}
+    for title, rate, difference, seeds in table_under(
+            "run | held-out pairs | minus understanding only | seeds"):
+        runs = {seed: found[row_of[title]][seed] for seed in range(1, int(seeds) + 1)}
+        assert rate == mean_std(numbers(runs, HELD_OUT, 100), 1), title
+        differences = differences_of(found, HELD_OUT, row_of[title], "u")[:int(seeds)]
+        assert difference == mean_std(differences, 1, "+"), title
+    others = "share-all", "joint", "joint-practice", "share-all-practice"
+    for other, row in zip(others, table_under("minus"), strict=True):
+        assert row[1:] == [spread(differences_of(found, score, "freeze-hmgen-practice", other))
+                           for score in (HELD_OUT, QUESTIONS, IMAGES, UNSEEN)]
+
+
+def test_rows_and_claims_are_those_of_the_committed_runs():
+    found = read_runs(ROOT / "study" / "results" / "synergy")
+    for (claim, points, n, p, answer), (words, mean, std, seeds, exact, right) in zip(
+            table_under("claim"), answer_claims(found), strict=True):
+        assert (claim, points, int(n)) == (words, f"{mean:+.1f} ± {std:.1f}", seeds)
+        assert float(p) == float(f"{exact:.1g}") and answer == right
+    for title, *cells, seeds in table_under("run | questions | held-out pairs | images"):
+        runs = found[re.search(r"\(`(.+)`\)", title)[1]]
+        for cell, (_, path, factor, digits) in zip(cells, table.COLUMNS):
+            values = numbers(runs, path, factor)
+            assert cell == (mean_std(values, digits) if values else ""), title
+        assert len(runs) == int(seeds)
+
+
+def test_links_and_commands():
+    for text in (STUDY, (ROOT / "study" / "NOTES.md").read_text()):
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+            assert link.startswith("http") or (ROOT / "study" / link).exists(), link
+        for script, rest in re.findall(r"python (?:study/)?(\w+\.py)([^`\n]*)", text):
+            words = shlex.split(rest.rstrip("\\"), comments=True)
+            known = run(script, "--help") if any(word[:2] == "--" for word in words) else ""
+            for word in words:
+                assert word[:2] != "--" or re.search(rf"{word}\b", known), (script, word)
