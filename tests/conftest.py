@@ -1,10 +1,12 @@
 """Scripts run in forked processes: as a user would run them, but without seconds of imports."""
 import faulthandler
 import os
+import re
 import signal
 import sys
 import tempfile
 import time
+import traceback
 from importlib import import_module
 from pathlib import Path
 
@@ -44,7 +46,6 @@ class Script:
             except SystemExit as stop:
                 status = stop.code or 0
             except BaseException:
-                import traceback
                 traceback.print_exc()
             finally:
                 sys.stdout.flush()
@@ -98,11 +99,10 @@ def error(capsys):
     """A function: what another one complains of, which has to be one line, with exit status 2."""
     def complaint(function, *args):
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
+        with pytest.raises(SystemExit, match="2"):
             function(*args)
-        printed = capsys.readouterr().err.replace("\r", "\n").splitlines()
-        progress = "%|", "it/s"
-        (line,) = [x for x in printed if x.strip() and not any(mark in x for mark in progress)]
-        assert stop.value.code == 2 and line.removeprefix("\x1b[A").startswith("error: ")
+        lines = re.split(r"[\r\n\x1b]+", capsys.readouterr().err)
+        (line,) = [line for line in lines if not re.search(r"^\W*$|%\||it/s|^\[A$", line)]
+        assert line.removeprefix("[A").startswith("error: ")
         return line
     return complaint

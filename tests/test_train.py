@@ -60,23 +60,19 @@ def test_practice_shows_understandings_pictures_where_there_is_no_caption(traine
     assert torch.equal(practice.tokens[empty, before:], others[:empty.sum()])
 
 
-# ---------------------------------------------------------------------- what a run leaves
-
 def test_a_run_leaves_what_the_contract_promises(trained):
-    folder = trained / "joint"
-    assert {f.name for f in folder.iterdir()} >= {"checkpoint.pt", "log.jsonl", "loss.png",
-                                                  "eval.json", "samples.png"}
+    folder, scores = trained / "joint", scores_of(trained / "joint")
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"checkpoint.pt", "log.jsonl", "loss.png", "eval.json", "samples.png"}
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [10, 20, 30, 40] and rows[-1]["loss"] < rows[0]["loss"]
-    assert rows[0].keys() >= {"loss_und", "loss_gen", "lr", "tokens_per_s", "tflop_per_s",
-                              "gpu_memory_mb"}
-    scores = scores_of(folder)
-    for part, names in {
-            "und": "accuracy chance by_type held_out_accuracy loss",
-            "gen": "object_accuracy image_accuracy by_type unseen_object_accuracy loss ceiling",
-            "cost": "flops_per_step flops_ratio paper_flops_ratio"}.items():
-        assert {*names.split()} <= scores[part].keys()
-    assert {"config", "n", "seconds", "hardware"} <= scores.keys()
+    for found, names in (
+            (rows[0], "loss_und loss_gen lr tokens_per_s tflop_per_s gpu_memory_mb"),
+            (scores, "config n seconds hardware und gen cost"),
+            (scores["und"], "accuracy chance by_type held_out_accuracy loss"),
+            (scores["gen"], "object_accuracy image_accuracy by_type unseen_object_accuracy loss"),
+            (scores["cost"], "flops_per_step flops_ratio paper_flops_ratio")):
+        assert {*names.split()} <= found.keys()
 
 
 def test_scripts_use_a_run_and_their_results_can_go_elsewhere(trained, tmp_path):
@@ -132,8 +128,6 @@ def test_edited_presets_train_and_are_scored(edits, tiny, tmp_path):
         ("unseen_object_accuracy" in scores["gen"]) == ("held_out" not in edits)
 
 
-# ---------------------------------------------------------------------- one run, one setting
-
 @pytest.mark.parametrize("row, value, had", [
     ("colours", 4, 3), ("und_scenes", 100, 300), ("image_size", 20, 16), ("layers", 4, 3)])
 def test_an_edited_preset_is_noticed_by_old_runs_and_tokenizers(row, value, had, trained,
@@ -163,8 +157,6 @@ def test_a_changed_vocabulary_is_noticed(trained, monkeypatch, error):
     assert after.ids("a red ring") == before.ids("a red ring")
     assert (after.pad, after.gen, after.und, after.eos, after.bos) == (511, 510, 509, 508, 507)
 
-
-# ---------------------------------------------------------------------- folders and options
 
 def test_a_folder_holds_one_run(trained):
     """A second run is refused at once, and of two that begin together one ends."""
@@ -212,18 +204,6 @@ def test_bad_options_are_one_line_and_status_2(command, complaint, tmp_path):
     assert line.startswith("error: ") and complaint in line
 
 
-def test_resume_takes_the_runs_own_options(trained, tmp_path):
-    """... and refuses others. A run of one task is not asked for the other."""
-    folder = tmp_path / "und"
-    run("train.py", *train_args(trained, folder, "--steps", 2, "--objective", "und"))
-    printed = run("train.py", "--resume", folder, "--seed", 5, "--device", "cpu", code=2)
-    assert "--seed 5: the run in" in printed and "has 0" in printed
-    run("train.py", "--resume", folder, "--parts", 2, "--device", "cpu")
-    assert "trained for und alone" in run("eval.py", folder, "--draw", "x", code=2)
-
-
-# ---------------------------------------------------------------------- interrupted
-
 def learned(folder):
     """What must not depend on interruptions, bit for bit: weights, optimizers, losses, scores."""
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
@@ -237,7 +217,7 @@ def learned(folder):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_ctrl_c_saves_and_says_how_to_go_on(trained, number, code):
-    """... and the resumed run ends as an unbroken one."""
+    """... and the resumed run, whose options are its own, ends as an unbroken one."""
     folder = trained / f"stopped{code}"
     script = Script("train.py", *train_args(trained, folder.name, "--steps", 40), folder=trained)
     wait_for_log(script, folder, 1)
@@ -245,6 +225,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(trained, number, code):
     assert script.wait() == code
     assert f"--resume {folder}" in script.output and "Traceback" not in script.output
     assert 10 <= torch.load(folder / "checkpoint.pt", weights_only=True)["step"] < 40
+    printed = run("train.py", "--resume", folder, "--seed", 5, "--device", "cpu", code=2)
+    assert "--seed 5: the run in" in printed and "has 0" in printed
     with (folder / "log.jsonl").open("ab") as log:
         log.write(b'{"step": 40, "lo\xff')      # as a full disk would leave it
     run("train.py", "--resume", folder, "--device", "cpu")
@@ -259,7 +241,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(trained,
     while True:
         script = Script("train.py", *(resume or args), folder=tmp_path)
         time.sleep(rng.random() * 1.2 if kills < 8 else 0)
-        if kills < 8 and script.runs():
+        if kills < 8:
             script.send(signal.SIGKILL)
         if script.wait() == 0:                              # it came to its end
             assert learned(trained / "joint") == learned(folder)
