@@ -41,7 +41,7 @@ def write_classes(root, n=240, seed=0):
 def test_both_conventions_of_folders(tmp_path, capsys, monkeypatch):
     """What a folder is taken for is told. Each file is opened once; copies of a picture are in one
     part."""
-    root, opened, real = write_classes(tmp_path / "images"), [], builtins.open
+    root, opened, real = write_classes(tmp_path / "images", 246), [], builtins.open
     for path in (".checkpoints/0.png", "dogs/._0.png", "dogs/deep/0.png", "dogs/scan.pdf"):
         (root / path).parent.mkdir(exist_ok=True)
         (root / path).write_bytes(b"%PDF-1.4")
@@ -49,12 +49,12 @@ def test_both_conventions_of_folders(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(builtins, "open", lambda *args, **more: opened.append(str(args[0])) or real(
         *args, **more))
     folder = Folder(root, "tiny")
-    assert len([path for path in opened if path.endswith(".png")]) == 360
+    assert len([path for path in opened if path.endswith(".png")]) == 369
     printed = capsys.readouterr().out
-    assert "360 images, with captions like 'black cats', 'dogs', 'linked'" in printed
+    assert "369 images, with captions like 'black cats', 'dogs', 'linked'" in printed
     assert "left out 4 other files ({'.png': 3, '.pdf': 1})" in printed
     train, val = folder.split("und", "train", 1000), folder.split("gen", "val", 1000)
-    assert len(train.pixels) + len(val.pixels) == 360 and train.pixels.shape[1:] == (16, 16, 3)
+    assert len(train.pixels) + len(val.pixels) == 369 and train.pixels.shape[1:] == (16, 16, 3)
     assert not {p.tobytes() for p in train.pixels} & {p.tobytes() for p in val.pixels}
     assert train.questions[0][0][:2] == ("what is this?", train.captions[0].text)
 

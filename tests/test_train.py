@@ -296,7 +296,12 @@ def test_weights_that_are_not_finite_keep_the_last_good_checkpoint(trained, erro
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, error, monkeypatch):
-    write_file(tmp_path / "checkpoint.pt", "old")
+    """And a file that is complete takes the old one's place at once: it is another one."""
+    numbers = []
+    for content in ("older", "old"):
+        write_file(tmp_path / "checkpoint.pt", content)
+        numbers.append((tmp_path / "checkpoint.pt").stat().st_ino)
+    assert numbers[0] != numbers[1]
 
     def full(*args):
         raise OSError(28, "No space left on device")
