@@ -40,7 +40,7 @@ def answer(model, tokenizer, codes, question, plan):
         raise ValueError(f"codes of one picture have shape (M,), not {tuple(codes.shape)}")
     first = 2 + len(codes)                          # the position after the image
     start = first + len(tokenizer.ids(question))
-    stop = start + model.config.und_text
+    stop = start + model.config.layout("und").after
     batch = understanding(tokenizer, codes[None], [[(question, "")]], stop - first)
     batch.segment_ids[:, first:] = 1                # what is to come belongs to the question
     batch.position_ids[:, first:] = torch.arange(first, stop)[:, None]
@@ -94,7 +94,8 @@ def answer_all(model, tokenizer, split, plan):
     tells. Returns for each picture [(Question, what was answered so, is it right?)], and the mean
     loss (nats) of an output token."""
     answers, loss = [], 0.
-    batch = sequences("und", tokenizer, split, model.config.und_text).to(model.device)
+    longest = model.config.layout("und").after
+    batch = sequences("und", tokenizer, split, longest).to(model.device)
     for i in tqdm(range(0, len(batch.tokens), BATCH), desc="answering", leave=False):
         rows = batch.rows(slice(i, i + BATCH))
         logits, _ = model(rows, plan)
@@ -176,6 +177,9 @@ def score_generation(model, tokenizer, plan, dataset, part, n, seed):
 
 # ---------------------------------------------------------------------- all scores of a run
 
+SCORES = {"und": score_understanding, "gen": score_generation}      # of each task
+
+
 def cost(c, plans, batch_size):
     """What a training step costs, forward and backward, by exact FLOPs and by the paper's formula,
     beside the dense plan's. plans: {task: plan}."""
@@ -200,12 +204,12 @@ def evaluate(model, tokenizer, options, step, dataset, plans):
     start, preset, scores, shown = time.time(), PRESETS[options["preset"]], {}, []
     model.eval()
     for task, plan in plans.items():
-        score, val = {"und": (score_understanding, preset.und_val),
-                      "gen": (score_generation, preset.gen_val)}[task]
         for part in dataset.parts[task]:
-            n = val // 2 if task == "gen" and part != "val" else val
+            n = preset.gen_val if task == "gen" else preset.und_val
+            if task == "gen" and part != "val":
+                n = -(-n // 2)
             n = max(1, min(n, step * options["batch_size"]))
-            found, of_part = score(model, tokenizer, plan, dataset, part, n, options["seed"])
+            found, of_part = SCORES[task](model, tokenizer, plan, dataset, part, n, options["seed"])
             if part == "val":
                 scores[task] = {**found, "bits_per_token": found["loss"] / math.log(2)}
                 shown += of_part
@@ -221,12 +225,12 @@ def evaluate(model, tokenizer, options, step, dataset, plans):
 
 def save_scores(scores, shown, folder, suffix=""):
     """Prints scores in a few lines, and writes eval.json and samples.png into a run's folder."""
-    for part in [part for part in ("und", "gen", "cost") if part in scores]:
+    for part in (*scores["n"], "cost"):
         numbers = [f"{name} {value:.4g}" for name, value in scores[part].items()
                    if isinstance(value, (int, float))]
         print(f"{part}: {', '.join(numbers)}")
         for kind, found in scores[part].get("by_type", {}).items():
-            right = found["accuracy" if part == "und" else "image_accuracy"]
+            right = found["image_accuracy" if part == "gen" else "accuracy"]
             print(f"   {kind:20}{right:.1%} of {found['n']}")
     pictures, texts, wrong = zip(*shown)
     contact_sheet(pictures, texts, Path(folder) / f"samples{suffix}.png", wrong=wrong)
@@ -239,8 +243,8 @@ def main():
     parser = script_parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of a trained run")
     parser.add_argument("--data", help="where the run's images are now, if they have been moved")
-    parser.add_argument("--und-plan", choices=PLANS, help="default: the one it was trained with")
-    parser.add_argument("--gen-plan", choices=PLANS)
+    for task in SCORES:
+        parser.add_argument(f"--{task}-plan", choices=PLANS, help="default: as it was trained")
     parser.add_argument("--shallow", type=int, metavar="K", help="of hmgen and naive")
     parser.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"))
     parser.add_argument("--draw", metavar="CAPTION")
@@ -251,7 +255,7 @@ def main():
     device, out = pick_device(args.device), args.out or args.run
     model, tokenizer, checkpoint = load_run(args.run, device)
     given = {key: value for key, value in vars(args).items()
-             if key in ("und_plan", "gen_plan", "shallow") and value is not None}
+             if (key.endswith("_plan") or key == "shallow") and value is not None}
     options = checkpoint["options"] | given
     suffix = "".join(f"-{value}" for value in given.values())
     plans = plans_of(checkpoint["tasks"], options, model.config.layers)

@@ -30,15 +30,12 @@ class Config:
     width: int                      # d
     heads: int
     side: int                       # a picture has side x side image tokens
-    und_text: int                   # tokens after the image in understanding: questions, answers
-    gen_text: int                   # tokens before it in generation: bos, gen and a caption
+    layouts: dict                   # {task: how many tokens before, in and after the image}
     projections: str = "shared"
     image_loss: bool = False        # a control: understanding predicts its image tokens, too
 
     def layout(self, task):
-        """Tokens before, in and after the image."""
-        image = self.side ** 2
-        return Layout(2, image, self.und_text) if task == "und" else Layout(self.gen_text, image, 0)
+        return Layout(*self.layouts[task])
 
     def flops(self, task, plan):
         """Of forward and backward for one sequence: see prune.flops."""
@@ -226,13 +223,11 @@ class LayerInputs(NamedTuple):
     mask: torch.Tensor      # (B, 1, q, k) bool: what each query sees; k: with those of a cache
 
 
-# Which sets of Q, K, V weights a block has. Text tokens always use "text"; all tokens share the
-# output projection, QK norm and FFN. Image tokens are no queries in understanding with HiMix: their
-# query weights are not used there.
-PROJECTIONS = {"shared": ["text"],                  # image tokens use those of text, too
-               "image": ["text", "image"],          # image tokens have their own, for both tasks
-               "task": ["text", "und", "gen"]}      # ... for each task, whose name the set has:
-                                                    # "share partial" (sec. 6.2)
+# Which sets of Q, K, V weights image tokens have of their own. All tokens share the output
+# projection, QK norm and FFN. With HiMix image tokens are no queries: query weights are not used.
+PROJECTIONS = {"shared": lambda tasks: [],              # none: they use those of text
+               "image": lambda tasks: ["image"],        # one for both tasks: "share all" (sec. 6.1)
+               "task": lambda tasks: [*tasks]}          # one each: "share partial" (sec. 6.2)
 
 
 def rotate(x, cos, sin):
@@ -253,7 +248,7 @@ class Block(nn.Module):
         d = c.width
         self.heads, self.projections = c.heads, c.projections
         self.attention_norm, self.ffn_norm = nn.RMSNorm(d), nn.RMSNorm(d)
-        sets = PROJECTIONS[c.projections]
+        sets = ["text", *PROJECTIONS[c.projections](c.layouts)]
         self.query = nn.ModuleDict({name: nn.Linear(d, d, bias=False) for name in sets})
         self.key_value = nn.ModuleDict({name: nn.Linear(d, 2 * d, bias=False) for name in sets})
         self.query_norm, self.key_norm = nn.RMSNorm(d // c.heads), nn.RMSNorm(d // c.heads)

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 PATTERN = r" ?\p{L}+(?:-\p{L}+)*| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 FIRST_CODE = 512                                # ids below it are text and special tokens
 # Counted down from there: one more, at the end, moves no other.
-SPECIAL = {name: FIRST_CODE - 1 - i for i, name in
-           enumerate(("<|pad|>", "<|gen|>", "<|und|>", "<|eos|>", "<|bos|>"))}
+NAMES = "<|pad|>", "<|gen|>", "<|und|>", "<|eos|>", "<|bos|>"
+SPECIAL = {name: FIRST_CODE - 1 - i for i, name in enumerate(NAMES)}
 MAX_TEXT_IDS = FIRST_CODE - 16                  # which leaves room for more
 VOCABULARY = {"PATTERN": PATTERN, "FIRST_CODE": FIRST_CODE, **SPECIAL}      # for checkpoints
 
@@ -176,7 +176,8 @@ class Tokenizer:
         self.ranks, self.vq = ranks, vq.eval()
         self.text = tiktoken.Encoding("text", pat_str=PATTERN, mergeable_ranks=ranks,
                                       special_tokens=SPECIAL)
-        self.pad, self.gen, self.und, self.eos, self.bos = SPECIAL.values()
+        for name, token_id in SPECIAL.items():          # self.bos, self.und, ...
+            setattr(self, name.strip("<|>"), token_id)
         self.vocab = FIRST_CODE + len(vq.codebook)
 
     @cache                      # of few texts, but asked for often

@@ -32,8 +32,10 @@ from model import PROJECTIONS, Config, Model, sequences
 from prune import PLANS, plans_of
 from tokenizer import Tokenizer, default_path, default_preset, get_tokenizer
 
+# What a task's loss is multiplied by, even if it is the only task. Logged losses are without it.
+TASK_WEIGHT = {"und": 1., "gen": 2.}
 # The switch between joint and isolated training. A step takes one batch of each task.
-OBJECTIVES = {"joint": ["und", "gen"], "und": ["und"], "gen": ["gen"]}
+OBJECTIVES = {"joint": [*TASK_WEIGHT], **{task: [task] for task in TASK_WEIGHT}}
 # How many steps, and how many pictures in a step, stand in data.COLUMNS.
 WARM_UP = 50            # steps in which the learning rate rises
 DECAY = .7              # the last part of training, in which it falls to nearly nothing
@@ -61,11 +63,9 @@ def train(options, device, checkpoint=None):
     order = draw_order(examples, options)
 
     # The model and its optimizers.
-    config = Config(
-        tokenizer.vocab, p.layers, p.width, p.heads, side=tokenizer.vq.side,
-        und_text=examples["und"].layout.after if "und" in plans else 0,
-        gen_text=examples["gen"].layout.before if "gen" in plans else 0,
-        projections=options.projections, image_loss=options.image_loss)
+    layouts = {task: tuple(batch.layout) for task, batch in examples.items()}
+    config = Config(tokenizer.vocab, p.layers, p.width, p.heads, tokenizer.vq.side, layouts,
+                    options.projections, options.image_loss)
     torch.manual_seed(options.seed)
     model = Model(config, tokenizer.vq.codebook.cpu()).to(device)
     muon, adamw = optimizers = optimizers_of(model, options.lr)
@@ -151,10 +151,6 @@ def learning_rate_factor(step, steps):
     if step < WARM_UP:
         return (step + 1) / WARM_UP
     return min(1., max(.02, (1 - step / steps) / DECAY))
-
-
-# What a task's loss is multiplied by, even if it is the only task. Logged losses are without it.
-TASK_WEIGHT = {"und": 1., "gen": 2.}
 
 
 def forward_backward(model, plans, examples, parts, index):
@@ -328,8 +324,8 @@ def parse_options(arguments=None):
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--objective", default="joint", choices=OBJECTIVES, help="which tasks are trained")
-    add("--und-plan", default="dense", choices=PLANS, help="what image tokens do: understanding")
-    add("--gen-plan", default="dense", choices=PLANS, help="the same in generation, without himix")
+    for task in TASK_WEIGHT:
+        add(f"--{task}-plan", default="dense", choices=PLANS, help="what image tokens do there")
     add("--projections", default="shared", choices=PROJECTIONS, help="Q, K, V of image tokens: "
         "those of text, their own, or their own for each task")
     add("--shallow", type=int, metavar="K", help="of hmgen and naive (default: layers / 4)")

@@ -33,8 +33,9 @@ def bench_config(preset, side=None, projections="shared"):
     """The Config of a preset. Text tokens are as many as it may have at most, before the image two
     fifths of that: a run measures its own."""
     p = PRESETS[preset]
-    return Config(FIRST_CODE + p.codes, p.layers, p.width, p.heads, side or p.image_size // p.patch,
-                  p.max_text, p.max_text * 2 // 5, projections)
+    side = side or p.image_size // p.patch
+    layouts = {"und": (2, side ** 2, p.max_text), "gen": (p.max_text * 2 // 5, side ** 2, 0)}
+    return Config(FIRST_CODE + p.codes, p.layers, p.width, p.heads, side, layouts, projections)
 
 
 def random_batch(task, c, rows):
@@ -135,49 +136,24 @@ def clean_up():
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def memory_of(step, device):
-    """MB that a step takes at its peak on CUDA, beside what is there anyway; elsewhere what its
-    forward pass keeps for the backward pass, weights included. Not for a CUDA graph: it allocates
-    nothing."""
-    step()                                                  # the optimizers' memory is there now
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-    kept = {}
-
-    def keep(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        step()
-    return sum(kept.values()) / 2 ** 20
 
 
 # ---------------------------------------------------------------------- what is measured
 
 def time_step(task, name, c, rows, device, compiled, repeats):
-    """Time and memory of a training step beside the dense one of the same task and Config."""
-    plan, dense = make_plan(name, c.layers), make_plan("dense", c.layers)
+    """A training step's time beside that of the dense one of the same task and Config."""
     clean_up()
-    steps = {each: bench_step(task, make_plan(each, c.layers), c, rows, device, compiled)
-             for each in ("dense", name)}
-    seconds = time_each(steps, device, repeats)
-    ms = [1e3 * x for x in seconds[name]]
-    launched = bench_step(task, plan, c, rows, device, compiled, graph=False)
-    median, layout = statistics.median(ms), c.layout(task)
+    plans = {each: make_plan(each, c.layers) for each in ("dense", name)}
+    seconds = time_each({each: bench_step(task, plan, c, rows, device, compiled)
+                         for each, plan in plans.items()}, device, repeats)
+    ms = {each: 1e3 * statistics.median(of_plan) for each, of_plan in seconds.items()}
+    flops = {each: c.flops(task, plan) for each, plan in plans.items()}
+    by_paper = {each: paper_cost(plan, c.layout(task), c.width) for each, plan in plans.items()}
     return {"task": task, "plan": name, "projections": c.projections, "image_tokens": c.side ** 2,
-            "batch_size": rows, "ms": median, "ms_range": [min(ms), max(ms)],
-            "tokens_per_s": 1e3 * rows * sum(layout) / median,
-            "tflop_per_s": rows * c.flops(task, plan) / median / 1e9,
-            "memory_mb": memory_of(launched, device),
-            "time_ratio": median / 1e3 / statistics.median(seconds["dense"]),
-            "flops_ratio": c.flops(task, plan) / c.flops(task, dense),
-            "paper_ratio": paper_cost(plan, layout, c.width) / paper_cost(dense, layout, c.width)}
+            "ms": ms[name], "tflop_per_s": rows * flops[name] / ms[name] / 1e9,
+            "time_ratio": ms[name] / ms["dense"], "flops_ratio": flops[name] / flops["dense"],
+            "paper_ratio": by_paper[name] / by_paper["dense"]}
 
 
 def time_beside(task, c, rows, device, compiled, repeats):
@@ -197,7 +173,7 @@ def time_drawing(name, c, device, rows=8):
     come out the same."""
     torch.manual_seed(0)
     model, plan = Model(c).to(device).eval(), make_plan(name, c.layers)
-    batch, start, codes = random_batch("gen", c, rows).to(device), c.gen_text, {}
+    batch, start, codes = random_batch("gen", c, rows).to(device), c.layout("gen").before, {}
     for p in model.parameters():
         p.add_(.1 * torch.randn_like(p))        # a new model gives all codes the same chance
 
@@ -226,9 +202,8 @@ def bench(preset, rows, device, compiled, repeats, sides=(8, 16, 32)):
     every = [(task, name, bench_config(preset, None, projections))
              for projections in PROJECTIONS for task in ("und", "gen") for name in PLANS
              if task == "und" or can_generate(make_plan(name, PRESETS[preset].layers))]
-    sizes = [(task, name, bench_config(preset, side)) for side in sides
-             for task, name in (("und", "dense"), ("und", "himix"), ("gen", "dense"),
-                                ("gen", "hmgen"))]
+    methods = ("und", "dense"), ("und", "himix"), ("gen", "dense"), ("gen", "hmgen")
+    sizes = [(*method, bench_config(preset, side)) for side in sides for method in methods]
     return {"hardware": hardware(device), "preset": preset, "batch_size": rows, "compile": compiled,
             "steps": [time_step(*case, *given) for case in every],
             "image_tokens": [time_step(*case, *given) for case in sizes],
@@ -258,21 +233,10 @@ def main():
     chart = line_chart(lines, "ms a picture in a training step", "image tokens", top_y=most)
     save_picture(chart, path.with_suffix(".png"))
     print(f"{found['hardware']}; preset {preset}, {rows} sequences a step")
-    for key in ("steps", "image_tokens"):
-        print("\n" + markdown(
-            ["task", "plan", "projections", "image tokens", "ms (least, most)", "TFLOP/s",
-             "memory, MB", "time", "FLOPs", "paper's FLOPs"],
-            [[x["task"], x["plan"], x["projections"], x["image_tokens"],
-              "{:.0f} ({:.0f}, {:.0f})".format(x["ms"], *x["ms_range"]), f"{x['tflop_per_s']:.3g}",
-              f"{x['memory_mb']:.0f}", f"{x['time_ratio']:.2f}", f"{x['flops_ratio']:.2f}",
-              f"{x['paper_ratio']:.2f}"] for x in found[key]], 3))
-    names = list(found["beside"][0])
-    print("\n" + markdown(["tokens/s", *names[1:]], [
-        [x["task"], *(f"{x[name]:.0f}" for name in names[1:])] for x in found["beside"]]))
-    for x in found["drawing"]:
-        print("\ndrawing, {plan}, {image_tokens} image tokens, batch {batch_size}: "
-              "{cached_images_per_s:.2f} images/s with the KV cache, {uncached_images_per_s:.2f} "
-              "without; {same_codes:.0%} of codes the same".format(**x))
+    for part in ("steps", "image_tokens", "beside", "drawing"):
+        print(f"\n{part}:\n" + markdown(list(found[part][0]), [
+            [f"{x:.2f}" if isinstance(x, float) else x for x in row.values()]
+            for row in found[part]]))
     print(f"\n{path}, {path.with_suffix('.png')}")
 
 

@@ -23,7 +23,7 @@ def test_a_third_task_and_a_world_of_digits_take_sixty_lines(trained, tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    script("train.py", "--preset", "tiny", "--data", "digits", "--objective", "all", "--steps", 20,
+    script("train.py", "--preset", "tiny", "--data", "digits", "--objective", "joint", "--steps", 20,
            "--cap-plan", "himix", "--out", "run")
     scores = json.loads((tmp_path / "run" / "eval.json").read_text())
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]

@@ -46,8 +46,10 @@ def text(rng, low, high):
 def random_model(rng, projections="shared", layers=None, image_loss=False, side=None):
     """A float64 model, none of whose weights is special."""
     torch.manual_seed(rng.randrange(10 ** 6))
-    c = Config(FIRST_CODE + CODES, layers or rng.randint(1, 6), 32, 2, side or rng.randint(1, 4),
-               rng.randint(14, 20), rng.randint(8, 12), projections, image_loss)
+    layers, side = layers or rng.randint(1, 6), side or rng.randint(1, 4)
+    m = side ** 2
+    layouts = {"und": (2, m, rng.randint(14, 20)), "gen": (rng.randint(8, 12), m, 0)}
+    c = Config(FIRST_CODE + CODES, layers, 32, 2, side, layouts, projections, image_loss)
     model = Model(c, torch.randn(CODES, 4)).double()
     for p in model.parameters():
         p.data.copy_(torch.randn_like(p) * (.3 if p.ndim == 2 else 1))
@@ -57,10 +59,11 @@ def random_model(rng, projections="shared", layers=None, image_loss=False, side=
 def random_batch(rng, task, c, rows=3):
     codes = torch.randint(CODES, (rows, c.side ** 2))
     if task == "gen":
-        return generation(words, codes, [text(rng, 0, 6) for _ in range(rows)], c.gen_text)
+        return generation(words, codes, [text(rng, 0, 6) for _ in range(rows)],
+                          c.layout("gen").before)
     questions = [[(text(rng, 1, 5), text(rng, 1, 2)) for _ in range(rng.randint(1, 4))]
                  for _ in range(rows)]
-    return understanding(words, codes, questions, c.und_text, c.image_loss)
+    return understanding(words, codes, questions, c.layout("und").after, c.image_loss)
 
 
 def random_plan(rng, layers):
@@ -292,7 +295,9 @@ def learn(und, gen, projections):
     names = [f"{i // 5} {i % 5}" for i in range(20)]
     batches = {"und": understanding(words, codes, questions, 4),
                "gen": generation(words, codes, names, 4)}
-    model = Model(Config(FIRST_CODE + CODES, 3, 64, 2, 3, 4, 4, projections), torch.randn(CODES, 4))
+    layouts = {task: batch.layout for task, batch in batches.items()}
+    c = Config(FIRST_CODE + CODES, 3, 64, 2, 3, layouts, projections)
+    model = Model(c, torch.randn(CODES, 4))
     plans = {"und": make_plan(und, 3), "gen": make_plan(gen, 3, 1)}
     optimizers = optimizers_of(model, .02)
     for _ in range(100):
