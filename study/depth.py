@@ -33,8 +33,7 @@ def measure(folder, device):
     model, tokenizer, checkpoint, dataset, plans = open_run(folder, device)
     layers, seed, found = model.config.layers, checkpoint["options"]["seed"], {}
     if not hasattr(dataset, "check"):
-        fail(f"{folder} was trained on {checkpoint['options']['data']}: expected the shapes world, "
-             "whose pictures can be checked")
+        fail(f"{folder}: expected a run of the shapes world, whose pictures can be checked")
     for task, plan in plans.items():
         batch = sequences(task, tokenizer, dataset.split(task, "val", 256, seed, questions=1))
         _, of_output, _ = allocation(model, batch.to(device), plan)

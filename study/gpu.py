@@ -29,8 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench import (bench_config, bench_step, clean_up, memory_of, random_batch, synchronize,
-                   time_each)
+from bench import bench_config, bench_step, clean_up, random_batch, synchronize, time_each
 from data import PRESETS
 from model import Model
 from prune import make_plan
@@ -82,15 +81,14 @@ def resume(preset, device, out):
             time.sleep(.01)
         os.kill(os.getpid(), signal.SIGTERM)                # train.py saves at this, and ends
 
-    new = "--device", device.type, "--preset", "tiny", "--steps", 200, "--parts", 2
     ends = {}
-    for name, *more in (("launched", "--no-compile"), ("unbroken",), ("stopped",),
-                        ("stopped", "--resume", out / "stopped")):
-        if name == "stopped" and not more:
+    for name, *more in (("launched", "--out", "--no-compile"), ("unbroken", "--out"),
+                        ("stopped", "--out"), ("stopped", "--resume")):
+        if (name, *more) == ("stopped", "--out"):
             Thread(target=stop, args=[out / name / "log.jsonl"], daemon=True).start()
         with emit_errors(run=name):                         # one is to be stopped
-            where = [] if "--resume" in more else ["--out", out / name]
-            train_here(*new, "--tokenizer", out / "tiny.pt", *where, *more)
+            train_here("--device", device.type, "--preset", "tiny", "--parts", 2, "--tokenizer",
+                       out / "tiny.pt", more[0], out / name, *more[1:])
             ends[name] = torch.load(out / name / "checkpoint.pt")
             emit(run=name, losses=[row["loss"] for row in ends[name]["log"]])
     emit(largest_difference=max(
@@ -117,17 +115,16 @@ def right(preset, device, out):
             (TASK_WEIGHT[task] * loss).backward()
             return {task: loss}
 
-        passes = partial(forward_backward, model, plans, examples, 1)
-        in_two = partial(forward_backward, model, plans, examples, 2)
         for how in ("float32", "mixed", "two parts", *(("compiled", "graph") if cuda else ())):
             torch.set_float32_matmul_precision("highest" if how == "float32" else "high")
+            passes = partial(forward_backward, model, plans, examples, 2 if "two" in how else 1)
             if how == "compiled":
                 for block in model.blocks:
                     block.compile(dynamic=False)
             with emit_errors(task=task, plan=name, projections=projections, how=how):
-                run = {"float32": in_float32, "two parts": in_two}.get(how, passes)
-                run = cuda_graph(run, model, index) if how == "graph" else run
-                loss = run(index)[task].item()
+                if how == "graph":
+                    passes = cuda_graph(passes, model, index)
+                loss = (in_float32 if how == "float32" else passes)(index)[task].item()
                 gradients = [p.grad for p in model.parameters() if p.grad is not None]
                 found[how] = loss, torch.nn.utils.get_total_norm(gradients).item()
             model.zero_grad()
@@ -195,9 +192,9 @@ def steps(preset, device, out):
             plan, dense = make_plan(name, c.layers), make_plan("dense", c.layers)
             given = task, plan, c, n, device, compiled
             ms = milliseconds(bench_step(*given, **how), device)
-            launched = bench_step(*given, **how, graph=False)
-            emit(**what, ms=ms, launched_ms=milliseconds(launched, device),
-                 memory_mb=memory_of(launched, device),
+            launched_ms = milliseconds(bench_step(*given, **how, graph=False), device)
+            emit(**what, ms=ms, launched_ms=launched_ms,
+                 memory_mb=torch.cuda.max_memory_allocated() / 2 ** 20,
                  tflop_per_s=n * c.flops(task, plan) / ms / 1e9,    # of a GPT: as if it were ours
                  flops_ratio=c.flops(task, plan) / c.flops(task, dense))
 

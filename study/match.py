@@ -35,15 +35,13 @@ def log_likelihoods(model, batch, plan):
 
 
 def matching(model, tokenizer, split, task, plan, group=10):
-    """How often, among ten, the right text is picked for a picture ("text"), the right picture for
-    a text ("picture"), either by a blind guess ("chance"). A pick whose text is the right one
-    counts as right.
+    """How often, among ten, the right text is picked for a picture ("text"), a picture with the
+    right text for a text ("picture"), either by a blind guess ("chance").
 
     und: by log p(answer | picture, question), a text being the answer to a picture's first
     question. Asked is the question of what is given: so an answer that fits no other question is
-    found without the picture, but a picture is not. gen: by log p(picture | caption) - log
-    p(picture | no caption).
-    """
+    found without the picture, but a picture is not. gen: by log p(picture | caption) less log
+    p(picture | no caption)."""
     hits = defaultdict(list)
     codes = tokenizer.encode(split.pixels)
     for i in tqdm(range(0, len(codes) - group + 1, group), desc="matching", leave=False):

