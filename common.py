@@ -121,8 +121,6 @@ def read_checkpoint(path, kind):
     return contents
 
 
-# ---------------------------------------------------------------------- the device
-
 def pick_device(name):
     """--device -> torch.device; "auto" takes the best there is, and says which."""
     if name == "auto":
@@ -146,11 +144,6 @@ def has_bfloat16(device):
     """Whether a GPU computes in bfloat16 itself: from Ampere (2020) on. Before, PyTorch emulates
     it, which is slower than float32."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def mixed_precision(device):
-    """Around a forward pass: matmuls in bfloat16 where the GPU has it, else all in float32."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=has_bfloat16(device))
 
 
 # ---------------------------------------------------------------------- pictures for people

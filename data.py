@@ -24,7 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from common import contact_sheet, fail, run_script, script_parser
+from common import contact_sheet, fail, has_bfloat16, run_script, script_parser
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
@@ -68,6 +68,10 @@ for section in COLUMNS.values():
     for row, values in section.items():
         for preset, value in zip(PRESETS.values(), values, strict=True):
             setattr(preset, row, value)
+
+
+def usual_preset(device):       # GPUs from before 2020 are slow at the larger one
+    return "gpu" if has_bfloat16(device) else "cpu"
 
 
 def check_preset(name):
@@ -131,6 +135,7 @@ class Split(NamedTuple):
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 100_000_000                    # of a picture: more may be meant to fill the memory
+Image.MAX_IMAGE_PIXELS = None               # Pillow's own limit, at which it warns
 PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26     # programs that draw store their whole workflow there
 
 
@@ -147,7 +152,7 @@ def open_picture(path, size):
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
         if image.mode in ("I", "F"):
             raise ValueError("what is white in 32 bits or in fractions is not told")
-        if image.mode != "RGB" or image.has_transparency_data:
+        if image.mode != "RGBA" and (image.mode != "RGB" or image.has_transparency_data):
             image = image.convert("RGBA")
         image = image.reduce(max(1, min(image.size) // (4 * size)))     # large ones, cheaply
         if image.mode == "RGBA":
@@ -187,7 +192,7 @@ def read_line(root, line, size, longest):
     entry = json.loads(line)
     path, text = Path(entry["file_name"]), clean(entry["text"])
     if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{path} leads out of {root}")
+        raise ValueError(f"{str(path)!r} leads out of {root}")
     pairs = entry.get("qa", [entry] if "question" in entry else [])
     questions = [Question(clean(pair["question"]), clean(pair["answer"]), "question")
                  for pair in pairs] or [Question("what is this?", text, "question")]
@@ -236,8 +241,6 @@ class Folder:
         return Split(self.pixels[indices], [self.captions[i] for i in indices],
                      [self.questions[i][:questions] for i in indices])
 
-
-# ---------------------------------------------------------------------- a data set by its name
 
 def load(source, preset):
     """The data set that --data names: "shapes" or a folder."""

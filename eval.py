@@ -83,8 +83,6 @@ def draw(model, tokenizer, captions, plan, guidance=1.5, temperature=.7, seed=0,
     return np.concatenate(pictures)
 
 
-# ---------------------------------------------------------------------- understanding
-
 @torch.no_grad()
 def answer_all(model, tokenizer, split, plan):
     """Answers all questions of a split.
@@ -96,23 +94,22 @@ def answer_all(model, tokenizer, split, plan):
     answers, loss = [], 0.
     longest = model.config.layout("und").after
     batch = sequences("und", tokenizer, split, longest).to(model.device)
+    span = predicting(batch.layout, batch.image_loss)
     for i in tqdm(range(0, len(batch.tokens), BATCH), desc="answering", leave=False):
         rows = batch.rows(slice(i, i + BATCH))
         logits, _ = model(rows, plan)
-        span = predicting(rows.layout, rows.image_loss)
-        targets, is_output = rows.targets[:, span], rows.is_output[:, span]
-        loss += F.cross_entropy(logits[is_output].float(), targets[is_output],
-                                reduction="sum").item()
-        likeliest = logits[..., :FIRST_CODE].argmax(-1)     # as `answer` decodes
-        segments, targets, is_output, likeliest = (
-            x.cpu() for x in (rows.segment_ids[:, span], targets, is_output, likeliest))
+        rows = rows.map(lambda x: x[:, span])
+        logits_of_output, targets = logits[rows.is_output].float(), rows.targets[rows.is_output]
+        loss += F.cross_entropy(logits_of_output, targets, reduction="sum").item()
+        likeliest = logits[..., :FIRST_CODE].argmax(-1).cpu()           # as `answer` decodes
+        rows = rows.to("cpu")
         for row, questions in enumerate(split.questions[i:i + BATCH]):
             answers.append([])
             for number, question in enumerate(questions, 1):
-                tokens = is_output[row] & (segments[row] == number)     # of this answer
-                if tokens.any():                            # else it did not fit
+                tokens = rows.is_output[row] & (rows.segment_ids[row] == number)
+                if tokens.any():                            # else the question did not fit
                     ids = likeliest[row, tokens]
-                    right = torch.equal(ids, targets[row, tokens])
+                    right = torch.equal(ids, rows.targets[row, tokens])
                     answers[-1].append((question, tokenizer.string(ids.tolist()).strip(), right))
     return answers, loss / batch.is_output.sum().item()
 
@@ -141,8 +138,6 @@ def score_understanding(model, tokenizer, plan, dataset, part, n, seed):
     return {"n": len(rights), "accuracy": fmean(rights), "loss": loss,
             "chance": guessed / len(rights), "by_type": by_type}, shown
 
-
-# ---------------------------------------------------------------------- generation
 
 def rates(rows):
     """Of rows as a data set's `check` gives them."""

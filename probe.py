@@ -73,7 +73,7 @@ def main():
         found["n"][task] = len(batch.tokens)
         found[task] = {**of_all, "output_queries": of_output}
         for kind, shares in (("all queries", of_all), ("queries that predict output", of_output)):
-            title = f"{TITLES[task]}: attention by layer, {kind}"
+            title = f"{TITLES.get(task, task)}: attention by layer, {kind}"
             print(title)
             for name, share in shares.items():
                 print(f"  {name:12}" + " ".join(f"{x:5.2f}" for x in share))
@@ -84,7 +84,7 @@ def main():
             level = attention[layer][real][:, real].clamp(min=1e-4).log10() / 4 + 1     # 0 to 1
             heat = torch.stack([level ** .5, level, level ** 2], 2)     # black, orange, white
             heatmaps.append((255 * heat).byte().cpu().numpy())
-            titles.append(f"{TITLES[task]}, layer {layer + 1}")
+            titles.append(f"{TITLES.get(task, task)}, layer {layer + 1}")
     write_file(out / f"attention{suffix}.json", json.dumps(found, indent=1))
     contact_sheet(charts, [""] * len(charts), out / f"attention{suffix}.png", 2, 400)   # fig. 3
     contact_sheet(heatmaps, titles, out / f"heatmaps{suffix}.png", 4, 260)              # fig. 2

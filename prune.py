@@ -136,8 +136,6 @@ def paper_cost(plan, layout, width):
     return sum(q * k * width + 2 * FFN * q * width ** 2 for q, k in sizes)
 
 
-# ---------------------------------------------------------------------- what is printed
-
 def letters_of(rule, layout):
     """What each token sees in a layer: a line for each query, a letter for each key."""
     image = {"hidden": "i", "embedding": "e", "none": " "}[rule.keys]

@@ -14,9 +14,9 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
-from common import (contact_sheet, has_bfloat16, pick_device, read_checkpoint, run_script,
-                    save_checkpoint, script_parser)
-from data import PRESETS, load, made_with, same_settings
+from common import (contact_sheet, pick_device, read_checkpoint, run_script, save_checkpoint,
+                    script_parser)
+from data import PRESETS, load, made_with, same_settings, usual_preset
 
 import torch
 import torch.nn as nn
@@ -64,7 +64,6 @@ def train_bpe(texts, size=MAX_TEXT_IDS):
 # ---------------------------------------------------------------------- images
 
 CODE_DIM = 8            # numbers in a code: few, so that no code is left unused
-DECODER_BLOCKS = 2
 VQ_LEARNING_RATE = 4e-3
 COMMITMENT = 1 / 40     # weight of the commitment loss beside the squared error
 
@@ -106,7 +105,7 @@ class VQ(nn.Module):
             nn.Conv2d(width, CODE_DIM, 1))
         self.decoder = nn.Sequential(
             nn.Conv2d(CODE_DIM, width, 3, padding=1),
-            *[Residual(width, 3) for _ in range(DECODER_BLOCKS)], nn.SiLU(),
+            Residual(width, 3), Residual(width, 3), nn.SiLU(),
             nn.Conv2d(width, 3 * patch ** 2, 1), nn.PixelShuffle(patch))
         self.register_buffer("codebook", torch.zeros(codes, CODE_DIM))      # unit vectors
         # Moving averages over steps, for each code: the sum of its features, and their number.
@@ -227,8 +226,6 @@ class Tokenizer:
         return Tokenizer(ranks, vq)
 
 
-# ---------------------------------------------------------------------- training
-
 def train_tokenizer(dataset, preset, device):
     """A Tokenizer: the byte pairs are trained on a data set's texts, the VQ on its pictures."""
     p = PRESETS[preset]
@@ -256,9 +253,10 @@ def train_tokenizer(dataset, preset, device):
 
 
 def get_tokenizer(path, dataset, preset, device):
-    """The Tokenizer in a file; trained and saved there if there is no such file. Refused where it
-    was made for other data or another size."""
+    """The Tokenizer in a file, by default one of the data set's name; trained and saved there if
+    there is no such file. Refused where it was made for other data or another size."""
     now = made_with(dataset, preset, ("world", "tokenizer"))
+    path = path or f"out/tokenizer-{dataset.identity.replace(' ', '-')}-{preset}.pt"
     if not Path(path).exists():
         state = train_tokenizer(dataset, preset, device).state()
         save_checkpoint({"kind": "tokenizer", "made_with": now, **state}, path)
@@ -269,16 +267,6 @@ def get_tokenizer(path, dataset, preset, device):
     return tokenizer
 
 
-def default_preset(device):
-    """The size that suits a device. GPUs from before 2020 are slow at the larger one."""
-    return "gpu" if has_bfloat16(device) else "cpu"
-
-
-def default_path(data, preset):
-    """Where a data set's tokenizer is, if no path is given."""
-    return f"out/tokenizer-{Path(data).resolve().name}-{preset}.pt"
-
-
 def main():
     parser = script_parser(__doc__)
     parser.add_argument("--data", default="shapes", help="shapes, or a folder of captioned images")
@@ -286,14 +274,15 @@ def main():
     parser.add_argument("--out", help="default: out/tokenizer-DATA-PRESET.pt")
     args = parser.parse_args()
     device = pick_device(args.device)
-    preset = args.preset or default_preset(device)
-    path, dataset = args.out or default_path(args.data, preset), load(args.data, preset)
-    tokenizer = get_tokenizer(path, dataset, preset, device)
+    preset = args.preset or usual_preset(device)
+    dataset = load(args.data, preset)
+    tokenizer = get_tokenizer(args.out, dataset, preset, device)
     originals = dataset.split("gen", "val", 18, questions=0).pixels
     reconstructions = tokenizer.decode(tokenizer.encode(originals))
     pictures = [picture for pair in zip(originals, reconstructions) for picture in pair]
-    contact_sheet(pictures, ["original", "reconstruction"] * len(originals), f"{path}.png")
-    print(f"{path}, and {path}.png: originals beside reconstructions")
+    picture = f"{args.out or 'out/tokenizer'}.png"
+    contact_sheet(pictures, ["original", "reconstruction"] * len(originals), picture)
+    print(f"{picture}: originals beside reconstructions")
 
 
 if __name__ == "__main__":

@@ -18,19 +18,18 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from common import (fail, has_bfloat16, line_chart, mixed_precision, noted_signals, pick_device,
-                    positive, read_checkpoint, run_script, save_checkpoint, save_picture,
-                    script_parser)
+from common import (fail, has_bfloat16, line_chart, noted_signals, pick_device, positive,
+                    read_checkpoint, run_script, save_checkpoint, save_picture, script_parser)
 
 import torch
 from tqdm import tqdm
 
 import data
-from data import PRESETS
+from data import PRESETS, usual_preset
 from eval import evaluate, save_scores
 from model import PROJECTIONS, Config, Model, sequences
 from prune import PLANS, plans_of
-from tokenizer import Tokenizer, default_path, default_preset, get_tokenizer
+from tokenizer import Tokenizer, get_tokenizer
 
 # What a task's loss is multiplied by, even if it is the only task. Logged losses are without it.
 TASK_WEIGHT = {"und": 1., "gen": 2.}
@@ -165,7 +164,8 @@ def forward_backward(model, plans, examples, parts, index):
         outputs = examples[task].is_output[chosen].sum()
         for part in chosen.chunk(parts):
             batch = examples[task].rows(part)
-            with mixed_precision(model.device):
+            # Matmuls in bfloat16 where the GPU has it, else all in float32.
+            with torch.autocast("cuda", torch.bfloat16, enabled=has_bfloat16(model.device)):
                 _, loss = model(batch, plan)
             loss = batch.is_output.sum().type_as(loss) / outputs * loss     # they add up
             (TASK_WEIGHT[task] * loss).backward()
@@ -326,8 +326,7 @@ def parse_options(arguments=None):
     add("--objective", default="joint", choices=OBJECTIVES, help="which tasks are trained")
     for task in TASK_WEIGHT:
         add(f"--{task}-plan", default="dense", choices=PLANS, help="what image tokens do there")
-    add("--projections", default="shared", choices=PROJECTIONS, help="Q, K, V of image tokens: "
-        "those of text, their own, or their own for each task")
+    add("--projections", default="shared", choices=PROJECTIONS, help="image tokens' own Q, K, V")
     add("--shallow", type=int, metavar="K", help="of hmgen and naive (default: layers / 4)")
     add("--image-loss", action="store_true", help="a control: understanding predicts its images")
     add("--practice", action="store_true", help="pictures without caption are understanding's")
@@ -352,11 +351,10 @@ def parse_options(arguments=None):
             fail(f"--resume {given.resume}: it was saved to be used, and lacks what training needs")
         usual = checkpoint["options"] | {"out": given.resume}
     else:
-        name = given.preset or default_preset(device)
+        name = given.preset or usual_preset(device)
         p = PRESETS[name]
         usual = {"preset": name, "steps": p.steps, "batch_size": p.batch_size,
-                 "out": f"out/{given.objective}-{name}",
-                 "tokenizer": default_path(given.data, name)}
+                 "out": f"out/{given.objective}-{name}"}
     parser.set_defaults(**usual)
     options = parser.parse_args(arguments)                  # now with these defaults
     del options.device, options.resume
