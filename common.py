@@ -186,31 +186,29 @@ def contact_sheet(pixels, texts, path, columns=6, size=160, wrong=()):
 
 
 def line_chart(lines, title, x_label, top_y=None, size=(560, 360)):
-    """{name: [(x, y)]}, y >= 0, as an Image. The y axis goes from 0 to top_y; without top_y it is
-    logarithmic, in whole powers of ten."""
+    """{name: [y, ...]}, y >= 0, each from left to right, as an Image. The y axis goes from 0 to
+    top_y; without top_y it is logarithmic, in whole powers of ten."""
     font, left, top, right, bottom = font_for(""), 50, 50, size[0] - 24, size[1] - 40
-    xs, ys = np.array([point for line in lines.values() for point in line], float).T
     scale = np.asarray if top_y else lambda y: np.log10(np.maximum(y, 1e-4))
     marks = np.linspace(0, top_y or 1, 6)
     if not top_y:
-        marks = 10. ** np.arange(np.floor(scale(ys.min())), np.ceil(scale(ys.max())) + 1)
+        ys = scale(np.concatenate([*lines.values()]))
+        marks = 10. ** np.arange(np.floor(ys.min()), np.ceil(ys.max()) + 1)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
 
-    def at(x, y):                                           # the pixel at which a point is drawn
-        return (np.interp(x, (xs.min(), xs.max()), (left, right)),
-                np.interp(scale(y), scale(marks[[0, -1]]), (bottom, top)))
+    def height(y):                                          # in pixels
+        return np.interp(scale(y), scale(marks[[0, -1]]), (bottom, top))
 
     for y in marks:
-        draw.line([at(xs.min(), y), at(xs.max(), y)], fill=GREY)
-        draw.text((left - 6, at(xs.min(), y)[1]), f"{y:.2g}", DARK, font, anchor="rm")
-    for x in sorted(set(xs))[::max(1, len(set(xs)) // 6)]:
-        draw.text((at(x, 0)[0], bottom + 6), f"{x:g}", DARK, font, anchor="mt")
+        draw.line([(left, height(y)), (right, height(y))], fill=GREY)
+        draw.text((left - 6, height(y)), f"{y:.2g}", DARK, font, anchor="rm")
     draw.text((left, 8), title, DARK, font)
-    draw.text(((left + right) / 2, size[1] - 14), x_label, DARK, font, anchor="mm")
+    draw.text(((left + right) / 2, bottom + 20), x_label, DARK, font, anchor="mm")
     x = left                                                # of the next name
     for colour, (name, line) in zip(cycle(LINE_COLOURS), lines.items()):
-        draw.line([at(*point) for point in line], fill=colour, width=2)
+        steps = np.linspace(left, right, len(line))
+        draw.line([*zip(steps, height(line))], fill=colour, width=2)
         draw.text((x, 34), name, colour, font, anchor="lm")
         x += 20 + font.getlength(name)
     return sheet

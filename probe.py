@@ -77,8 +77,8 @@ def main():
             print(title)
             for name, share in shares.items():
                 print(f"  {name:12}" + " ".join(f"{x:5.2f}" for x in share))
-            lines = {name: list(enumerate(share, 1)) for name, share in shares.items()}
-            charts.append(np.array(line_chart(lines, title, "layer", 1., (400, 400))))
+            label = f"layer 1 to {len(plan)}"
+            charts.append(np.array(line_chart(shares, title, label, 1., (400, 400))))
         real = batch.segment_ids[0] >= 0
         for layer in np.linspace(0, len(plan) - 1, 4).round().astype(int):
             level = attention[layer][real][:, real].clamp(min=1e-4).log10() / 4 + 1     # 0 to 1

@@ -137,8 +137,8 @@ def train(options, device, checkpoint=None):
 
     run_passes = None                                       # a CUDA graph holds memory
     print(f"trained and saved; now the scores, which python eval.py {out} also gives")
-    lines = {task: [(row["step"], row[f"loss_{task}"]) for row in rows] for task in plans}
-    save_picture(line_chart(lines, "loss (eq. 1)", "step"), out / "loss.png")
+    lines = {task: [row[f"loss_{task}"] for row in rows] for task in plans}
+    save_picture(line_chart(lines, "loss (eq. 1)", f"{steps} steps"), out / "loss.png")
     with torch.compiler.set_stance("force_eager"):          # batches of other sizes
         scores, shown = evaluate(model, tokenizer, vars(options), steps, dataset, plans)
     save_scores(scores, shown, out)

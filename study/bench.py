@@ -13,17 +13,17 @@ import statistics
 import time
 
 from table import RESULTS, markdown
-from common import (hardware, line_chart, mixed_precision, pick_device, run_script, save_picture,
+from common import (has_bfloat16, hardware, line_chart, pick_device, run_script, save_picture,
                     script_parser, write_file)
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import PRESETS
+from data import PRESETS, usual_preset
 from model import PROJECTIONS, Batch, Config, Model
 from prune import PLANS, can_generate, make_plan, paper_cost
-from tokenizer import FIRST_CODE, default_preset
+from tokenizer import FIRST_CODE
 from train import apply_gradients, cuda_graph, optimizers_of
 
 
@@ -97,7 +97,7 @@ def bench_step(task, plan, c, rows, device, compiled, muon=True, graph=True, usu
             module.compile(dynamic=False)
 
     def forward_backward():
-        with mixed_precision(device):
+        with torch.autocast("cuda", torch.bfloat16, enabled=has_bfloat16(device)):
             loss = model(batch.tokens) if usual else model(batch, plan)[1]
         loss.backward()
 
@@ -220,7 +220,7 @@ def main():
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     device = pick_device(args.device)
-    preset = args.preset or default_preset(device)
+    preset = args.preset or usual_preset(device)
     rows = args.batch_size or PRESETS[preset].batch_size
     found = bench(preset, rows, device, args.compile, args.repeats)
     path = RESULTS / f"bench-{preset}.json"

@@ -36,12 +36,12 @@ from PIL import Image, ImageDraw
 
 import data
 import shapes
-from data import PRESETS, Question
+from data import PRESETS, Question, usual_preset
 from eval import evaluate, save_scores
 from model import load_run
 from prune import FULL, PLANS, SHALLOW, plans_of
 from shapes import Shapes
-from tokenizer import default_path, default_preset, get_tokenizer
+from tokenizer import get_tokenizer
 from train import parse_options, train
 
 RESULTS = ROOT / "study" / "results"
@@ -303,8 +303,7 @@ def read_runs(folder):
     return found
 
 
-def training_flops(scores):
-    """Of all steps. Rows differ in their number, and in the length of their sequences."""
+def training_flops(scores):         # rows differ in their steps, and in the length of sequences
     return scores["cost"]["flops_per_step"] * scores["config"]["steps"]
 
 
@@ -333,8 +332,7 @@ def differences_of(found, path, row, other_row, *two_more, factor=100):
 def p_values(differences, points):
     """One-sided p of a claim (small: it holds), and of its opposite (small: it does not hold)."""
     n, mean = len(differences), statistics.mean(differences)
-    error = max(statistics.stdev(differences), 1e-9) / n ** .5
-    holds = t_tail((mean + points) / error, n - 1)
+    holds = t_tail((mean + points) / max(statistics.stdev(differences), 1e-9) * n ** .5, n - 1)
     return holds, 1 - holds
 
 
@@ -405,10 +403,10 @@ def make_table(folder):
                 rows.append([f"{one} less {other}", max(map(len, each)), *map(spread, each)])
     if rows:
         parts.append(markdown(["points", "seeds", *score_titles[:4]], rows))
-    answers = [[claim, f"{mean:+.1f} ± {deviation:.1f}", n, "–" if p is None else f"{p:.1g}", answer]
-               for claim, mean, deviation, n, p, answer in answer_claims(found)]
-    if answers:
-        parts.append(markdown(["claim", "points", "seeds", "p, corrected", ""], answers))
+    rows = [(claim, f"{mean:+.1f} ± {std:.1f}", n, "–" if p is None else f"{p:.1g}", answer)
+            for claim, mean, std, n, p, answer in answer_claims(found)]
+    if rows:
+        parts.append(markdown(["claim", "points", "seeds", "p, corrected", ""], rows))
     every = [scores for runs in found.values() for scores in runs.values()]
     machines = " / ".join(sorted({scores["hardware"] for scores in every}))
     config = every[0]["config"]
@@ -480,11 +478,11 @@ def main():
                         help=f"some of: {', '.join(ROWS)}")
     parser.add_argument("--preset", choices=PRESETS, help="default: what fits the device")
     parser.add_argument("--steps", type=int, help="default: the preset's")
-    parser.add_argument("--tokenizer", help="default: as in train.py")
+    parser.add_argument("--tokenizer", help="default: FOLDER/tokenizer.pt")
     args = parser.parse_args()
     device = pick_device(args.device)
-    preset = args.preset or default_preset(device)
-    tokenizer = args.tokenizer or default_path("shapes", preset)
+    preset = args.preset or usual_preset(device)
+    tokenizer = args.tokenizer or f"out/tokenizer-shapes-{preset}.pt"
     arguments = ["--preset", preset, "--device", device.type, "--tokenizer", tokenizer]
     if args.seeds > 0:
         with lock(tokenizer, wait=True):                    # one for all rows
