@@ -30,10 +30,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import bench_config, bench_step, clean_up, random_batch, synchronize, time_each
-from data import PRESETS
+from data import PRESETS, usual_preset
 from model import Model
 from prune import make_plan
-from tokenizer import default_preset
 from train import TASK_WEIGHT, cuda_graph, forward_backward, parse_options, train
 
 # Steps that are looked at: task, plan, projections.
@@ -139,11 +138,10 @@ KINDS = {"matmul": ("gemm", "nvjet", "cutlass", "cublas", "aten::mm", "aten::bmm
 def profile(preset, device, out):
     """The 25 kernels that take longest in a step, and sums by kind, ms."""
     cuda, activity = device.type == "cuda", torch.profiler.ProfilerActivity
-    for task, name, projections in CASES[:2]:
+    c, rows = bench_config(preset), PRESETS[preset].batch_size
+    for task, name, _ in CASES[:2]:
         clean_up()
-        c = bench_config(preset, None, projections)
-        step = bench_step(task, make_plan(name, c.layers), c, PRESETS[preset].batch_size, device,
-                          compiled=cuda)
+        step = bench_step(task, make_plan(name, c.layers), c, rows, device, compiled=cuda)
         for _ in range(3):
             step()
         with torch.profiler.profile(activities=[activity.CUDA if cuda else activity.CPU]) as found:
@@ -202,13 +200,11 @@ def steps(preset, device, out):
 def runs(preset, device, out):
     """Understanding alone, then jointly, as far as there is time: what is there to gain?"""
     for objective in ("und", "joint"):
-        began, folder = time.time(), out / objective
         with emit_errors(objective=objective):
             train_here("--preset", preset, "--device", device.type, "--objective", objective,
                        "--steps", PRESETS[preset].steps // 2, "--seed", 1, "--tokenizer",
-                       out / f"{preset}.pt", "--out", folder)
-            emit(objective=objective, seconds=time.time() - began,
-                 scores=json.loads((folder / "eval.json").read_text()))
+                       out / f"{preset}.pt", "--out", out / objective)
+            emit(**json.loads((out / objective / "eval.json").read_text()))
 
 
 # In this order, with seconds that each may take at most.
@@ -247,7 +243,7 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu")
     args = parser.parse_args()
     device, out = pick_device(args.device), args.out.resolve()
-    preset = args.preset or default_preset(device)
+    preset = args.preset or usual_preset(device)
     if args.part:
         return names[args.part](preset, device, out)
     out.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,8 @@ study/results/photos-PRESET.md and .json.
 """
 import copy
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
 import table
@@ -32,12 +33,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from data import PRESETS, Split, same_settings
+from data import PRESETS, Split, same_settings, usual_preset
 from eval import BATCH, draw
 from match import output_losses
 from model import understanding
 from prune import predicting
-from tokenizer import default_preset, get_tokenizer
+from tokenizer import get_tokenizer
 
 # A folder's own sampling draws nearly greedily: right for captions of one picture each. A class's
 # name stands for thousands, and would give the same picture every time.
@@ -64,14 +65,12 @@ DIFFERENCES = [("joint", "u"), ("joint-few", "u-few"), ("joint", "g"), ("share-a
 def with_few_labels(folder):
     """The same data set, in which understanding trains on FEW pictures of each class."""
     def split(task, part, n, seed=0, questions=10):
-        found = folder.split(task, part, n, seed, questions)
+        found, of_class = folder.split(task, part, n, seed, questions), defaultdict(list)
         if (task, part) != ("und", "train"):
             return found
-        seen, kept = Counter(), []
         for i, caption in enumerate(found.captions):
-            seen[caption.text] += 1
-            if seen[caption.text] <= FEW:
-                kept.append(i)
+            of_class[caption.text].append(i)
+        kept = sorted(i for indices in of_class.values() for i in indices[:FEW])
         return Split(found.pixels[kept], [found.captions[i] for i in kept],
                      [found.questions[i] for i in kept])
 
@@ -83,15 +82,14 @@ def with_few_labels(folder):
 # ---------------------------------------------------------------------- the classifier
 
 class Classifier(nn.Module):
-    def __init__(self, classes, widths=(32, 64, 128, 128)):
+    def __init__(self, classes):
         super().__init__()
-        layers, channels = [], 3
-        for width in widths:
-            layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False),
+        layers = []
+        for before, width in ((3, 32), (32, 64), (64, 128), (128, 128)):
+            layers += [nn.Conv2d(before, width, 3, padding=1, bias=False),
                        nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
-            channels = width
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.head = nn.Linear(channels, classes)
+        self.head = nn.Linear(width, classes)
 
     def features(self, pixels):
         """(B, H, W, 3) uint8 -> (B, width): what the head sees, and Fréchet distances."""
@@ -108,7 +106,6 @@ class Classifier(nn.Module):
 
 
 def train_classifier(split, names, device, epochs=10, batch_size=128):
-    """A Classifier of real pictures."""
     torch.manual_seed(0)
     pixels, labels = torch.as_tensor(split.pixels).to(device), labels_of(split, names).to(device)
     network = Classifier(len(names)).to(device, memory_format=torch.channels_last)
@@ -177,11 +174,8 @@ def score_real(split, names, tokenizer, classifier):
 
 
 def name_likelihoods(model, tokenizer, plan, pixels, question, names):
-    """(N, names): log p(name and its end | picture, question).
-
-    The question stands on a picture once with each name. Questions do not see each other, so this
-    gives what study/match.py gets one by one, but the picture is computed once.
-    """
+    """(N, names): log p(name and its end | picture, question). The question stands on a picture
+    once with each name: questions do not see each other, and the picture is computed once."""
     pairs, parts = [(question, name) for name in names], []
     for codes in tqdm(tokenizer.encode(pixels).split(BATCH), desc="naming", leave=False):
         batch = understanding(tokenizer, codes, [pairs] * len(codes))
@@ -211,7 +205,6 @@ def score_run(folder, split, names, classifier, reference, device):
 
 
 def make_table(out, real, names, preset):
-    """Prints the table of all finished runs, and writes it beside all their scores."""
     found, rows = defaultdict(dict), []
     for file in sorted(out.glob("*-seed*/photos.json")):
         name, seed = file.parent.name.rsplit("-seed", 1)
@@ -227,12 +220,11 @@ def make_table(out, real, names, preset):
     rows.append(["chance", "–", chance, chance, "–", "–", "–"])
     parts = [markdown(["run", "seeds", *(column[0] for column in COLUMNS)], rows)]
     rows = []
-    for row, other in DIFFERENCES:
-        for title, path, factor, digits in COLUMNS[:4]:
-            differences = differences_of(found, path, row, other, factor=factor)
-            if differences:
-                rows.append([f"{row} less {other}: {title}", mean_std(differences, digits, "+"),
-                             len(differences)])
+    for (row, other), (title, path, factor, digits) in product(DIFFERENCES, COLUMNS[:4]):
+        differences = differences_of(found, path, row, other, factor=factor)
+        if differences:
+            rows.append([f"{row} less {other}: {title}", mean_std(differences, digits, "+"),
+                         len(differences)])
     parts.append(markdown(["row less row", "difference", "seeds"], rows))
     path = RESULTS / f"photos-{preset}"
     write_file(f"{path}.md", "\n\n".join(parts) + "\n")
@@ -253,7 +245,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("out/photos"))
     args = parser.parse_args()
     device, out = pick_device(args.device), args.out
-    preset = args.preset or default_preset(device)
+    preset = args.preset or usual_preset(device)
     dataset = data.load(str(args.folder), preset)
     names = sorted({caption.text for caption in dataset.captions})
     split = dataset.split("gen", "val", len(dataset.pixels))            # all validation pictures
