@@ -228,9 +228,10 @@ def main():
     lines = {}
     for x in found["image_tokens"]:
         line = lines.setdefault(f"{x['task']} {x['plan']}", [])
-        line.append((x["image_tokens"], x["ms"] / rows))
-    most = max(ms for line in lines.values() for _, ms in line)
-    chart = line_chart(lines, "ms a picture in a training step", "image tokens", top_y=most)
+        line.append(x["ms"] / rows)
+    most = max(ms for line in lines.values() for ms in line)
+    sizes = ", ".join(str(x["image_tokens"]) for x in found["image_tokens"][::4])
+    chart = line_chart(lines, "ms a picture in a training step", f"image tokens: {sizes}", most)
     save_picture(chart, path.with_suffix(".png"))
     print(f"{found['hardware']}; preset {preset}, {rows} sequences a step")
     for part in ("steps", "image_tokens", "beside", "drawing"):

@@ -67,12 +67,12 @@ def draw(found, path):
     """A chart for each task: both measures by layer, means over runs."""
     sheet = Image.new("RGB", (500 * len(found[0]), 360))
     for column, task in enumerate(found[0]):
-        lines = {}
-        for name, title in (("attention", "attention"), ("right", "right if hidden from here on")):
-            means = map(fmean, zip(*(run[task][name] for run in found)))
-            lines[title] = list(enumerate(means, 1))
+        attention, right = ([fmean(values) for values in zip(*(run[task][name] for run in found))]
+                            for name in ("attention", "right"))
+        # Both begin at layer 1; what is right goes on to "hidden nowhere", attention does not.
+        lines = {"attention": attention + attention[-1:], "right if hidden from here on": right}
         title = f"{TITLES[task]}: the image, by layer"
-        chart = line_chart(lines, title, "layer (last: nowhere)", 1., (500, 360))
+        chart = line_chart(lines, title, "first layer to last, and nowhere", 1., (500, 360))
         sheet.paste(chart, (500 * column, 0))
     save_picture(sheet, path)
 

@@ -172,10 +172,11 @@ def draw_means(runs, path):
                 deviations = list(map(stdev, layers)) if len(of_row) > 1 else None
                 contents.setdefault(task, {}).setdefault(row, {"seeds": len(of_row)})[title] = {
                     "mean": means, "standard_deviation": deviations}
-                lines[row] = list(enumerate(means))
+                lines[row] = means
             verb = "looking" if task == "und" else "drawing"
             title = f"{verb}: shape read from an object's last token, {title}"
-            sheet.paste(line_chart(lines, title, "layer", 1., (480, 360)), (480 * x, 360 * y))
+            chart = line_chart(lines, title, "embedding to last layer", 1., (480, 360))
+            sheet.paste(chart, (480 * x, 360 * y))
     write_file(path.with_suffix(".json"), json.dumps(contents, indent=1))
     save_picture(sheet, path.with_suffix(".png"))
     print(f"\n{path}.json, {path}.png")
