@@ -90,8 +90,7 @@ def check_preset(name):
         ("jitter", 0 <= 8 * p.jitter * p.grid <= p.image_size, "0 to an eighth of a cell"),
         ("codes", 1 < p.codes <= p.vq_batch_size * side ** 2, "at most the patches in a batch"),
         ("vq_width", p.vq_width % 8 == 0, "a multiple of 8"),
-        ("heads", p.width % max(1, 2 * p.heads) == 0,
-         f"a number that divides width, {p.width}, into heads of even size")]
+        ("heads", p.width % max(1, 2 * p.heads) == 0, f"so many of even size in {p.width}, width")]
     for row, is_right, expected in rows:
         if not is_right:
             fail(f"preset {name}: {row} is {getattr(p, row)}, expected {expected} (data.COLUMNS)")

@@ -333,9 +333,7 @@ class Model(nn.Module):
         row_or_column = torch.arange(len(frequencies)) % 2                      # 0, 1, 0, 1, ...
         self.register_buffer("row_or_column", row_or_column, persistent=False)
 
-    @property
-    def device(self):
-        return self.head.weight.device
+    device = property(lambda self: self.head.weight.device)
 
     def embed(self, batch, start=0, stop=None):
         """(B, stop - start, d): each token's embedding; of image tokens, row and column, too."""

@@ -79,9 +79,7 @@ class Thing(NamedTuple):
     dx: int = 0                 # pixels off the centre of the cell
     dy: int = 0
 
-    @property
-    def pair(self):
-        return self.colour, self.shape
+    pair = property(lambda self: (self.colour, self.shape))
 
 
 def draw_thing(thing, size):

@@ -226,8 +226,6 @@ def training_sequences(task, options, dataset, tokenizer):
         split = dataset.split("und", "train", p.und_scenes, seed, p.questions)
         return sequences(task, tokenizer, split, p.max_text, options.image_loss)
     split = dataset.split("gen", "train", p.gen_scenes, seed, questions=0)
-    if not all(caption.text for caption in split.captions):
-        fail(f"--data {options.data}: generation needs a caption for each picture")
     rng = random.Random(f"{seed} dropout")
     dropped = [i for i in range(len(split.captions)) if rng.random() < CAPTION_DROPOUT]
     for i in dropped:
