@@ -69,7 +69,7 @@ def draw(found, path):
     for column, task in enumerate(found[0]):
         attention, right = ([fmean(values) for values in zip(*(run[task][name] for run in found))]
                             for name in ("attention", "right"))
-        # Both begin at layer 1; what is right goes on to "hidden nowhere", attention does not.
+        # What is right goes on to "hidden nowhere"; there, attention is drawn level.
         lines = {"attention": attention + attention[-1:], "right if hidden from here on": right}
         title = f"{TITLES[task]}: the image, by layer"
         chart = line_chart(lines, title, "first layer to last, and nowhere", 1., (500, 360))

@@ -80,11 +80,9 @@ ROWS = {
     "deep-leave-10": ("joint, twelve narrow layers, image leaves understanding after 10",
                       "--und-plan leave-10"),
     # beyond the paper
-    "u-freeze": ("understanding only, frozen after the first layer",
-                 "--objective und --und-plan freeze"),
-    "freeze-hmgen": ("joint, frozen after the first layer + HMGen",
-                     "--und-plan freeze --gen-plan hmgen"),
-    "freeze-hmgen-practice": ("joint, frozen after the first layer + HMGen, with practice",
+    "u-freeze": ("understanding only, freeze", "--objective und --und-plan freeze"),
+    "freeze-hmgen": ("joint, freeze + HMGen", "--und-plan freeze --gen-plan hmgen"),
+    "freeze-hmgen-practice": ("joint, freeze + HMGen, with practice",
                               "--und-plan freeze --gen-plan hmgen --practice"),
 }
 # The row that others of this objective are compared with.
