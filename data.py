@@ -17,6 +17,7 @@ A data set is an object with
 `load` makes it. Kinds of questions and of captions are its own: scores take them from the data.
 """
 import json
+import warnings
 import zlib
 from collections import Counter
 from contextlib import suppress
@@ -135,6 +136,7 @@ class Split(NamedTuple):
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 100_000_000                    # of a picture: more may be meant to fill the memory
 Image.MAX_IMAGE_PIXELS = None               # Pillow's own limit, at which it warns
+warnings.filterwarnings("ignore", module="PIL")             # of EXIF that nobody needs
 PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26     # programs that draw store their whole workflow there
 
 

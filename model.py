@@ -135,7 +135,7 @@ def understanding(tokenizer, codes, questions, length=None, image_loss=False, mo
                for pairs in questions]
     if length is None:
         lengths = [[len(q) + len(a) for q, a in pairs] for pairs in encoded]
-        longest = max(n for row in lengths for n in row)
+        longest = max((n for row in lengths for n in row), default=0)
         length = min(max(map(sum, lengths)), max(most, longest))
     rows, m = codes.shape
     first = 2 + m                                   # the position after the image
