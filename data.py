@@ -25,7 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from common import contact_sheet, fail, has_bfloat16, run_script, script_parser
+from common import contact_sheet, fail, has_bfloat16, refuse_errors, run_script, script_parser
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
@@ -140,7 +140,13 @@ warnings.filterwarnings("ignore", module="PIL")             # of EXIF that nobod
 PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26     # programs that draw store their whole workflow there
 
 
-def open_picture(path, size):
+def open_picture(path, size, where):
+    """`read_picture`; what is no image ends in one line, which begins with `where`."""
+    with refuse_errors(f"{where} {path}: expected an image"):
+        return read_picture(path, size)
+
+
+def read_picture(path, size):
     """Any image of 8 bits, or of 16 in grey -> (size, size, 3) uint8: upright, on white, cut to a
     square. Raises nearly anything where it is none."""
     with Image.open(path) as image:
@@ -197,7 +203,7 @@ def read_line(root, line, size, longest):
     pairs = entry.get("qa", [entry] if "question" in entry else [])
     questions = [Question(clean(pair["question"]), clean(pair["answer"]), "question")
                  for pair in pairs] or [Question("what is this?", text, "question")]
-    return open_picture(root / path, size), Caption(text, "text"), questions
+    return read_picture(root / path, size), Caption(text, "text"), questions
 
 
 class Folder:

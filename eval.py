@@ -12,8 +12,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import fmean
 
-from common import (contact_sheet, fail, hardware, pick_device, positive, refuse_errors,
-                    run_script, save_picture, script_parser, write_file)
+from common import (contact_sheet, fail, hardware, pick_device, positive, run_script, save_picture,
+                    script_parser, write_file)
 
 import numpy as np
 import torch
@@ -259,8 +259,7 @@ def main():
             fail(f"{args.run} was trained for {checkpoint['tasks'][0]} alone")
     if args.ask:
         picture, question = args.ask
-        with refuse_errors(f"--ask {picture}: expected an image"):
-            pixels = open_picture(picture, tokenizer.vq.image_size)
+        pixels = open_picture(picture, tokenizer.vq.image_size, "--ask")
         print(answer(model, tokenizer, tokenizer.encode(pixels[None])[0], question, plans["und"]))
     elif args.draw is not None:
         captions, sampling = [args.draw] * args.n, checkpoint["sampling"]
