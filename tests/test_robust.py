@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 import data
 from common import read_checkpoint
 from conftest import run, train_args
-from data import Folder, open_picture, read_line
+from data import Folder, read_picture, read_line
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 20, 3), dtype=np.uint8))
 
@@ -112,7 +112,7 @@ def test_pictures_look_as_they_are_meant(tmp_path):
     Metadata, however odd, does not refuse a picture."""
     def read(content, size=8):
         (tmp_path / "x").write_bytes(content)
-        return open_picture(tmp_path / "x", size).astype(int)
+        return read_picture(tmp_path / "x", size).astype(int)
 
     clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     clear.putpixel((0, 0), (255, 0, 0, 255))
@@ -144,7 +144,7 @@ def test_large_pictures_are_read_frugally(tmp_path):
     32 bits each in Pillow. The limit for pixels is told."""
     (tmp_path / "huge.png").write_bytes(encoded(Image.new("1", (12_000, 12_000))))
     with pytest.raises(ValueError, match="more than 100 million pixels"):
-        open_picture(tmp_path / "huge.png", 16)
+        read_picture(tmp_path / "huge.png", 16)
 
     def memory(name):
         return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
@@ -157,7 +157,7 @@ def test_large_pictures_are_read_frugally(tmp_path):
         (tmp_path / "large").write_bytes(encoded(image.convert(mode), kind))
         Path("/proc/self/clear_refs").write_text("5")       # the peak begins anew
         before = memory("VmRSS")
-        assert abs(open_picture(tmp_path / "large", 16) - expected).mean() < 5
+        assert abs(read_picture(tmp_path / "large", 16) - expected).mean() < 5
         assert memory("VmHWM") - before < bytes_a_pixel * 12_000, mode
 
 
@@ -220,7 +220,7 @@ def test_a_hundred_bad_inputs_are_used_or_refused_at_once(tmp_path):
         check(expected, read_line, root, line, 16, 360)
     for content, expected in hostile_pictures(random.Random(0)):
         (root / "a.png").write_bytes(content)
-        check(expected, open_picture, root / "a.png", 16)
+        check(expected, read_picture, root / "a.png", 16)
     assert outcomes.count(False) > 100 and outcomes.count(True) > 15
 
 
