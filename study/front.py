@@ -1,9 +1,10 @@
-"""What the README shows: a trained model to try, an animation of it at work, the masks.
+"""What the README shows: the paper in ten seconds, and a trained model at work.
 
+    python study/front.py                           study/results/ten-seconds.png
+    python study/front.py study/trained             study/results/drawing.gif
     python study/front.py out/joint-cpu --trained   study/trained/checkpoint.pt: that run in half
                                                     precision, without its optimizers
     python eval.py study/trained                    its scores, study/trained/eval.json
-    python study/front.py study/trained             study/results/drawing.gif, masks.png
 
 The animation draws the first validation caption of each kind but "scene", token by token in the
 order of generation, and then asks the same model a question about each picture. Nothing is chosen;
@@ -11,21 +12,20 @@ what is wrong is red.
 """
 import random
 import textwrap
+from itertools import count
 from pathlib import Path
+from statistics import fmean, stdev
 
-from table import RESULTS, ROOT, open_run
-from common import (DARK, GREY, RED, font_for, pick_device, read_checkpoint, run_script,
-                    save_checkpoint, save_picture, script_parser)
+from table import HELD_OUT, RESULTS, ROOT, SEEDS, numbers, open_run, read_runs
+from common import (DARK, GREY, LINE_COLOURS, RED, font_for, pick_device, read_checkpoint,
+                    run_script, save_checkpoint, save_picture, script_parser)
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from eval import answer, draw
-from prune import FREEZE, FULL, HIMIX, NAIVE, SHALLOW, Layout, letters_of
+from prune import Layout, make_plan, masks
 from shapes import QUESTIONS
-
-SIZE, GAP, TOP, BOTTOM = 150, 16, 56, 44        # pixels; TOP and BOTTOM are for text
-FRAME_MS, LAST_MS = 80, 5000
 
 
 def shrink(run, folder):
@@ -34,6 +34,12 @@ def shrink(run, folder):
     del checkpoint["optimizers"]
     checkpoint["model"] = {name: weight.half() for name, weight in checkpoint["model"].items()}
     save_checkpoint(checkpoint, folder / "checkpoint.pt")
+
+
+# ---------------------------------------------------------------------- drawing.gif
+
+SIZE, GAP, TOP, BOTTOM = 150, 16, 56, 44        # pixels; TOP and BOTTOM are for text
+FRAME_MS, LAST_MS = 80, 5000
 
 
 def frame(pictures, captions, lines, tokens, side):
@@ -87,43 +93,100 @@ def animate(run, device, path):
     print(f"{path}: {captions}, {lines}")
 
 
-def draw_masks(path, cell=10):
-    """Fig. 4: what tokens see in each kind of layer, understanding above, generation below."""
-    colours = {"t": (70, 120, 185), "i": (235, 150, 40), "e": (90, 170, 90), "-": (225, 225, 225)}
-    legend = {"t": "text key", "i": "image key: hidden state", "e": "image key: input embedding",
-              "-": "token skips the layer (white: not seen; rows: queries, columns: keys)"}
-    rules = {"full layer": FULL, "HiMix": HIMIX, "shallow layer of HMGen": SHALLOW,
-             "naive control": NAIVE, "freeze (not the paper's)": FREEZE}
-    sheet = Image.new("RGB", (20 + 210 * len(rules), 450), "white")
+# ---------------------------------------------------------------------- ten-seconds.png
+
+BLUE, ORANGE, GREEN, DARK_RED, _ = LINE_COLOURS
+TOKEN = 17                                                  # pixels of a square
+LAYOUTS = {"und": Layout(2, 9, 5), "gen": Layout(6, 9, 0)}
+# Of each grid: x, title, the row of table.py whose plan it shows.
+GRIDS = [(110, "dense", "u"), (250, "HiMix", "u-himix"),
+         (390, "freeze (not in the paper)", "u-freeze"), (730, "dense", "g"),
+         (870, "HMGen", "g-hmgen")]
+LEGEND = [("text: updated", BLUE, True, True), ("image: updated", ORANGE, True, True),
+          ("image: only seen", ORANGE, False, True),
+          ("image: only its input\nembedding is seen", GREEN, False, True),
+          ("image: skips the layer", GREY, False, False)]
+BARS = [("understanding only", "u", GREY), ("joint training", "joint", BLUE),
+        ("joint, HiMix + HMGen, all weights shared", "share-all", DARK_RED),
+        ("joint, HiMix + HMGen, image projections for each task", "share-partial", ORANGE),
+        ("joint, freeze + HMGen, with practice", "freeze-hmgen-practice", GREEN)]
+
+
+def draw_ten_seconds(found, path):
+    """What tokens do in each layer under four plans, and what that does to held-out pairs. found:
+    the study's committed runs, as read_runs gives them."""
+    sheet = Image.new("RGB", (1180, 640), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, (letter, layout) in enumerate((("U", Layout(2, 9, 6)), ("G", Layout(6, 9, 0)))):
-        for column, (title, rule) in enumerate(rules.items()):
-            if letter == "G" and rule == HIMIX:             # never updated in any layer
-                continue
-            x, y = 20 + 210 * column, 24 + 210 * row
-            draw.text((x, y - 18), f"{letter}: {title}", DARK, font_for("", 13))
-            for i, line in enumerate(letters_of(rule, layout)):
-                for j, seen in enumerate(line):
-                    corner = x + cell * j, y + cell * i
-                    end = corner[0] + cell - 2, corner[1] + cell - 2
-                    draw.rectangle((corner, end), fill=colours.get(seen, "white"))
-    x = 20
-    for seen, words in legend.items():
-        draw.rectangle((x, 424, x + 12, 436), fill=colours[seen])
-        draw.text((x + 18, 422), words, DARK, font_for("", 13))
-        x += 40 + font_for("", 13).getlength(words)
+
+    def write(x, y, text, anchor="lm", size=14):
+        draw.text((x, y), text, DARK, font_for("", size), anchor=anchor)
+
+    def token(x, y, colour, is_query, is_key):
+        """A square if it is updated, a ring if it is only seen, a dash if it is neither."""
+        if is_query or is_key:
+            inside = colour if is_query else "white"
+            draw.rectangle((x, y, x + TOKEN, y + TOKEN - 1), inside, colour, 2)
+            draw.rectangle((x + 6, y + 6, x + TOKEN - 6, y + TOKEN - 7), colour)
+        else:
+            draw.line((x, y + 8, x + TOKEN, y + 8), GREY, 2)
+
+    def cost(row):
+        return f"{fmean(numbers(found[row], ('cost', 'flops_ratio'), 1)):.2f}"
+
+    write(20, 20, "What each token (row) does in each of the 4 layers (column)", size=18)
+    write(110, 54, "Understanding: picture and question in, answer out", size=16)
+    write(730, 54, "Generation: caption in, picture out", size=16)
+    for x, title, row in GRIDS:
+        config = found[row][1]["config"]
+        layout = LAYOUTS[config["objective"]]
+        write(x, 80, title, size=16)
+        write(x, 100, f"FLOPs {cost(row)}")
+        for i, rule in enumerate(make_plan(config[f"{config['objective']}_plan"], 4)):
+            left, image = x + 24 * i, GREEN if rule.keys == "embedding" else ORANGE
+            colours = [BLUE] * layout.before + [image] * layout.image + [BLUE] * layout.after
+            for y, *what in zip(count(116, TOKEN + 1), colours, *masks(rule, layout)):
+                token(left, y, *what)
+            write(left + 9, y + 28, str(i + 1), "mm")
+    for x, part, first, tokens in ((101, "image", 2, 9), (101, "question", 11, 5),
+                                   (721, "caption", 0, 6), (721, "image", 6, 9)):
+        y, end = (116 + (TOKEN + 1) * i for i in (first, first + tokens))
+        draw.line((x, y, x, end - 3), GREY, 2)
+        write(x - 8, (y + end) / 2, part, "rm")
+    for y, (words, *what) in zip(count(116, 44), LEGEND):
+        token(1000, y, *what)
+        write(1026, y, words, "la")
+
+    write(20, 448, "Held-out pairs: questions about combinations of colour and shape that "
+          "understanding never sees in training,", size=18)
+    write(20, 473, "while generation draws them. % right, mean over 8 seeds; lines: one standard "
+          "deviation", size=18)
+    write(440, 502, "FLOPs", "rm")
+    for y, (title, row, colour) in zip(count(514, 24), BARS):
+        right = numbers({seed: found[row][seed] for seed in range(1, SEEDS + 1)}, HELD_OUT, 100)
+        mean, deviation = fmean(right), stdev(right)
+        low, x, high = (460 + 6.4 * (mean + k * deviation) for k in (-1, 0, 1))
+        alone = x if row == "u" else alone
+        draw.rectangle((460, y, x, y + 17), colour)
+        draw.line((low, y + 8, high, y + 8), "black", 1)
+        write(high + 10, y + 9, f"{mean:.0f}")
+        write(395, y + 9, title, "rm")
+        write(440, y + 9, cost(row), "rm")
+    draw.line((alone, 508, alone, 632), "black", 1)
     save_picture(sheet, path)
+    print(path)
 
 
 def main():
     parser = script_parser(__doc__)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=Path, nargs="?", help="folder of a trained run")
     parser.add_argument("--trained", action="store_true", help="make study/trained of the run")
     args = parser.parse_args()
-    if args.trained:
-        return shrink(args.run, ROOT / "study" / "trained")
-    animate(args.run, pick_device(args.device), RESULTS / "drawing.gif")
-    draw_masks(RESULTS / "masks.png")
+    if not args.run:
+        draw_ten_seconds(read_runs(RESULTS / "synergy"), RESULTS / "ten-seconds.png")
+    elif args.trained:
+        shrink(args.run, ROOT / "study" / "trained")
+    else:
+        animate(args.run, pick_device(args.device), RESULTS / "drawing.gif")
 
 
 if __name__ == "__main__":

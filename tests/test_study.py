@@ -258,7 +258,11 @@ def test_the_front_is_drawn_from_a_run(trained, results, monkeypatch):
     monkeypatch.setattr(front, "draw", lambda model, tokenizer, texts, *_: real[:len(texts)])
     run("front.py", results, "--device", "cpu")
     assert Image.open(results / "drawing.gif").n_frames > 5
-    assert Image.open(results / "masks.png").width > 1000
+    found = read_runs(ROOT / "study" / "results" / "synergy")
+    front.draw_ten_seconds(found, results / "ten-seconds.png")
+    drawn, committed = (Image.open(folder / "ten-seconds.png")
+                        for folder in (results, ROOT / "study" / "results"))
+    assert np.array_equal(drawn, committed)
 
 
 def test_a_visit_to_a_gpu_can_be_rehearsed(trained, tmp_path, monkeypatch):
