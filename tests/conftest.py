@@ -5,9 +5,8 @@ import re
 import signal
 import sys
 import tempfile
-import time
-import traceback
 from importlib import import_module
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import pytest
@@ -21,48 +20,32 @@ os.environ["OMP_NUM_THREADS"] = "1"
 tqdm.monitor_interval = 0               # no thread that may hold a lock at the moment of a fork
 
 
-class Script:
+class Script(ForkProcess):
     """A script at work in a process of its own. `wait` gives its exit status, then `output` has
     what it printed; the status is minus the signal that killed it."""
 
-    def __init__(self, name, *args, folder):
+    def __init__(self, name, *args, folder=ROOT):
+        super().__init__()
+        self.command, self.folder = [name, *map(str, args)], folder
         self.printed = tempfile.TemporaryFile("w+")
-        self.pid = os.fork()
-        if self.pid == 0:
-            status = 1
-            try:
-                # As in a terminal, even if pytest runs in the background, where Ctrl-C is ignored.
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-                os.dup2(self.printed.fileno(), 1)
-                os.dup2(self.printed.fileno(), 2)
-                os.chdir(folder)
-                sys.stdout = os.fdopen(1, "w", closefd=False)
-                sys.stderr = os.fdopen(2, "w", 1, closefd=False)
-                faulthandler.dump_traceback_later(120, exit=True)       # what hangs, tells where
-                sys.argv = [name, *map(str, args)]
-                from common import run_script
-                run_script(import_module(Path(name).stem).main)
-                status = 0
-            except SystemExit as stop:
-                status = stop.code or 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
+        self.start()
+
+    def run(self):                                              # in the new process
+        # As in a terminal, even if pytest runs in the background, where Ctrl-C is ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (1, 2):
+            os.dup2(self.printed.fileno(), number)
+        sys.stdout, sys.stderr = (os.fdopen(i, "w", 1, closefd=False) for i in (1, 2))
+        faulthandler.dump_traceback_later(120, exit=True)       # what hangs, tells where
+        os.chdir(self.folder)
+        sys.argv = self.command
+        import_module("common").run_script(import_module(Path(self.command[0]).stem).main)
 
     def wait(self):
-        self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.join()
         self.printed.seek(0)
         self.output = self.printed.read()
-        return self.status
-
-    def runs(self):
-        return os.waitpid(self.pid, os.WNOHANG) == (0, 0)
-
-    def send(self, number):
-        os.kill(self.pid, number)
+        return self.exitcode
 
 
 def run(name, *args, folder=ROOT, code=0):
@@ -75,14 +58,6 @@ def run(name, *args, folder=ROOT, code=0):
 def train_args(folder, name, *args):
     return ("--preset", "tiny", "--device", "cpu", "--tokenizer", folder / "tokenizer.pt", "--out",
             folder / name, *args)
-
-
-def wait_for_log(script, run, lines):
-    """Until a training process has logged so many lines."""
-    log = run / "log.jsonl"
-    while not log.exists() or log.read_text().count("\n") < lines:
-        assert script.runs(), "the script ended too early"
-        time.sleep(.01)
 
 
 @pytest.fixture(scope="session")
