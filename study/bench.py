@@ -1,11 +1,12 @@
 """What every plan saves: the time of a training step beside its FLOPs, on random tokens.
 
-    python study/bench.py [--preset gpu] [--compile]        study/results/bench-PRESET.json and .png
+    python study/bench.py [--preset tiny]           study/results/bench-PRESET.json and .png
+    python study/gpu.py --only steps                compiled, and as CUDA graphs
 
-Nothing is learned, so a step costs what it costs in training. Each step takes turns with the dense
-one, so that what else the machine does hits both alike; times are medians. Also: a GPT written the
-usual way beside ours (nanoGPT's structure: LayerNorm, one QKV product, GELU, learned positions,
-tied head, logits and loss at every position, AdamW), and drawing with and without the KV cache.
+Nothing is learned, so a step costs what it costs in training. Steps take turns, so that what else
+the machine does hits all alike; times are medians. Also: a GPT written the usual way beside ours
+(nanoGPT's structure: LayerNorm, one QKV product, GELU, learned positions, tied head, logits and
+loss at every position, AdamW), and drawing with and without the KV cache.
 """
 import gc
 import json
@@ -21,8 +22,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import PRESETS, usual_preset
-from model import PROJECTIONS, Batch, Config, Model
-from prune import PLANS, can_generate, make_plan, paper_cost
+from model import Batch, Config, Model
+from prune import PLANS, can_generate, make_plan
 from tokenizer import FIRST_CODE
 from train import apply_gradients, cuda_graph, optimizers_of
 
@@ -81,7 +82,7 @@ class GPT(nn.Module):
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def bench_step(task, plan, c, rows, device, compiled, muon=True, graph=True, usual=False):
+def bench_step(task, plan, c, rows, device, compiled=False, muon=True, graph=True, usual=False):
     """A function that takes one training step on random tokens, as train.py does: compiled, on
     CUDA, as a CUDA graph. Without `muon`, AdamW updates the matrices, too. usual: of the usual GPT
     instead."""
@@ -118,7 +119,7 @@ def synchronize(device):
 
 
 def time_each(work, device, repeats):
-    """{name: function} -> {name: [seconds]}. One round warms up; then the functions take turns."""
+    """{name: function} -> {name: median of seconds}. One round warms up; then they take turns."""
     seconds = {name: [] for name in work}
     for i in range(1 + repeats):
         for name, function in work.items():
@@ -127,7 +128,7 @@ def time_each(work, device, repeats):
             function()
             synchronize(device)
             seconds[name].append(time.perf_counter() - start)
-    return {name: of_name[1:] for name, of_name in seconds.items()}
+    return {name: statistics.median(of_name[1:]) for name, of_name in seconds.items()}
 
 
 def clean_up():
@@ -141,30 +142,24 @@ def clean_up():
 
 # ---------------------------------------------------------------------- what is measured
 
-def time_step(task, name, c, rows, device, compiled, repeats):
-    """A training step's time beside that of the dense one of the same task and Config."""
-    clean_up()
-    plans = {each: make_plan(each, c.layers) for each in ("dense", name)}
-    seconds = time_each({each: bench_step(task, plan, c, rows, device, compiled)
-                         for each, plan in plans.items()}, device, repeats)
-    ms = {each: 1e3 * statistics.median(of_plan) for each, of_plan in seconds.items()}
-    flops = {each: c.flops(task, plan) for each, plan in plans.items()}
-    by_paper = {each: paper_cost(plan, c.layout(task), c.width) for each, plan in plans.items()}
-    return {"task": task, "plan": name, "projections": c.projections, "image_tokens": c.side ** 2,
-            "ms": ms[name], "tflop_per_s": rows * flops[name] / ms[name] / 1e9,
-            "time_ratio": ms[name] / ms["dense"], "flops_ratio": flops[name] / flops["dense"],
-            "paper_ratio": by_paper[name] / by_paper["dense"]}
-
-
-def time_beside(task, c, rows, device, compiled, repeats):
-    """Tokens a second of dense training, with AdamW alone, and of the usual GPT."""
-    clean_up()
-    given = task, make_plan("dense", c.layers), c, rows, device, compiled
-    steps = {"ours": bench_step(*given), "ours, AdamW alone": bench_step(*given, muon=False),
-             "usual GPT": bench_step(*given, usual=True)}
-    tokens = rows * sum(c.layout(task))
-    return {"task": task, **{name: tokens / statistics.median(seconds)
-                             for name, seconds in time_each(steps, device, repeats).items()}}
+def time_steps(c, names, rows, device, repeats, beside=()):
+    """Training steps of both tasks under these plans, beside the dense one. beside: {name: other
+    options of bench_step}, of dense steps to be timed, too."""
+    found = []
+    for task in ("und", "gen"):
+        plans = {name: make_plan(name, c.layers) for name in names}
+        plans = {name: plan for name, plan in plans.items() if task == "und" or can_generate(plan)}
+        work = {name: bench_step(task, plan, c, rows, device) for name, plan in plans.items()}
+        work |= {name: bench_step(task, plans["dense"], c, rows, device, **beside[name])
+                 for name in beside}
+        for name, seconds in (times := time_each(work, device, repeats)).items():
+            found.append({"task": task, "plan": name, "image_tokens": c.side ** 2,
+                          "ms": 1e3 * seconds, "tokens_per_s": rows * sum(c.layout(task)) / seconds,
+                          "time_ratio": seconds / times["dense"]})
+            if name in plans:
+                flops = c.flops(task, plans[name])
+                found[-1]["flops_ratio"] = flops / c.flops(task, plans["dense"])
+    return found
 
 
 @torch.no_grad()
@@ -191,50 +186,46 @@ def time_drawing(name, c, device, rows=8):
     seconds = time_each({"cached": cached, "uncached": uncached}, device, 3)
     same = (codes["cached"] == codes["uncached"])[:, start:].float().mean().item()
     return {"plan": name, "image_tokens": c.side ** 2, "batch_size": rows, "same_codes": same,
-            **{f"{how}_images_per_s": rows / statistics.median(times)
-               for how, times in seconds.items()}}
+            **{f"{how}_images_per_s": rows / time for how, time in seconds.items()}}
 
 
-def bench(preset, rows, device, compiled, repeats, sides=(8, 16, 32)):
+def bench(preset, device, repeats, sides=(8, 16, 32)):
     """All that is measured, as bench-PRESET.json has it. sides: of images, in tokens; drawing is
     measured with the second."""
-    given = rows, device, compiled, repeats
-    every = [(task, name, bench_config(preset, None, projections))
-             for projections in PROJECTIONS for task in ("und", "gen") for name in PLANS
-             if task == "und" or can_generate(make_plan(name, PRESETS[preset].layers))]
-    methods = ("und", "dense"), ("und", "himix"), ("gen", "dense"), ("gen", "hmgen")
-    sizes = [(*method, bench_config(preset, side)) for side in sides for method in methods]
-    return {"hardware": hardware(device), "preset": preset, "batch_size": rows, "compile": compiled,
-            "steps": [time_step(*case, *given) for case in every],
-            "image_tokens": [time_step(*case, *given) for case in sizes],
-            "beside": [time_beside(task, bench_config(preset), *given) for task in ("und", "gen")],
+    given = PRESETS[preset].batch_size, device, repeats
+    beside = {"dense, AdamW alone": {"muon": False}, "usual GPT": {"usual": True}}
+    return {"hardware": hardware(device), "preset": preset, "batch_size": given[0],
+            "steps": time_steps(bench_config(preset), PLANS, *given, beside),
+            "image_tokens": [row for side in sides for row in time_steps(
+                bench_config(preset, side), ("dense", "himix", "hmgen"), *given)],
             "drawing": [time_drawing(name, bench_config(preset, sides[1]), device)
                         for name in ("dense", "hmgen")]}
+
+
+def draw_times(found, path):
+    """How long a picture takes in a training step, by its number of tokens."""
+    lines, sizes = {}, {}
+    for x in found["image_tokens"]:
+        if (x["task"], x["plan"]) != ("und", "hmgen"):      # nobody's plan
+            lines.setdefault(f"{x['task']} {x['plan']}", []).append(x["ms"] / found["batch_size"])
+            sizes[str(x["image_tokens"])] = True
+    chart = line_chart(lines, "ms a picture in a training step",
+                       f"image tokens: {', '.join(sizes)}", max(map(max, lines.values())))
+    save_picture(chart, path)
 
 
 def main():
     parser = script_parser(__doc__)
     parser.add_argument("--preset", choices=PRESETS, help="default: what fits the device")
-    parser.add_argument("--batch-size", type=int, help="sequences in a step")
     parser.add_argument("--repeats", type=int, default=7, help="of timed steps (default: 7)")
-    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     device = pick_device(args.device)
-    preset = args.preset or usual_preset(device)
-    rows = args.batch_size or PRESETS[preset].batch_size
-    found = bench(preset, rows, device, args.compile, args.repeats)
-    path = RESULTS / f"bench-{preset}.json"
+    found = bench(args.preset or usual_preset(device), device, args.repeats)
+    path = RESULTS / f"bench-{found['preset']}.json"
     write_file(path, json.dumps(found, indent=1))
-    lines = {}
-    for x in found["image_tokens"]:
-        line = lines.setdefault(f"{x['task']} {x['plan']}", [])
-        line.append(x["ms"] / rows)
-    most = max(ms for line in lines.values() for ms in line)
-    sizes = ", ".join(str(x["image_tokens"]) for x in found["image_tokens"][::4])
-    chart = line_chart(lines, "ms a picture in a training step", f"image tokens: {sizes}", most)
-    save_picture(chart, path.with_suffix(".png"))
-    print(f"{found['hardware']}; preset {preset}, {rows} sequences a step")
-    for part in ("steps", "image_tokens", "beside", "drawing"):
+    draw_times(found, path.with_suffix(".png"))
+    print(f"{found['hardware']}; {found['batch_size']} sequences a step")
+    for part in ("steps", "image_tokens", "drawing"):
         print(f"\n{part}:\n" + markdown(list(found[part][0]), [
             [f"{x:.2f}" if isinstance(x, float) else x for x in row.values()]
             for row in found[part]]))

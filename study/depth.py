@@ -3,9 +3,8 @@ measure: what is still right if no token sees the image from a layer on.
 
     python study/depth.py RUN [RUN ...]             trained runs; study/results/depth.json and .png
 
-table.py trains twelve narrow layers (--rows deep). Measured are 200 validation pictures and 140
-captions of each run. The image is hidden at inference only, by the rule of the naive control: in
-these layers image tokens are updated, but are no keys of any token.
+table.py trains twelve narrow layers (--rows deep). The image is hidden at inference only, by the
+rule of the naive control: in these layers image tokens are updated, but are no keys of any token.
 """
 import json
 from pathlib import Path
@@ -18,7 +17,7 @@ from common import (fail, hardware, line_chart, pick_device, run_script, save_pi
 from PIL import Image
 from tqdm import tqdm
 
-from eval import score_generation, score_understanding
+from eval import SCORES
 from model import sequences
 from probe import TITLES, allocation
 from prune import NAIVE
@@ -39,11 +38,10 @@ def measure(folder, device):
         _, of_output, _ = allocation(model, batch.to(device), plan)
         image = "image" if task == "und" else "output"      # generation's image is its output
         found[task] = {"attention": of_output[image], "right": [], "loss": []}
-        score, accuracy = {"und": (score_understanding, "accuracy"),
-                           "gen": (score_generation, "image_accuracy")}[task]
+        accuracy = "accuracy" if task == "und" else "image_accuracy"
         for seen in tqdm(range(layers + 1), desc=f"{folder.name}, {TITLES[task]}", leave=False):
             hidden = plan[:seen] + (NAIVE,) * (layers - seen)
-            scores, _ = score(model, tokenizer, hidden, dataset, "val", SCORED[task], seed)
+            scores, _ = SCORES[task](model, tokenizer, hidden, dataset, "val", SCORED[task], seed)
             found[task]["right"].append(scores[accuracy])
             found[task]["loss"].append(scores["loss"])
     return found
@@ -67,7 +65,7 @@ def draw(found, path):
     """A chart for each task: both measures by layer, means over runs."""
     sheet = Image.new("RGB", (500 * len(found[0]), 360))
     for column, task in enumerate(found[0]):
-        attention, right = ([fmean(values) for values in zip(*(run[task][name] for run in found))]
+        attention, right = (list(map(fmean, zip(*(run[task][name] for run in found))))
                             for name in ("attention", "right"))
         # What is right goes on to "hidden nowhere"; there, attention is drawn level.
         lines = {"attention": attention + attention[-1:], "right if hidden from here on": right}

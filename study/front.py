@@ -8,16 +8,15 @@
 
 The animation draws the first validation caption of each kind but "scene", token by token in the
 order of generation, and then asks the same model a question about each picture. Nothing is chosen;
-what is wrong is red.
+where the picture or the answer is wrong, it is red.
 """
 import random
-import textwrap
 from itertools import count
 from pathlib import Path
 from statistics import fmean, stdev
 
 from table import HELD_OUT, RESULTS, ROOT, SEEDS, numbers, open_run, read_runs
-from common import (DARK, GREY, LINE_COLOURS, RED, font_for, pick_device, read_checkpoint,
+from common import (DARK, GREY, LINE_COLOURS, contact_sheet, font_for, pick_device, read_checkpoint,
                     run_script, save_checkpoint, save_picture, script_parser)
 
 import numpy as np
@@ -38,30 +37,7 @@ def shrink(run, folder):
 
 # ---------------------------------------------------------------------- drawing.gif
 
-SIZE, GAP, TOP, BOTTOM = 150, 16, 56, 44        # pixels; TOP and BOTTOM are for text
 FRAME_MS, LAST_MS = 80, 5000
-
-
-def frame(pictures, captions, lines, tokens, side):
-    """All pictures with their first `tokens` image tokens, the others grey, under their captions;
-    where all are there, questions and answers. captions, lines: [(text, is it right?)]."""
-    sheet = Image.new("RGB", (GAP + len(pictures) * (SIZE + GAP), TOP + SIZE + BOTTOM), "white")
-    draw = ImageDraw.Draw(sheet)
-    patch, complete = pictures.shape[1] // side, tokens == side * side
-    hidden = np.arange(side * side).reshape(side, side) >= tokens
-    hidden = hidden.repeat(patch, 0).repeat(patch, 1)[..., None]
-
-    def write(x, y, text, right):
-        draw.text((x, y), textwrap.fill(text, 24), DARK if right else RED, font_for(""))
-
-    for i, picture in enumerate(np.where(hidden, np.uint8(225), pictures)):
-        x = GAP + i * (SIZE + GAP)
-        write(x, 6, captions[i][0], captions[i][1] or not complete)
-        sheet.paste(Image.fromarray(picture).resize((SIZE, SIZE), Image.NEAREST), (x, TOP))
-        draw.rectangle((x - 1, TOP - 1, x + SIZE, TOP + SIZE), outline=GREY)
-        if complete:
-            write(x, TOP + SIZE + 6, *lines[i])
-    return sheet
 
 
 def animate(run, device, path):
@@ -72,25 +48,35 @@ def animate(run, device, path):
     first = [kinds.index(kind) for kind in dict.fromkeys(kinds) if kind != "scene"]
     split = split._replace(captions=[split.captions[i] for i in first],
                            scenes=[split.scenes[i] for i in first])
-    texts = [caption.text for caption in split.captions]
-    pictures = draw(model, tokenizer, texts, plans["gen"], *world.sampling)
-    captions = [(text, right) for text, (*_, right) in zip(texts, world.check(split, pictures))]
-    lines = []
+    captions = [caption.text for caption in split.captions]
+    pictures = draw(model, tokenizer, captions, plans["gen"], *world.sampling)
+    wrong = [not right for *_, right in world.check(split, pictures)]
+    drawn = [f"generation: {caption}" for caption in captions]
+    asked = []
     for n, seen in enumerate(world.read(pictures)):
         question = None
         while question is None:
             question = world.question(rng, seen, rng.choice(list(QUESTIONS)))
         codes = tokenizer.encode(pictures[n:n + 1])[0]
         said = answer(model, tokenizer, codes, question.text, plans["und"])
-        lines.append((f"{question.text} {said}", said == question.answer))
-    steps = [*range(0, side * side, 2), side * side]
-    frames = [frame(pictures, captions, lines, tokens, side) for tokens in steps]
-    palette = frames[-1].quantize(128)                      # one for all: no colour flickers
-    frames = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in frames]
+        asked.append(f"{drawn[n]}\n\nunderstanding: {question.text} {said}")
+        wrong[n] |= said != question.answer
+    part, frames = path.with_suffix(".png"), []
     # Complete first: many viewers show one frame only.
-    frames[-1].save(path, save_all=True, append_images=frames[:-1], loop=0,
-                    duration=[LAST_MS] + [FRAME_MS] * (len(frames) - 1))
-    print(f"{path}: {captions}, {lines}")
+    for tokens in (side * side, *range(0, side * side, 2)):
+        hidden = np.arange(side * side).reshape(side, side) >= tokens
+        hidden = np.kron(hidden, np.ones((pictures.shape[1] // side,) * 2, bool))[..., None]
+        texts, red = (drawn, ()) if frames else (asked, wrong)
+        contact_sheet(np.where(hidden, np.uint8(225), pictures), texts, part, wrong=red)
+        sheet = Image.open(part)
+        frames.append(Image.new("RGB", frames[0].size if frames else sheet.size, "white"))
+        frames[-1].paste(sheet)
+    part.unlink()
+    palette = frames[0].quantize(128)                       # one for all: no colour flickers
+    frames = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in frames]
+    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
+                   duration=[LAST_MS] + [FRAME_MS] * (len(frames) - 1))
+    print(f"{path}: {asked}, wrong: {wrong}")
 
 
 # ---------------------------------------------------------------------- ten-seconds.png

@@ -2,7 +2,6 @@
 
     python study/photos.py FOLDER                   every row, seeds 1 to 3, and the table
     python study/photos.py FOLDER --seeds 1 --rows u joint          some rows
-    python study/photos.py FOLDER --seeds 0         no more runs: the table of what is there
     python study/photos.py FOLDER --preset tiny --steps 20 --out out/try    every stage in minutes
 
 FOLDER holds one folder of pictures for each class (CIFAR-10: 10 of 5,000 pictures). Understanding
@@ -11,20 +10,17 @@ photograph: drawn ones are judged by a small network that is trained on real one
 understanding see a few labelled pictures only, and generation as many as in the other rows: there,
 one would think, joint training has most to give.
 
-Like study/table.py it goes on where it stopped, and several processes share the work. Go on with
-a stopped run by starting this again, not with train.py, which knows nothing of few labels. Writes
-study/results/photos-PRESET.md and .json.
+Like table.py it goes on where it stopped, and several processes share the work. Writes
+study/results/photos-PRESET.md and .json (what real pictures score).
 """
-import copy
 import json
-from collections import defaultdict
 from itertools import product
 from pathlib import Path
 
 import table
-from table import RESULTS, cell, differences_of, lock, markdown, mean_std, open_run, train_run
-from common import (fail, pick_device, read_checkpoint, run_script, save_checkpoint, script_parser,
-                    write_file)
+from table import (RESULTS, SIZES, cell, differences_of, lock, markdown, mean_std, open_run,
+                   read_runs, rows_parser, train_rows)
+from common import fail, pick_device, read_checkpoint, run_script, save_checkpoint, write_file
 
 import numpy as np
 import torch
@@ -33,50 +29,30 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from data import PRESETS, Split, same_settings, usual_preset
+from data import usual_preset
 from eval import BATCH, draw
-from match import output_losses
+from match import log_likelihoods
 from model import understanding
-from prune import predicting
 from tokenizer import get_tokenizer
 
 # A folder's own sampling draws nearly greedily: right for captions of one picture each. A class's
 # name stands for thousands, and would give the same picture every time.
 GUIDANCE, TEMPERATURE = 1.5, 1.
 DRAWN = 100             # pictures of each class
-FEW = 100               # labelled pictures of each class that understanding sees in the rows "-few"
 
-ROWS = {name: table.ROWS[name] for name in ("u", "g", "joint", "share-all", "share-partial",
-                                            "freeze-hmgen")}
+ROWS = {name: table.ROWS[name] for name in ("u", "g", "joint", "share-all", "freeze-hmgen")}
 ROWS |= {"u-few": ("understanding only, few labels", "--objective und"),
          "joint-few": ("joint, few labels in understanding", "")}
+SIZES |= {"u-few": {"und_scenes": 1000}, "joint-few": {"und_scenes": 1000}}
 # The table's columns: title, where the number stands in a run's scores, factor, digits.
 COLUMNS = [("named, %", ("photos", "named"), 100, 1),
            ("drawn right, %", ("photos", "drawn_right"), 100, 1),
            ("Fréchet distance ↓", ("photos", "frechet"), 1, 2),
-           ("bits an image token ↓", ("gen", "bits_per_token"), 1, 3),
            ("FLOPs", ("cost", "flops_ratio"), 1, 2)]
 # Differences that the table shows, in each column where both rows have numbers.
 DIFFERENCES = [("joint", "u"), ("joint-few", "u-few"), ("joint", "g"), ("share-all", "joint"),
                ("share-all", "u"), ("freeze-hmgen", "joint"), ("freeze-hmgen", "u"),
                ("freeze-hmgen", "g")]
-
-
-def with_few_labels(folder):
-    """The same data set, in which understanding trains on FEW pictures of each class."""
-    def split(task, part, n, seed=0, questions=10):
-        found, of_class = folder.split(task, part, n, seed, questions), defaultdict(list)
-        if (task, part) != ("und", "train"):
-            return found
-        for i, caption in enumerate(found.captions):
-            of_class[caption.text].append(i)
-        kept = sorted(i for indices in of_class.values() for i in indices[:FEW])
-        return Split(found.pixels[kept], [found.captions[i] for i in kept],
-                     [found.questions[i] for i in kept])
-
-    few = copy.copy(folder)                                 # the pictures are not read again
-    few.split = split
-    return few
 
 
 # ---------------------------------------------------------------------- the classifier
@@ -105,6 +81,10 @@ class Classifier(nn.Module):
         return torch.cat(features).cpu().double().numpy(), torch.cat(classes).cpu()
 
 
+def labels_of(split, names):
+    return torch.tensor([names.index(caption.text) for caption in split.captions])
+
+
 def train_classifier(split, names, device, epochs=10, batch_size=128):
     torch.manual_seed(0)
     pixels, labels = torch.as_tensor(split.pixels).to(device), labels_of(split, names).to(device)
@@ -115,8 +95,7 @@ def train_classifier(split, names, device, epochs=10, batch_size=128):
     for _ in tqdm(range(steps), desc="classifier", unit="step"):
         chosen = torch.randint(len(pixels), (batch_size,), device=device)
         plain, mirrored = pixels[chosen].chunk(2)
-        batch = torch.cat([plain, mirrored.flip(2)])
-        logits = network.head(network.features(batch))
+        logits = network.head(network.features(torch.cat([plain, mirrored.flip(2)])))
         F.cross_entropy(logits, labels[chosen]).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -124,24 +103,15 @@ def train_classifier(split, names, device, epochs=10, batch_size=128):
     return network
 
 
-def get_classifier(path, dataset, names, preset, device):
-    """The Classifier in a file. Trained on the training pictures and saved there if there is
-    none."""
-    made_with = {"data": dataset.identity, "preset": preset, "classes": names}
+def get_classifier(path, dataset, names, device):
+    """The Classifier in a file; trained on all training pictures if there is none."""
     if not path.exists():
         split = dataset.split("gen", "train", len(dataset.pixels))
         network = train_classifier(split, names, device)
-        save_checkpoint({"kind": "classifier", "made_with": made_with,
-                         "network": network.state_dict()}, path)
-    checkpoint = read_checkpoint(path, "classifier")
-    same_settings(checkpoint["made_with"], made_with, path)
+        save_checkpoint({"kind": "classifier", "network": network.state_dict()}, path)
     network = Classifier(len(names))
-    network.load_state_dict(checkpoint["network"])
+    network.load_state_dict(read_checkpoint(path, "classifier")["network"])
     return network.to(device, memory_format=torch.channels_last).eval()
-
-
-def labels_of(split, names):
-    return torch.tensor([names.index(caption.text) for caption in split.captions])
 
 
 def frechet(a, b):
@@ -174,16 +144,13 @@ def score_real(split, names, tokenizer, classifier):
 
 
 def name_likelihoods(model, tokenizer, plan, pixels, question, names):
-    """(N, names): log p(name and its end | picture, question). The question stands on a picture
-    once with each name: questions do not see each other, and the picture is computed once."""
-    pairs, parts = [(question, name) for name in names], []
+    """(N, names): log p(name and its end | picture, question)."""
+    found = []
     for codes in tqdm(tokenizer.encode(pixels).split(BATCH), desc="naming", leave=False):
-        batch = understanding(tokenizer, codes, [pairs] * len(codes))
-        losses = output_losses(model, batch, plan)
-        segments = batch.segment_ids[:, predicting(batch.layout)]
-        of_names = [-(losses * (segments == k)).sum(1) for k in range(1, 1 + len(names))]
-        parts.append(torch.stack(of_names, 1))
-    return torch.cat(parts)
+        pairs = [[(question, name)] for _ in codes for name in names]
+        batch = understanding(tokenizer, codes.repeat_interleave(len(names), 0), pairs)
+        found.append(log_likelihoods(model, batch, plan).view(-1, len(names)))
+    return torch.cat(found)
 
 
 def score_run(folder, split, names, classifier, reference, device):
@@ -205,22 +172,21 @@ def score_run(folder, split, names, classifier, reference, device):
 
 
 def make_table(out, real, names, preset):
-    found, rows = defaultdict(dict), []
-    for file in sorted(out.glob("*-seed*/photos.json")):
-        name, seed = file.parent.name.rsplit("-seed", 1)
-        scores = json.loads(file.with_name("eval.json").read_text())
-        found[name][int(seed)] = scores | {"photos": json.loads(file.read_text())}
+    found, rows = read_runs(out, ROWS), []
+    for name, seed in [(name, seed) for name in found for seed in found[name]]:
+        file = out / f"{name}-seed{seed}" / "photos.json"
+        found[name][seed]["photos"] = json.loads(file.read_text()) if file.exists() else {}
     for name in [name for name in ROWS if name in found]:
         cells = [cell(found[name], *column[1:]) for column in COLUMNS]
         rows.append([ROWS[name][0], ", ".join(map(str, sorted(found[name]))), *cells])
     for title, kind in (("real pictures", ""), ("real, through the tokenizer", "decoded_")):
         rows.append([title, "–", "–", f"{100 * real[kind + 'accuracy']:.1f}",
-                     f"{real[kind + 'frechet']:.2f}", "–", "–"])
+                     f"{real[kind + 'frechet']:.2f}", "–"])
     chance = f"{100 / len(names):.1f}"
-    rows.append(["chance", "–", chance, chance, "–", "–", "–"])
+    rows.append(["chance", "–", chance, chance, "–", "–"])
     parts = [markdown(["run", "seeds", *(column[0] for column in COLUMNS)], rows)]
     rows = []
-    for (row, other), (title, path, factor, digits) in product(DIFFERENCES, COLUMNS[:4]):
+    for (row, other), (title, path, factor, digits) in product(DIFFERENCES, COLUMNS[:3]):
         differences = differences_of(found, path, row, other, factor=factor)
         if differences:
             rows.append([f"{row} less {other}: {title}", mean_std(differences, digits, "+"),
@@ -228,46 +194,33 @@ def make_table(out, real, names, preset):
     parts.append(markdown(["row less row", "difference", "seeds"], rows))
     path = RESULTS / f"photos-{preset}"
     write_file(f"{path}.md", "\n\n".join(parts) + "\n")
-    titles = {name: title for name, (title, _) in ROWS.items()}
-    write_file(f"{path}.json", json.dumps({"titles": titles, "names": names, "real": real,
-                                           "runs": found}))
+    write_file(f"{path}.json", json.dumps({"names": names, "real": real}))
     print("\n\n".join(parts) + f"\n\n{path}.md, .json")
 
 
 def main():
-    parser = script_parser(__doc__)
-    parser.add_argument("folder", type=Path, help="with a folder of pictures for each class")
-    parser.add_argument("--seeds", type=int, default=3, help="train seeds 1 to SEEDS (default: 3)")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
-                        help=f"some of: {', '.join(ROWS)}")
-    parser.add_argument("--preset", choices=PRESETS, help="default: what fits the device")
-    parser.add_argument("--steps", type=int, help="default: the preset's")
+    parser = rows_parser(__doc__, ROWS, seeds=3)
     parser.add_argument("--out", type=Path, default=Path("out/photos"))
     args = parser.parse_args()
     device, out = pick_device(args.device), args.out
     preset = args.preset or usual_preset(device)
     dataset = data.load(str(args.folder), preset)
+    data.load = lambda source, preset: dataset              # the pictures are not read again
     names = sorted({caption.text for caption in dataset.captions})
     split = dataset.split("gen", "val", len(dataset.pixels))            # all validation pictures
     if len(names) < 2 or {caption.text for caption in split.captions} != set(names):
         fail(f"{args.folder}: expected two classes at least, of dozens of pictures each")
     with lock(out / "prepare", wait=True):                  # one of both for all runs
         tokenizer = get_tokenizer(out / "tokenizer.pt", dataset, preset, device)
-        classifier = get_classifier(out / "classifier.pt", dataset, names, preset, device)
+        classifier = get_classifier(out / "classifier.pt", dataset, names, device)
     real, reference = score_real(split, names, tokenizer, classifier)
-    worlds = {False: dataset, True: with_few_labels(dataset)}
-    for seed in range(1, args.seeds + 1):
-        for name in args.rows:
-            folder = out / f"{name}-seed{seed}"
-            data.load = lambda source, preset: worlds[name.endswith("-few")]
-            with lock(folder) as is_mine:
-                if is_mine:
-                    train_run(folder, [
-                        "--preset", preset, "--device", device.type, "--data", args.folder,
-                        "--tokenizer", out / "tokenizer.pt", *ROWS[name][1].split(), "--seed", seed,
-                        "--steps", args.steps or PRESETS[preset].steps])
-                    if not (folder / "photos.json").exists():
-                        score_run(folder, split, names, classifier, reference, device)
+
+    def score(run, name):
+        if not (run / "photos.json").exists():
+            score_run(run, split, names, classifier, reference, device)
+
+    train_rows(out, ROWS, args, preset, ["--device", device.type, "--data", args.folder,
+                                         "--tokenizer", out / "tokenizer.pt"], score)
     make_table(out, real, names, preset)
 
 

@@ -1,7 +1,7 @@
 """What image tokens know, layer by layer: can an object's shape, colour, size and cell be read from
 the tokens that show it?
 
-    python study/readout.py out/joint out/u         readout.json in each run's folder, tables
+    python study/readout.py out/joint out/u         tables
     python study/readout.py study/results/synergy/{u,joint}-seed* --chart readout-cpu
         also study/results/readout-cpu.json and .png: means over the seeds of each row
 
@@ -11,12 +11,13 @@ shapes world says what a patch shows.
 """
 import json
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 
 from table import RESULTS, markdown, open_run
-from common import (fail, hardware, line_chart, pick_device, run_script, save_picture,
-                    script_parser, write_file)
+from common import (fail, line_chart, pick_device, run_script, save_picture, script_parser,
+                    write_file)
 
 import numpy as np
 import torch
@@ -24,12 +25,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from eval import BATCH
-from model import Model, generation, understanding
+from model import generation, understanding
 from shapes import BACKGROUND, Thing
 
 PICTURES = 900          # two thirds of them to fit on, one third to test on
 RIDGE = .01             # the penalty, as a share of what each standardised feature weighs
 FIELDS = Thing._fields[:4]                                  # size, colour, shape, cell
+PAIRS = {"last token": "known pairs", "last token, held-out pairs": "held-out pairs"}
 
 
 def distinct_scenes(dataset, part, n, seed):
@@ -65,22 +67,17 @@ def token_labels(dataset, scenes, side):
 
 @torch.no_grad()
 def hidden_states(model, batch, plan, chosen):
-    """The states of the image tokens that `chosen` (B, M) picks, after as many layers as `plan` has
-    (the model's, or the first rules of it): (tokens, d), float64, on the CPU."""
+    """The states of the image tokens that `chosen` (B, M) picks, after as many layers as `plan`
+    has, the first ones of the model's: (tokens, d), float64, on the CPU."""
     before, m, _ = batch.layout
-    states = []
-    for i in range(0, len(batch.tokens), BATCH):
-        x = model.gathered(batch.rows(slice(i, i + BATCH)), plan)[:, before:before + m]
-        states.append(x.cpu()[chosen[i:i + BATCH]])
-    return torch.cat(states).double()
+    states = [model.gathered(batch.rows(slice(i, i + BATCH)), plan)[:, before:before + m].cpu()
+              for i in range(0, len(batch.tokens), BATCH)]
+    return torch.cat(states)[chosen].double()
 
 
 def readout(states, labels, to_fit, to_test):
-    """The share of test tokens whose label is read right, {field: accuracy}.
-
-    states: (tokens, d). labels: (tokens, 4). to_fit, to_test: (tokens,) bool. A class's score is
-    linear. Features are centred, so its constant is the class's share.
-    """
+    """The share of test tokens whose label is read right, {field: accuracy}. states: (tokens, d).
+    labels: (tokens, 4). to_fit, to_test: (tokens,) bool."""
     center, scale = states[to_fit].mean(0), states[to_fit].std(0).clamp(min=1e-9)
     states = (states - center) / scale
     fitted, tested = states[to_fit], states[to_test]
@@ -89,7 +86,7 @@ def readout(states, labels, to_fit, to_test):
     accuracy = {}
     for field, label in zip(FIELDS, labels.T):
         one_hot = F.one_hot(label)[to_fit].double()                     # (fitted, classes)
-        share = one_hot.mean(0)
+        share = one_hot.mean(0)                             # the constant, as features are centred
         weights = torch.cholesky_solve(fitted.T @ (one_hot - share), factor)    # (d, classes)
         guess = (tested @ weights + share).argmax(1)
         accuracy[field] = (guess == label[to_test]).double().mean().item()
@@ -98,16 +95,12 @@ def readout(states, labels, to_fit, to_test):
 
 def study(folder, device):
     """What is read from a run's image tokens while it looks at them ("und") and while it draws them
-    ("gen"): {task: {tokens: {field: [the embedding, then after each layer; before training, when
-    every layer is the identity; of always saying the most frequent class of the tokens fitted]}}}.
-    """
+    ("gen"): {task: {tokens: {field: [the embedding, then after each layer; a guess: the most
+    frequent class of the tokens fitted]}}}."""
     model, tokenizer, checkpoint, dataset, plans = open_run(folder, device)
     seed = checkpoint["options"]["seed"]
     if not hasattr(dataset, "render"):
         fail(f"{folder}: expected a run of the shapes world, which says what an image token shows")
-    torch.manual_seed(seed)                                 # as train.py begins
-    untrained = Model(model.config, tokenizer.vq.codebook.cpu()).to(device).eval()
-
     known = distinct_scenes(dataset, "val", PICTURES, seed)
     scenes = known + distinct_scenes(dataset, "held_out", PICTURES // 2, seed)
     labels, is_last = token_labels(dataset, scenes, model.config.side)
@@ -135,51 +128,54 @@ def study(folder, device):
         batch, found[task] = batches[task].to(device), {}
         states = [hidden_states(model, batch, plan[:layers], shown)
                   for layers in range(len(plan) + 1)]
-        states.append(hidden_states(untrained, batch, plan, shown))
         for name, (fit, test) in groups.items():
             fit, test = fit[shown], test[shown]             # (tokens,) both
             read = [readout(of_layer, labels, fit, test) for of_layer in states]
             chance = (labels[test] == labels[fit].mode(0).values).double().mean(0).tolist()
             found[task][name] = {field: [*(of_layer[field] for of_layer in read), guess]
                                  for field, guess in zip(FIELDS, chance)}
-    return {"tokens": found, "config": checkpoint["options"], "hardware": hardware(device)}
+    return found
 
 
-def table_of(tokens):
+def table_of(found):
     """The shares that are read right, as a table in Markdown."""
     rows = [(task, f"{field}, {name}", *(f"{100 * x:.1f}" for x in fields[field]))
-            for task, groups in tokens.items() for field in ("shape", "colour", "size", "cell")
-            for name, fields in groups.items()]
-    layers = [f"layer {i}" for i in range(1, len(rows[0]) - 4)]
-    return markdown(["task", "read, %", "embedding", *layers, "untrained", "chance"], rows, 2)
+            for task, groups in found.items() for name, fields in groups.items()
+            for field in FIELDS]
+    layers = [f"layer {i}" for i in range(1, len(rows[0]) - 3)]
+    return markdown(["task", "read, %", "embedding", *layers, "chance"], rows, 2)
 
 
-def draw_means(runs, path):
-    """How well shapes are read from the last token of an object, of known and of held-out pairs:
-    means over the seeds of each row, in a JSON and a chart. runs: {folder: what `study` found}."""
+def means_of(runs):
+    """How well shapes are read from the last token of an object: {task: {row: {pairs: mean and
+    standard deviation over the row's seeds}}}. runs: {folder: what `study` found}."""
     rows = defaultdict(lambda: defaultdict(list))           # task -> row -> its runs
     for folder, found in runs.items():
-        for task, tokens in found["tokens"].items():
+        for task, tokens in found.items():
             rows[task][folder.name.rsplit("-seed", 1)[0]].append(tokens)
-    groups = {"last token": "known pairs", "last token, held-out pairs": "held-out pairs"}
-    contents, sheet = {}, Image.new("RGB", (960, 360 * len(rows)))
-    for y, (task, of_task) in enumerate(rows.items()):
-        for x, (group, title) in enumerate(groups.items()):
-            lines = {}
-            for row, of_row in of_task.items():
-                layers = list(zip(*(tokens[group]["shape"][:-2] for tokens in of_row)))
-                means = list(map(fmean, layers))
-                deviations = list(map(stdev, layers)) if len(of_row) > 1 else None
-                contents.setdefault(task, {}).setdefault(row, {"seeds": len(of_row)})[title] = {
-                    "mean": means, "standard_deviation": deviations}
-                lines[row] = means
-            verb = "looking" if task == "und" else "drawing"
-            title = f"{verb}: shape read from an object's last token, {title}"
-            chart = line_chart(lines, title, "embedding to last layer", 1., (480, 360))
-            sheet.paste(chart, (480 * x, 360 * y))
-    write_file(path.with_suffix(".json"), json.dumps(contents, indent=1))
-    save_picture(sheet, path.with_suffix(".png"))
-    print(f"\n{path}.json, {path}.png")
+    means = {}
+    for task, of_task in rows.items():
+        means[task] = {row: {"seeds": len(of_row)} for row, of_row in of_task.items()}
+        for (row, of_row), (group, pairs) in product(of_task.items(), PAIRS.items()):
+            layers = list(zip(*(tokens[group]["shape"][:-1] for tokens in of_row)))
+            deviations = list(map(stdev, layers)) if len(of_row) > 1 else None
+            means[task][row][pairs] = {"mean": list(map(fmean, layers)),
+                                       "standard_deviation": deviations}
+    return means
+
+
+def draw_means(means, path):
+    """A chart for each task and either kind of pairs."""
+    sheet = Image.new("RGB", (480 * len(PAIRS), 360 * len(means)))
+    for (x, pairs), (y, task) in product(enumerate(PAIRS.values()), enumerate(means)):
+        # Rows of both tasks first: they have one colour in all charts.
+        rows = sorted(means[task], key=lambda row: -sum(row in rows for rows in means.values()))
+        lines = {row: means[task][row][pairs]["mean"] for row in rows}
+        verb = "looking" if task == "und" else "drawing"
+        title = f"{verb}: shape read from an object's last token, {pairs}"
+        chart = line_chart(lines, title, "embedding to last layer", 1., (480, 360))
+        sheet.paste(chart, (480 * x, 360 * y))
+    save_picture(sheet, path)
 
 
 def main():
@@ -189,11 +185,13 @@ def main():
     args = parser.parse_args()
     device, runs = pick_device(args.device), {}
     for folder in args.runs:
-        found = runs[folder] = study(folder, device)
-        write_file(folder / "readout.json", json.dumps(found, indent=1))
-        print(f"\n{table_of(found['tokens'])}")
+        runs[folder] = study(folder, device)
+        print(f"\n{table_of(runs[folder])}")
     if args.chart:
-        draw_means(runs, RESULTS / args.chart)
+        path, means = RESULTS / f"{args.chart}.json", means_of(runs)
+        write_file(path, json.dumps(means, indent=1))
+        draw_means(means, path.with_suffix(".png"))
+        print(f"\n{path}, {path.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

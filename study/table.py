@@ -7,8 +7,8 @@
 It goes on where it stopped, and may be started several times, best one process a core
 (OMP_NUM_THREADS=1): each takes rows that no other has. Settings are chosen on seeds 0 and 10 to 12,
 so seeds count from 1. Go on with a stopped run by starting this again, not with train.py: some rows
-have a world or sizes of their own. Writes study/results/NAME-PRESET.md, .json and -flops.png; NAME
-is the folder's. Of the folder itself git keeps the scores: they are all that a table needs.
+have a world or sizes of their own. Writes study/results/NAME-PRESET.md; NAME is the folder's. Git
+keeps the scores of each run, eval.json: they are all that a table needs.
 """
 import json
 import math
@@ -17,7 +17,7 @@ import statistics
 import sys
 from collections import defaultdict
 from contextlib import contextmanager
-from itertools import cycle
+from itertools import product
 from pathlib import Path
 
 try:
@@ -27,12 +27,10 @@ except ImportError:                         # Windows: one process, then
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import (DARK, GREY, fail, font_for, pick_device, run_script, save_picture,
-                    script_parser, write_file)
+from common import fail, pick_device, run_script, script_parser, write_file
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 
 import data
 import shapes
@@ -118,7 +116,7 @@ CLAIMS = [
     ("joint training adds more held-out pairs without reduction than with it (share partial)",
      HELD_OUT, 0, ["joint", "u", "share-partial", "u-himix"]),
     ("share all loses held-out pairs", HELD_OUT, 0, ["joint", "share-all"]),
-    ("freezing + HMGen with practice has more held-out pairs than share all", HELD_OUT, 0,
+    ("freeze + HMGen with practice has more held-out pairs than share all", HELD_OUT, 0,
      ["freeze-hmgen-practice", "share-all"]),
     ("generation alone gains unseen objects by practice", UNSEEN, 0, ["g-practice", "g"]),
 ]
@@ -199,42 +197,35 @@ def open_run(folder, device, source=None):
 
 def train_run(out, arguments):
     """Trains and scores one run with these options of train.py, if it has no scores yet. A finished
-    one of another size or objective is refused: it would stand in one table with the others."""
+    one of another size is refused: it would stand in one table with the others."""
     where = "--resume" if (out / "checkpoint.pt").exists() else "--out"
     options, device, checkpoint = parse_options([*map(str, arguments), where, str(out)])
     if not (out / "eval.json").exists():
         print(f"\n{out}", flush=True)
         torch.compiler.reset()                              # else the code of every run stays
         return train(options, device, checkpoint)
-    config = json.loads((out / "eval.json").read_text())["config"]
-    for key in ("preset", "steps", "batch_size", "image_loss"):
-        expected = getattr(options, key)
-        if config.get(key, expected) != expected:
-            fail(f"{out} was trained with {key} {config[key]}: expected {expected}, or give "
-                 "another folder")
+    had = json.loads((out / "eval.json").read_text())["config"]
+    for key in ("preset", "steps"):
+        if had[key] != vars(options)[key]:
+            fail(f"{out} was trained with {key} {had[key]}: expected {vars(options)[key]}")
 
 
-def train_row(folder, name, seed, preset, arguments, steps, device):
-    """What a row lacks with one seed: its training, its scores, its scores under another plan. A
-    run that another process is at is left alone."""
-    out = folder / f"{name}-seed{seed}"
-    usual_sizes = dict(vars(PRESETS[preset]))
-    vars(PRESETS[preset]).update(SIZES.get(name, {}))
-    shapes.Shapes = WORLDS.get(name, Shapes)                # where data.load finds it
-    with lock(out) as is_mine:
-        if is_mine:
-            _, flags = ROWS[name]
-            train_run(out, [*arguments, *flags.split(), "--seed", seed, "--steps",
-                            round(STEPS.get(name, 1) * steps)])
-            if name in AT_INFERENCE and not (out / "eval-inference.json").exists():
-                model, tokenizer, checkpoint, dataset, _ = open_run(out, device)
-                options = checkpoint["options"] | AT_INFERENCE[name][1]
-                plans = plans_of(checkpoint["tasks"], options, model.config.layers)
-                scores, shown = evaluate(model, tokenizer, options, checkpoint["step"], dataset,
-                                         plans)
-                save_scores(scores, shown, out, "-inference")
-    vars(PRESETS[preset]).update(usual_sizes)
-    shapes.Shapes = Shapes
+def train_rows(folder, rows, args, preset, arguments, score):
+    """Trains and scores what is missing of `rows` in a folder. A row has its own sizes and its own
+    world meanwhile. arguments: of train.py, for all. score(run, row): further scores."""
+    usual_sizes, steps = dict(vars(PRESETS[preset])), args.steps or PRESETS[preset].steps
+    for seed, name in product(range(1, args.seeds + 1), args.rows):
+        out = folder / f"{name}-seed{seed}"
+        vars(PRESETS[preset]).update(SIZES.get(name, {}))
+        shapes.Shapes = WORLDS.get(name, Shapes)            # where data.load finds it
+        with lock(out) as is_mine:
+            if is_mine:
+                train_run(out, ["--preset", preset, "--seed", seed, "--steps",
+                                round(STEPS.get(name, 1) * steps), *rows[name][1].split(),
+                                *arguments])
+                score(out, name)
+        vars(PRESETS[preset]).update(usual_sizes)
+        shapes.Shapes = Shapes
 
 
 # ---------------------------------------------------------------------- numbers of many runs
@@ -253,20 +244,15 @@ def numbers(runs, path, factor):
 
 def mean_std(values, digits, sign=""):
     """Mean ± standard deviation, with a sign if it is "+"; the mean alone where all values are the
-    same."""
+    same; "–" where there are none."""
+    if not values:
+        return "–"
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
     return f"{statistics.mean(values):{sign}.{digits}f}{spread}"
 
 
-def spread(differences):
-    """Mean ± standard deviation, with signs; "–" of fewer than two."""
-    return mean_std(differences, 1, "+") if len(differences) > 1 else "–"
-
-
 def cell(runs, path, factor, digits):
-    """Mean ± standard deviation over seeds of one number; "–" where there is none."""
-    found = numbers(runs, path, factor)
-    return mean_std(found, digits) if found else "–"
+    return mean_std(numbers(runs, path, factor), digits)
 
 
 def markdown(titles, rows, left=1):
@@ -276,33 +262,31 @@ def markdown(titles, rows, left=1):
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def read_runs(folder):
-    """{row: {seed: scores}} of the finished runs in a folder, of ROWS alone; scores under another
-    plan as a row of their own, "ROW-inference", without a cost of training."""
-    found, unknown = defaultdict(dict), set()
+def read_runs(folder, rows=tuple(ROWS)):
+    """{row: {seed: scores}} of the finished runs in a folder; scores under another plan as a row of
+    their own, "ROW-inference", without a cost of training. FLOPs are those of all steps, beside
+    those of the dense row, because rows differ in steps and in the length of sequences."""
+    found = defaultdict(dict)
     for file in sorted(folder.glob("*-seed*/eval*.json")):
         name, seed = file.parent.name.rsplit("-seed", 1)
-        if name not in ROWS:
-            unknown.add(name)
-            continue
-        name += file.stem.removeprefix("eval")
-        found[name][int(seed)] = json.loads(file.read_text())
-    if unknown:
-        print(f"left out, because no such rows are known: {', '.join(sorted(unknown))}")
+        if name in rows:
+            scores = json.loads(file.read_text())
+            found[name + file.stem.removeprefix("eval")][int(seed)] = scores
+        else:
+            print(f"left out, because no such row is known: {file.parent}")
+
+    def flops(scores):
+        return scores["cost"]["flops_per_step"] * scores["config"]["steps"]
+
     for name, runs in found.items():
         for seed, scores in runs.items():
+            dense = found.get(DENSE[scores["config"]["objective"]], {})
             if name.endswith("-inference"):
                 del scores["cost"]                          # of steps that nobody took
-                continue
-            dense = found.get(DENSE[scores["config"]["objective"]], {})
-            if dense and "layers" not in SIZES.get(name, {}):
+            elif dense and "layers" not in SIZES.get(name, {}):
                 dense = dense.get(seed) or next(iter(dense.values()))       # of another seed
-                scores["cost"]["flops_ratio"] = training_flops(scores) / training_flops(dense)
+                scores["cost"]["flops_ratio"] = flops(scores) / flops(dense)
     return found
-
-
-def training_flops(scores):         # rows differ in their steps, and in the length of sequences
-    return scores["cost"]["flops_per_step"] * scores["config"]["steps"]
 
 
 # ---------------------------------------------------------------------- claims
@@ -376,13 +360,13 @@ def kinds_table(titles, found, task, accuracy):
 
 
 def make_table(folder):
-    """Prints the table of all finished runs in a folder, and writes it beside all their scores."""
+    """Writes and prints the table of all finished runs in a folder."""
     found = read_runs(folder)
     if not found:
         fail(f"{folder}: no finished run in it (expected folders ROW-seedN with an eval.json)")
     titles = {name: title for name, (title, _) in ROWS.items()}
-    for name, (title, _) in AT_INFERENCE.items():
-        titles[f"{name}-inference"] = f"{titles[name]}, {title}"
+    titles |= {f"{name}-inference": f"{titles[name]}, {title}"
+               for name, (title, _) in AT_INFERENCE.items()}
     titles = {name: title for name, title in titles.items() if name in found}
     score_titles = [column[0] for column in COLUMNS]
 
@@ -397,8 +381,9 @@ def make_table(folder):
     for one, others in COMPARED.items():
         for other in others.split():
             each = [differences_of(found, path, one, other) for _, path, *_ in COLUMNS[:4]]
-            if any(len(differences) > 1 for differences in each):
-                rows.append([f"{one} less {other}", max(map(len, each)), *map(spread, each)])
+            seeds = max(map(len, each))
+            if seeds > 1:
+                rows.append([f"{one} less {other}", seeds, *(mean_std(x, 1, "+") for x in each)])
     if rows:
         parts.append(markdown(["points", "seeds", *score_titles[:4]], rows))
     rows = [(claim, f"{mean:+.1f} ± {std:.1f}", n, "–" if p is None else f"{p:.1g}", answer)
@@ -412,83 +397,44 @@ def make_table(folder):
     parts.append(f"Mean ± standard deviation over seeds; preset {config['preset']}, "
                  f"{' or '.join(map(str, steps))} steps of {config['batch_size']} pictures of each "
                  f"task; {machines}.")
-    path = RESULTS / f"{folder.resolve().name}-{config['preset']}"
-    write_file(f"{path}.md", "\n\n".join(parts) + "\n")
-    write_file(f"{path}.json", json.dumps({"titles": titles, "runs": found}))
-    draw_tradeoff(titles, found, f"{path}-flops.png")
-    print("\n\n".join(parts) + f"\n\n{path}.md, .json, -flops.png")
+    path = RESULTS / f"{folder.resolve().name}-{config['preset']}.md"
+    write_file(path, "\n\n".join(parts) + "\n")
+    print("\n\n".join(parts) + f"\n\n{path}")
 
 
-def draw_tradeoff(titles, found, path):
-    """Quality against FLOPs: for each joint row its mean, and a line of one standard deviation to
-    both sides; what a task has alone, without reduction, as a level line. Rows with few seeds are
-    left out: two dots beside eight would look more certain than they are."""
-    most = max(map(len, found.values()))
-    names = [name for name in ROWS if 2 * len(found.get(name, ())) >= most
-             and "--objective" not in ROWS[name][1]]
-    colours = dict(zip(names, cycle(("black", "firebrick", "darkorange", "royalblue", "seagreen",
-                                     "purple", "grey"))))
-    sheet = Image.new("RGB", (1500, 690 + 34 * len(names)), "white")
-    draw = ImageDraw.Draw(sheet)
-
-    def write(x, y, text, anchor="lm"):
-        draw.text((x, y), text, DARK, font_for("", 22), anchor=anchor)
-
-    for left, alone, lowest, (title, score, factor, _) in ((80, "u", 40, COLUMNS[1]),
-                                                           (840, "g", 0, COLUMNS[3])):
-        def at(flops, percent):
-            """The pixel at which a point is drawn."""
-            return left + 620 * (flops - .6) / .45, 100 + 480 * (100 - percent) / (100 - lowest)
-
-        write(left, 40, title)
-        for percent in range(lowest, 101, 20):
-            draw.line((at(.6, percent), at(1.05, percent)), fill=GREY, width=2)
-            write(left - 14, at(.6, percent)[1], str(percent), "rm")
-        for flops in (.6, .7, .8, .9, 1.):
-            write(at(flops, lowest)[0], 604, f"{flops:.1f}", "mm")
-        if alone in found:
-            mean = statistics.mean(numbers(found[alone], score, factor))
-            draw.line((at(.6, mean), at(1.05, mean)), fill="grey", width=3)
-            write(left + 360, at(.6, mean)[1] - 14, f"{titles[alone]}, dense", "mm")
-        for i, name in enumerate(names):
-            points = numbers(found[name], score, factor)
-            mean = statistics.mean(points)
-            deviation = statistics.stdev(points) if len(points) > 1 else 0.
-            # Rows with as many FLOPs stand beside each other.
-            flops = statistics.mean(numbers(found[name], ("cost", "flops_ratio"), 1))
-            flops += .008 * (i % 4 - 1.5)
-            ends = max(mean - deviation, lowest), min(mean + deviation, 100)
-            draw.line([at(flops, end) for end in ends], fill=colours[name], width=4)
-            draw.circle(at(flops, mean), 9, fill=colours[name])
-    write(80, 640, "FLOPs of training, dense joint = 1 (points are moved sideways by .012 at "
-                   "most); bars: ± one standard deviation")
-    for i, name in enumerate(names):
-        draw.circle((90, 680 + 34 * i), 9, fill=colours[name])
-        write(112, 680 + 34 * i, titles[name])
-    save_picture(sheet, path)
+def rows_parser(doc, rows, seeds):
+    """For the options of a script that trains rows with seeds 1, 2, ..."""
+    parser = script_parser(doc)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, default=seeds, help=f"so many (default: {seeds})")
+    parser.add_argument("--rows", nargs="+", choices=rows, default=list(rows), metavar="ROW",
+                        help=f"some of: {', '.join(rows)}")
+    parser.add_argument("--preset", choices=PRESETS, help="default: what fits the device")
+    parser.add_argument("--steps", type=int, help="default: the preset's")
+    return parser
 
 
 def main():
-    parser = script_parser(__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, default=1, help="train seeds 1 to SEEDS (default: 1)")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
-                        help=f"some of: {', '.join(ROWS)}")
-    parser.add_argument("--preset", choices=PRESETS, help="default: what fits the device")
-    parser.add_argument("--steps", type=int, help="default: the preset's")
-    parser.add_argument("--tokenizer", help="default: FOLDER/tokenizer.pt")
+    parser = rows_parser(__doc__, ROWS, seeds=1)
+    parser.add_argument("--tokenizer", help="default: out/tokenizer-shapes-PRESET.pt")
     args = parser.parse_args()
     device = pick_device(args.device)
     preset = args.preset or usual_preset(device)
     tokenizer = args.tokenizer or f"out/tokenizer-shapes-{preset}.pt"
-    arguments = ["--preset", preset, "--device", device.type, "--tokenizer", tokenizer]
     if args.seeds > 0:
         with lock(tokenizer, wait=True):                    # one for all rows
             get_tokenizer(tokenizer, data.load("shapes", preset), preset, device)
-    for seed in range(1, args.seeds + 1):
-        for name in args.rows:
-            train_row(args.folder, name, seed, preset, arguments,
-                      args.steps or PRESETS[preset].steps, device)
+
+    def score_at_inference(out, name):
+        if name in AT_INFERENCE and not (out / "eval-inference.json").exists():
+            model, tokenizer, checkpoint, dataset, _ = open_run(out, device)
+            options = checkpoint["options"] | AT_INFERENCE[name][1]
+            plans = plans_of(checkpoint["tasks"], options, model.config.layers)
+            found = evaluate(model, tokenizer, options, checkpoint["step"], dataset, plans)
+            save_scores(*found, out, "-inference")
+
+    train_rows(args.folder, ROWS, args, preset,
+               ["--device", device.type, "--tokenizer", tokenizer], score_at_inference)
     make_table(args.folder)
 
 

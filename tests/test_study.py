@@ -4,9 +4,7 @@ import copy
 import json
 import re
 import shlex
-import shutil
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +25,13 @@ from data import PRESETS, Folder
 from match import log_likelihoods, matching
 from model import understanding
 from prune import PLANS, can_generate, make_plan
-from readout import draw_means, token_labels
+from readout import draw_means, means_of, study, token_labels
 from shapes import Shapes, Thing
 from table import (HELD_OUT, IMAGES, QUESTIONS, ROWS, UNSEEN, answer_claims, differences_of,
-                   mean_std, numbers, open_run, p_values, read_runs, spread, t_tail)
+                   mean_std, numbers, open_run, p_values, read_runs, t_tail)
 
 CPU, STUDY = torch.device("cpu"), (ROOT / "study" / "README.md").read_text()
+RESULTS = ROOT / "study" / "results"
 
 
 @pytest.fixture
@@ -65,12 +64,11 @@ def test_the_table_trains_what_is_missing(trained, results, monkeypatch):
     first = run("table.py", *args)
     assert first.count("GFLOP a step") == 5 and "at inference only" in first and "52.86" in first
     assert "GFLOP a step" not in run("table.py", *args)     # nothing is trained twice
-    stored = json.loads((results / "table-tiny.json").read_text())["runs"]
-    assert set(stored) == {"u", "u-inference", "joint", "joint-shuffled", "deep-leave-10",
-                           "u-describe"}
-    assert "cost" not in stored["u-inference"]["1"]         # nobody trained like that
-    assert stored["u-describe"]["1"]["cost"]["flops_ratio"] > 1
-    assert Image.open(results / "table-tiny-flops.png").width > 1000
+    found = read_runs(out)
+    assert set(found) == {"u", "u-inference", "joint", "joint-shuffled", "deep-leave-10",
+                          "u-describe"}
+    assert "cost" not in found["u-inference"][1]            # nobody trained like that
+    assert found["u-describe"][1]["cost"]["flops_ratio"] > 1
     # Two rows that differ in the world alone: captions beside the wrong pictures.
     losses = [json.loads((out / f"{row}-seed1" / "log.jsonl").read_text())["loss_gen"]
               for row in ("joint", "joint-shuffled")]
@@ -98,14 +96,18 @@ def test_a_stopped_row_goes_on_and_a_locked_one_is_left_alone(trained, results):
         run("table.py", *args[:-1], steps, code=code)
 
 
-def test_the_table_of_stored_results(results):
-    """... is made without training, whatever the rows were when they were trained."""
+def test_the_tables_of_stored_results(results):
+    """... are made without training, whatever the rows were when they were trained."""
     for name, preset in (("synergy", "cpu"), ("deep", "cpu"), ("scale", "gpu")):
-        folder = ROOT / "study" / "results" / name
-        printed = run("table.py", folder, "--seeds", 0, "--preset", preset, "--device", "cpu")
-        committed = (folder.parent / f"{name}-{preset}.md").read_text()
+        printed = run("table.py", RESULTS / name, "--seeds", 0, "--preset", preset, "--device",
+                      "cpu")
+        committed = (RESULTS / f"{name}-{preset}.md").read_text()
         assert (results / f"{name}-{preset}.md").read_text() == committed
-        assert committed.strip() in printed and "transfer" not in committed
+        assert committed.strip() in printed
+    stored = json.loads((RESULTS / "photos-cpu.json").read_text())
+    photos.make_table(RESULTS / "photos", stored["real"], stored["names"], "cpu")
+    for name in ("photos-cpu.md", "photos-cpu.json"):
+        assert (results / name).read_text() == (RESULTS / name).read_text()
 
 
 # ---------------------------------------------------------------------- claims
@@ -165,20 +167,18 @@ def test_pictures_are_matched_by_what_they_show():
     assert wrong["picture"] < wrong["chance"] + .15
 
 
-def test_bench_counts_what_it_times(monkeypatch):
-    monkeypatch.setattr(bench, "PROJECTIONS", ["task"])
-    found = bench.bench("tiny", 1, CPU, False, repeats=1, sides=(4, 6, 20))
+def test_bench_counts_what_it_times(results):
+    found = bench.bench("tiny", CPU, repeats=1, sides=(4, 6, 20))
     of_gen = sum(can_generate(make_plan(name, 3)) for name in PLANS)
-    assert len(found["steps"]) == len(PLANS) + of_gen and len(found["image_tokens"]) == 12
+    assert len(found["steps"]) == len(PLANS) + of_gen + 4 and len(found["image_tokens"]) == 15
     for row in found["steps"] + found["image_tokens"]:
         assert row["plan"] != "dense" or row["time_ratio"] == row["flops_ratio"] == 1
     large = {row["plan"]: row for row in found["image_tokens"]
              if (row["task"], row["image_tokens"]) == ("und", 400)}
     assert large["himix"]["flops_ratio"] < .4 and large["himix"]["time_ratio"] < .9
-    assert {row["task"] for row in found["beside"]} == {"und", "gen"}
-    assert all(row["usual GPT"] > 0 for row in found["beside"])
     for row in found["drawing"]:
         assert row["same_codes"] == 1 and row["cached_images_per_s"] > row["uncached_images_per_s"]
+    bench.draw_times(found, results / "bench.png")
 
 
 def test_depth(trained, results, monkeypatch):
@@ -199,29 +199,26 @@ def test_depth(trained, results, monkeypatch):
 
 
 def test_readout(trained, tmp_path):
-    """Places can be read from embeddings, into which they were put. Labels say what a patch shows,
-    and a run on other data is refused."""
+    """Places can be read from embeddings, into which they were put. Labels say what a patch
+    shows."""
     scenes = [(Thing(1, 2, 0, 3),), (Thing(0, 0, 1, 0),)]
     labels, is_last = token_labels(Shapes("tiny"), scenes, side=4)
     shown = labels[0, labels[0, :, 0] >= 0].tolist()
     assert shown == 4 * [[1, 2, 0, 3]] and is_last.sum(1).tolist() == [1, 1] and is_last[0, -1]
 
-    checkpoint = torch.load(trained / "joint" / "checkpoint.pt")
-    torch.save(checkpoint, tmp_path / "checkpoint.pt")
-    assert "| shape, last token, held-out pairs |" in run("readout.py", tmp_path)
-    found = json.loads((tmp_path / "readout.json").read_text())
-    for groups in found["tokens"].values():
-        assert all(len(x["cell"]) == 6 and x["cell"][0] > .95 for x in groups.values())
-    draw_means({tmp_path / "joint-seed1": found, tmp_path / "joint-seed2": found}, tmp_path / "all")
-    means = json.loads((tmp_path / "all.json").read_text())["gen"]["joint"]["known pairs"]
-    assert means == {"mean": found["tokens"]["gen"]["last token"]["shape"][:-2],
-                     "standard_deviation": 4 * [0]}
+    found = study(trained / "joint", CPU)
+    for groups in found.values():
+        assert all(len(x["cell"]) == 5 and x["cell"][0] > .95 for x in groups.values())
+    means = means_of({tmp_path / "joint-seed1": found, tmp_path / "joint-seed2": found})
+    assert means["gen"]["joint"]["known pairs"] == {
+        "mean": found["gen"]["last token"]["shape"][:-1], "standard_deviation": 4 * [0]}
+    draw_means(means, tmp_path / "all.png")
 
 
 def test_photos(two_classes, results, monkeypatch):
-    """Every stage; its run is matched among ten, too. Names are scored as match.py would."""
+    """Every stage; its run is matched among ten, too."""
     monkeypatch.setattr(photos, "DRAWN", 10)
-    monkeypatch.setattr(photos, "FEW", 7)
+    monkeypatch.setitem(table.SIZES, "u-few", {"und_scenes": 20})
     args = (two_classes, "--preset", "tiny", "--device", "cpu", "--seeds", 1, "--rows", "u-few",
             "joint", "--out", results / "out", "--steps")
     assert run("photos.py", *args, 30).count("GFLOP a step") == 2
@@ -229,21 +226,11 @@ def test_photos(two_classes, results, monkeypatch):
     assert "has 30" in run("photos.py", *args, 31, code=2)
     stored = json.loads((results / "photos-tiny.json").read_text())
     assert stored["real"]["accuracy"] > .95 and stored["names"] == ["dark", "light"]
-    found = [set(stored["runs"][row]["1"]["photos"]) for row in ("u-few", "joint")]
+    few, joint = (results / "out" / f"{row}-seed1" for row in ("u-few", "joint"))
+    found = [set(json.loads((run / "photos.json").read_text())) for run in (few, joint)]
     assert found == [{"named"}, {"named", "drawn_right", "frechet"}]
-    assert run("match.py", results / "out" / "joint-seed1", "--n", 20).count("of ten") == 2
-
-    few = photos.with_few_labels(Folder(two_classes, "tiny")).split("und", "train", 200)
-    assert sorted(caption.text for caption in few.captions) == 7 * ["dark"] + 7 * ["light"]
-    assert few.questions[0][0].answer == few.captions[0].text
-    model, tokenizer, _, _, plans = open_run(results / "out" / "joint-seed1", CPU)
-    names, question = ["dark", "light"], few.questions[0][0].text
-    together = photos.name_likelihoods(model, tokenizer, plans["und"], few.pixels, question, names)
-    codes = tokenizer.encode(few.pixels)
-    for k, name in enumerate(names):
-        batch = understanding(tokenizer, codes, [[(question, name)]] * len(codes))
-        alone = log_likelihoods(model, batch, plans["und"])
-        assert torch.allclose(together[:, k], alone, atol=1e-4)
+    assert torch.load(few / "checkpoint.pt")["made_with"]["und_scenes"] == 20
+    assert run("match.py", joint).count("of ten") == 2
     # Features shifted by 2 in each of 5 numbers: 20. Twice as wide: the trace of the covariance.
     a = torch.randn(300, 5, dtype=torch.float64)
     assert abs(photos.frechet(a, a + 2) - 20) < 1e-6
@@ -258,28 +245,25 @@ def test_the_front_is_drawn_from_a_run(trained, results, monkeypatch):
     monkeypatch.setattr(front, "draw", lambda model, tokenizer, texts, *_: real[:len(texts)])
     run("front.py", results, "--device", "cpu")
     assert Image.open(results / "drawing.gif").n_frames > 5
-    found = read_runs(ROOT / "study" / "results" / "synergy")
-    front.draw_ten_seconds(found, results / "ten-seconds.png")
-    drawn, committed = (Image.open(folder / "ten-seconds.png")
-                        for folder in (results, ROOT / "study" / "results"))
-    assert np.array_equal(drawn, committed)
 
 
-def test_a_visit_to_a_gpu_can_be_rehearsed(trained, tmp_path, monkeypatch):
+def test_ten_seconds_are_drawn_from_the_committed_runs(results):
+    front.draw_ten_seconds(read_runs(RESULTS / "synergy"), results / "ten-seconds.png")
+    drawn, committed = (np.array(Image.open(folder / "ten-seconds.png"), float)
+                        for folder in (results, RESULTS))
+    assert abs(drawn - committed).mean() < 2                # other versions' letters differ a bit
+
+
+def test_a_visit_to_a_gpu_can_be_rehearsed(tmp_path):
     """Each part prints lines of JSON, which are kept, also if its time is over before its work."""
-    monkeypatch.setattr(gpu, "CASES", gpu.CASES[3:])
-    given = "--preset", "tiny", "--device", "cpu", "--out", tmp_path
-    printed = run("gpu.py", "--minutes", 1, "--only", "versions", *given)
-    assert (tmp_path / "versions.jsonl").read_text() in printed and "exit status 0" in printed
-    shutil.copy(trained / "tokenizer.pt", tmp_path / "tiny.pt")
-    *_, last = run("gpu.py", "--part", "resume", *given).splitlines()
-    assert json.loads(last) == {"largest_difference": 0.}
+    given = "--preset", "tiny", "--device", "cpu"
+    printed = run("gpu.py", "--minutes", 1, "--only", "versions", *given, "--out", tmp_path)
+    assert (tmp_path / "versions.jsonl").read_text() in printed and "versions: 0" in printed
     for line in run("gpu.py", "--part", "right", *given).splitlines():
         found = json.loads(line)["loss_and_gradient_norm"]
         assert np.allclose(found["float32"], found["two parts"], rtol=1e-4)
-    began = time.time()
-    gpu.run_part("steps", .5, given[:4], tmp_path)
-    assert time.time() - began < 15 and (tmp_path / "steps.jsonl").exists()
+    gpu.run_part("steps", .5, given, tmp_path)
+    assert (tmp_path / "steps.jsonl").exists()
 
 
 @pytest.mark.parametrize("args", [("readout.py", "nowhere"), ("photos.py", "nowhere"),
@@ -300,7 +284,7 @@ def table_under(first_cell):
 
 def test_differences_are_those_of_the_committed_runs():
     """... which the tables of the paper's claims, of controls and of the frozen plan have."""
-    found = read_runs(ROOT / "study" / "results" / "synergy")
+    found = read_runs(RESULTS / "synergy")
     expected = [
         [(HELD_OUT, "joint", "u"), (HELD_OUT, "joint", "u-long"), (QUESTIONS, "joint", "u")],
         [(IMAGES, "joint", "g"), (UNSEEN, "joint", "g")],
@@ -312,9 +296,9 @@ def test_differences_are_those_of_the_committed_runs():
     rows = table_under("the paper says")
     for row, differences in zip(rows, expected):
         shown = re.findall(r"[-+]?[\d.]+ ± [\d.]+", " ".join(row))
-        values = [spread(differences_of(found, *difference)) for difference in differences]
+        values = [mean_std(differences_of(found, *which), 1, "+") for which in differences]
         assert [x.lstrip("+") for x in shown] == [x.lstrip("+") for x in values], row
-    runs = json.loads((ROOT / "study/results/depth-cpu.json").read_text())["runs"].values()
+    runs = json.loads((RESULTS / "depth-cpu.json").read_text())["runs"].values()
     for layer in (7, 11):
         for task in ("und", "gen"):
             right = [100 * run[task]["right"][layer - 1] for run in runs]
@@ -328,12 +312,13 @@ def test_differences_are_those_of_the_committed_runs():
         assert difference == mean_std(differences, 1, "+"), title
     others = "share-all", "joint", "joint-practice", "share-all-practice"
     for other, row in zip(others, table_under("minus"), strict=True):
-        assert row[1:] == [spread(differences_of(found, score, "freeze-hmgen-practice", other))
-                           for score in (HELD_OUT, QUESTIONS, IMAGES, UNSEEN)]
+        each = [differences_of(found, score, "freeze-hmgen-practice", other)
+                for score in (HELD_OUT, QUESTIONS, IMAGES, UNSEEN)]
+        assert row[1:] == [mean_std(differences, 1, "+") for differences in each]
 
 
 def test_rows_and_claims_are_those_of_the_committed_runs():
-    found = read_runs(ROOT / "study" / "results" / "synergy")
+    found = read_runs(RESULTS / "synergy")
     for (claim, points, n, p, answer), (words, mean, std, seeds, exact, right) in zip(
             table_under("claim"), answer_claims(found), strict=True):
         assert (claim, points, int(n)) == (words, f"{mean:+.1f} ± {std:.1f}", seeds)
