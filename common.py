@@ -69,7 +69,7 @@ def positive(kind):
 
 @contextmanager
 def noted_signals(bar):
-    """A list, to which Ctrl-C and SIGTERM are added meanwhile. Later they do what they did."""
+    """Collects Ctrl-C and SIGTERM in a list inside of the block; then restores what they did."""
     signals, before = [], {}
 
     def note(number, frame):
@@ -185,30 +185,20 @@ def contact_sheet(pixels, texts, path, columns=6, size=160, wrong=()):
     save_picture(sheet, path)
 
 
-def line_chart(lines, title, x_label, top_y=None, size=(560, 360)):
-    """{name: [y, ...]}, y >= 0, each from left to right, as an Image. The y axis goes from 0 to
-    top_y; without top_y it is logarithmic, in whole powers of ten."""
-    font, left, top, right, bottom = font_for(""), 50, 50, size[0] - 24, size[1] - 40
-    scale = np.asarray if top_y else lambda y: np.log10(np.maximum(y, 1e-4))
-    marks = np.linspace(0, top_y or 1, 6)
-    if not top_y:
-        ys = scale(np.concatenate([*lines.values()]))
-        marks = 10. ** np.arange(np.floor(ys.min()), np.ceil(ys.max()) + 1)
+def line_chart(lines, title, low, high, size=(560, 360)):
+    """{name: [y, ...]}, each from left to right, as an Image; the y axis goes from low to high."""
+    font, left, top, right, bottom = font_for(""), 50, 50, size[0] - 24, size[1] - 20
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-
-    def height(y):                                          # in pixels
-        return np.interp(scale(y), scale(marks[[0, -1]]), (bottom, top))
-
-    for y in marks:
-        draw.line([(left, height(y)), (right, height(y))], fill=GREY)
-        draw.text((left - 6, height(y)), f"{y:.2g}", DARK, font, anchor="rm")
     draw.text((left, 8), title, DARK, font)
-    draw.text(((left + right) / 2, bottom + 20), x_label, DARK, font, anchor="mm")
+    for y in np.linspace(low, high, 5):
+        height = np.interp(y, (low, high), (bottom, top))               # in pixels
+        draw.line([(left, height), (right, height)], fill=GREY)
+        draw.text((left - 6, height), f"{y:.2g}", DARK, font, anchor="rm")
     x = left                                                # of the next name
     for colour, (name, line) in zip(cycle(LINE_COLOURS), lines.items()):
-        steps = np.linspace(left, right, len(line))
-        draw.line([*zip(steps, height(line))], fill=colour, width=2)
+        heights = np.interp(line, (low, high), (bottom, top))
+        draw.line([*zip(np.linspace(left, right, len(line)), heights)], fill=colour, width=2)
         draw.text((x, 34), name, colour, font, anchor="lm")
         x += 20 + font.getlength(name)
     return sheet

@@ -19,7 +19,6 @@ A data set is an object with
 import json
 import warnings
 import zlib
-from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,11 +63,10 @@ COLUMNS = {
         und_val=        (40,      1000,    1000),   # pictures with questions, of each part
         gen_val=        (21,      700,     700)),   # captions to draw; of other parts half
 }
-PRESETS = {name: SimpleNamespace() for name in ("tiny", "cpu", "gpu")}
-for section in COLUMNS.values():
-    for row, values in section.items():
-        for preset, value in zip(PRESETS.values(), values, strict=True):
-            setattr(preset, row, value)
+PRESETS = {}
+for column, name in enumerate(("tiny", "cpu", "gpu")):
+    every_row = [row for section in COLUMNS.values() for row in section.items()]
+    PRESETS[name] = SimpleNamespace(**{row: values[column] for row, values in every_row})
 
 
 def usual_preset(device):       # GPUs from before 2020 are slow at the larger one
@@ -91,21 +89,21 @@ def check_preset(name):
         ("jitter", 0 <= 8 * p.jitter * p.grid <= p.image_size, "0 to an eighth of a cell"),
         ("codes", 1 < p.codes <= p.vq_batch_size * side ** 2, "at most the patches in a batch"),
         ("vq_width", p.vq_width % 8 == 0, "a multiple of 8"),
-        ("heads", p.width % max(1, 2 * p.heads) == 0, f"so many of even size in {p.width}, width")]
+        ("heads", p.width % max(1, 2 * p.heads) == 0, f"heads of even size in width, {p.width}")]
     for row, is_right, expected in rows:
         if not is_right:
             fail(f"preset {name}: {row} is {getattr(p, row)}, expected {expected} (data.COLUMNS)")
 
 
 def made_with(dataset, preset, sections=("world", "tokenizer", "transformer", "training")):
-    """What something depends on, beside options: its data, and what the preset has in these
+    """What something depends on, besides options: its data, and what the preset has in these
     sections of COLUMNS. {name: value}, for its checkpoint."""
     rows = {row: getattr(PRESETS[preset], row) for section in sections for row in COLUMNS[section]}
     return {"data": dataset.identity, **rows}
 
 
 def same_settings(had, now, what):
-    """Nothing is used in silence under other settings ({name: value}) than it was made with."""
+    """Refuses other settings ({name: value}) than something was made with, in one line."""
     for name in {**had, **now}:
         if had.get(name) != now.get(name):
             fail(f"{what} was made with {name} = {had.get(name)}, and now it is {now.get(name)}: "
@@ -134,9 +132,8 @@ class Split(NamedTuple):
 # ---------------------------------------------------------------------- your own images
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
-MAX_PIXELS = 100_000_000                    # of a picture: more may be meant to fill the memory
-Image.MAX_IMAGE_PIXELS = None               # Pillow's own limit, at which it warns
-warnings.filterwarnings("ignore", module="PIL")             # of EXIF that nobody needs
+Image.MAX_IMAGE_PIXELS = 50_000_000         # Pillow refuses a picture of twice as many
+warnings.filterwarnings("ignore", module="PIL")             # of that, and of EXIF
 PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26     # programs that draw store their whole workflow there
 
 
@@ -150,15 +147,13 @@ def read_picture(path, size):
     """Any image of 8 bits, or of 16 in grey -> (size, size, 3) uint8: upright, on white, cut to a
     square. Raises nearly anything where it is none."""
     with Image.open(path) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"it has more than {MAX_PIXELS // 10 ** 6} million pixels")
         image.draft(image.mode, (4 * size, 4 * size))       # of a JPEG no more than is needed
         with suppress(Exception):                           # unreadable EXIF says nothing
             ImageOps.exif_transpose(image, in_place=True)   # of an animation: the first frame
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
         if image.mode in ("I", "F"):
-            raise ValueError("what is white in 32 bits or in fractions is not told")
+            raise ValueError("images of 32 bits or fractions do not say which value is white")
         if image.mode != "RGBA" and (image.mode != "RGB" or image.has_transparency_data):
             image = image.convert("RGBA")
         image = image.reduce(max(1, min(image.size) // (4 * size)))     # large ones, cheaply
@@ -181,8 +176,7 @@ def metadata(root):
     pictures = [path for path in in_classes if path.suffix.lower() in SUFFIXES]
     others = {path for path in root.rglob("*") if path.is_file()} - set(pictures)
     if others:
-        suffixes = Counter(path.suffix or "no suffix" for path in others).most_common(5)
-        print(f"{root}: left out {len(others)} other files ({dict(suffixes)})")
+        print(f"{root}: left out {len(others)} other files, {({path.suffix for path in others})}")
     return [(path, json.dumps({"file_name": f"{path.parent.name}/{path.name}",
                                "text": path.parent.name.replace("_", " ")})) for path in pictures]
 
@@ -208,7 +202,7 @@ def read_line(root, line, size, longest):
 
 class Folder:
     """Images with captions: a metadata.jsonl (Hugging Face's ImageFolder), or a folder for each
-    class, whose name is the caption."""
+    class, whose name is the caption. A tenth, chosen by content, is for validation."""
 
     # A folder's few pictures are known by heart, with an empty caption, too: guidance leads astray.
     sampling = 1., .1

@@ -51,12 +51,14 @@ def answer(model, tokenizer, codes, question, plan):
 
 
 @torch.no_grad()
-def draw(model, tokenizer, captions, plan, guidance=1.5, temperature=.7, seed=0, batch=100):
-    """Captions (strings) -> sampled pictures (N, H, W, 3) uint8, `batch` at a time.
+def draw(model, tokenizer, captions, plan, sampling, seed=0, batch=100):
+    """Captions (strings) -> sampled pictures (N, H, W, 3) uint8, `batch` at a time. sampling:
+    (guidance, temperature), which the data set knows, and checkpoints.
 
     Classifier-free guidance (Ho & Salimans 2022): logits of no caption + guidance * (those of the
     caption - those of no caption). 1 is the model's own distribution, more follows captions more.
-    """
+    In training, CAPTION_DROPOUT leaves captions empty for that."""
+    guidance, temperature = sampling
     if isinstance(captions, str):
         raise TypeError("expected a list of captions, not one string")
     m, pictures = model.config.side ** 2, []
@@ -70,9 +72,8 @@ def draw(model, tokenizer, captions, plan, guidance=1.5, temperature=.7, seed=0,
             with_caption, without = logits[:, FIRST_CODE:].float().chunk(2)
             logits = without + guidance * (with_caption - without)
             # The code at which the cumulative probability reaches a random number.
-            cumulative = (logits / temperature).softmax(-1).cumsum(-1)
+            cumulative = (logits / temperature).softmax(-1).cumsum(-1)[:, :-1]  # the last is 1
             code = (cumulative < next(random_of_token)[:, None]).sum(-1)
-            code = code.clamp(max=logits.size(-1) - 1)      # the last sum may be just below 1
             return FIRST_CODE + code.repeat(2)
 
         empty = torch.zeros(2 * n, m, dtype=torch.long)
@@ -140,7 +141,7 @@ def score_understanding(model, tokenizer, plan, dataset, part, n, seed):
 
 
 def rates(rows):
-    """Of rows as a data set's `check` gives them."""
+    """Averages of the rows that a data set's `check` returns."""
     asked, seen, right = zip(*rows)
     return {"object_accuracy": sum(seen) / sum(asked), "image_accuracy": fmean(right),
             "n": len(rows)}
@@ -156,7 +157,7 @@ def score_generation(model, tokenizer, plan, dataset, part, n, seed):
         rows = batch.rows(slice(i, i + BATCH))
         loss += model(rows, plan)[1].item() * len(rows.tokens)
     texts = [caption.text for caption in split.captions]
-    drawn = draw(model, tokenizer, texts, plan, *dataset.sampling)
+    drawn = draw(model, tokenizer, texts, plan, dataset.sampling)
     scores, wrong = {"n": len(texts), "loss": loss / len(texts)}, [False] * len(texts)
     if hasattr(dataset, "check"):                           # else nothing reads the pictures
         checked = dataset.check(split, drawn)
@@ -178,24 +179,19 @@ SCORES = {"und": score_understanding, "gen": score_generation}      # of each ta
 def cost(c, plans, batch_size):
     """What a training step costs, forward and backward, by exact FLOPs and by the paper's formula,
     beside the dense plan's. plans: {task: plan}."""
-    def exact(plans):
-        return sum(c.flops(task, plan) for task, plan in plans.items())
-
-    def by_paper(plans):
-        return sum(paper_cost(plan, c.layout(task), c.width) for task, plan in plans.items())
-
-    dense = dict.fromkeys(plans, make_plan("dense", c.layers))
-    return {"flops_per_step": batch_size * exact(plans),
-            "flops_ratio": exact(plans) / exact(dense),
-            "paper_flops_ratio": by_paper(plans) / by_paper(dense)}
+    both = plans, dict.fromkeys(plans, make_plan("dense", c.layers))
+    exact, of_dense = (sum(c.flops(task, plan) for task, plan in each.items()) for each in both)
+    by_paper, of_dense_by_paper = (sum(paper_cost(plan, c.layout(task), c.width)
+                                       for task, plan in each.items()) for each in both)
+    return {"flops_per_step": batch_size * exact, "flops_ratio": exact / of_dense,
+            "paper_flops_ratio": by_paper / of_dense_by_paper}
 
 
-def evaluate(model, tokenizer, options, step, dataset, plans):
-    """All scores of a run under the plans {task: plan}, on pictures that its seed draws: of each
-    part that its data set names, but of no more pictures than it was trained on.
-
-    options: of train.py. step: how far it was trained. Returns what eval.json holds, and what to
-    show: [(picture, text, is it wrong?)]."""
+def evaluate(model, tokenizer, options, step, dataset, plans, folder, suffix=""):
+    """Scores a run under the plans {task: plan}, on pictures that its seed draws: of each part that
+    its data set names, but of no more pictures than it was trained on. Prints the scores in a few
+    lines, and writes eval.json and samples.png into a folder. options: of train.py. step: how far
+    it was trained."""
     start, preset, scores, shown = time.time(), PRESETS[options["preset"]], {}, []
     model.eval()
     for task, plan in plans.items():
@@ -211,27 +207,24 @@ def evaluate(model, tokenizer, options, step, dataset, plans):
             else:                                           # held_out_accuracy, ...
                 scores[task] |= {f"{part}_{name}": found[name] for name in
                                  ("n", "accuracy", "chance", "object_accuracy") if name in found}
-    config = {**options, "step": step, "examples": step * options["batch_size"],
-              "parameters": sum(p.numel() for p in model.parameters())}
-    return {"config": config, **scores, "n": {task: scores[task]["n"] for task in plans},
-            "cost": cost(model.config, plans, options["batch_size"]),
-            "seconds": time.time() - start, "hardware": hardware(model.device)}, shown
-
-
-def save_scores(scores, shown, folder, suffix=""):
-    """Prints scores in a few lines, and writes eval.json and samples.png into a run's folder."""
-    for part in (*scores["n"], "cost"):
-        numbers = [f"{name} {value:.4g}" for name, value in scores[part].items()
+    scores["cost"] = cost(model.config, plans, options["batch_size"])
+    for part, found in scores.items():
+        numbers = [f"{name} {value:.4g}" for name, value in found.items()
                    if isinstance(value, (int, float))]
         print(f"{part}: {', '.join(numbers)}")
-        for kind, found in scores[part].get("by_type", {}).items():
-            right = found["image_accuracy" if part == "gen" else "accuracy"]
-            print(f"   {kind:20}{right:.1%} of {found['n']}")
+        for kind, of_kind in found.get("by_type", {}).items():
+            right = of_kind["image_accuracy" if part == "gen" else "accuracy"]
+            print(f"   {kind:20}{right:.1%} of {of_kind['n']}")
+    config = {**options, "step": step, "examples": step * options["batch_size"],
+              "parameters": sum(p.numel() for p in model.parameters())}
+    scores |= {"config": config, "n": {task: scores[task]["n"] for task in plans},
+               "seconds": time.time() - start, "hardware": hardware(model.device)}
     pictures, texts, wrong = zip(*shown)
     contact_sheet(pictures, texts, Path(folder) / f"samples{suffix}.png", wrong=wrong)
     # Last, because a run counts as finished where it has scores.
     write_file(Path(folder) / f"eval{suffix}.json", json.dumps(scores, indent=1))
     print(f"{folder}/eval{suffix}.json, samples{suffix}.png")
+    return scores
 
 
 def main():
@@ -263,14 +256,13 @@ def main():
         print(answer(model, tokenizer, tokenizer.encode(pixels[None])[0], question, plans["und"]))
     elif args.draw is not None:
         captions, sampling = [args.draw] * args.n, checkpoint["sampling"]
-        pixels = draw(model, tokenizer, captions, plans["gen"], *sampling, args.seed)
+        pixels = draw(model, tokenizer, captions, plans["gen"], sampling, args.seed)
         contact_sheet(pixels, [""] * args.n, out / "draw.png")
         save_picture(Image.fromarray(pixels[0]), out / "draw-0.png")
         print(f"{out}/draw.png: {args.n} pictures of {args.draw!r}; draw-0.png: the first")
     else:
         dataset = load_of_run(checkpoint, args.data)
-        scores, shown = evaluate(model, tokenizer, options, checkpoint["step"], dataset, plans)
-        save_scores(scores, shown, out, suffix)
+        evaluate(model, tokenizer, options, checkpoint["step"], dataset, plans, out, suffix)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Batch(NamedTuple):
     is_output: torch.Tensor         # (B, N) bool: the target is output (an answer, a drawn image)
 
     def map(self, function):
-        """A Batch of what the function makes of each tensor."""
+        """The same with the function applied to each tensor."""
         return Batch(*self[:3], *map(function, self[3:]))
 
     def rows(self, index):
@@ -96,16 +96,15 @@ class Batch(NamedTuple):
 
 
 def blank(task, layout, image_loss, rows, pad):
-    """A Batch of padding, of arrays still: they are faster to fill piece by piece."""
-    shape = rows, sum(layout)
-    return Batch(task, layout, image_loss, tokens=np.full(shape, pad),
-                 position_ids=np.zeros((*shape, 2), np.int64), segment_ids=np.full(shape, -1),
-                 targets=np.full(shape, -1), loss_weights=np.zeros(shape, np.float32),
-                 is_output=np.zeros(shape, bool))
-
-
-def grid_positions(m):      # row and column of m image tokens that fill a square: (m, 2)
-    return np.stack(np.divmod(np.arange(m), math.isqrt(m)), 1)
+    """A Batch of padding, in which but image tokens have a position: row and column from 0. Of
+    arrays still: they are faster to fill piece by piece."""
+    shape, m = (rows, sum(layout)), layout.image
+    position_ids = np.zeros((*shape, 2), np.int64)
+    grid = np.stack(np.divmod(np.arange(m), math.isqrt(m)), 1)          # (m, 2)
+    position_ids[:, layout.before:layout.before + m] = grid
+    return Batch(task, layout, image_loss, tokens=np.full(shape, pad), position_ids=position_ids,
+                 segment_ids=np.full(shape, -1), targets=np.full(shape, -1),
+                 loss_weights=np.zeros(shape, np.float32), is_output=np.zeros(shape, bool))
 
 
 # Each task predicts its own output (the sentence under eq. 1): answers, or the drawn image. We add
@@ -143,7 +142,7 @@ def understanding(tokenizer, codes, questions, length=None, image_loss=False, mo
     batch.tokens[:, :2] = tokenizer.bos, tokenizer.und
     batch.tokens[:, 2:first] = FIRST_CODE + codes
     batch.position_ids[:, 1] = 1
-    batch.position_ids[:, 2:first] = 2 + grid_positions(m)
+    batch.position_ids[:, 2:first] += 2
     batch.segment_ids[:, :first] = 0
     if image_loss:
         batch.targets[:, 1:first - 1] = FIRST_CODE + codes
@@ -193,7 +192,7 @@ def generation(tokenizer, codes, captions, length=None):
         start = length - len(prefix)
         batch.tokens[row, start:length] = prefix
         batch.position_ids[row, start:length] = np.arange(len(prefix))[:, None]
-        batch.position_ids[row, length:] = len(prefix) + grid_positions(m)
+        batch.position_ids[row, length:] += len(prefix)
         batch.segment_ids[row, start:] = 0
     return batch.map(torch.from_numpy)
 
@@ -269,7 +268,8 @@ class Block(nn.Module):
         updated = x if rule.query else text                                 # (B, q, d)
         source = text if rule.keys == "none" else x         # of keys and values: (B, k, d)
         if rule.keys == "embedding":
-            # HiMix (sec. 5.1): each layer normalises and projects the embeddings once more.
+            # HiMix (sec. 5.1): each layer normalises and projects the embeddings once more. Where
+            # no layer has updated them so far, hidden states are embeddings: see `gathered`.
             source = torch.cat([before, embedding.split(layout, 1)[1], after], 1)
         h = self.attention_norm(updated)
         h_source = h if source is updated else self.attention_norm(source)
@@ -295,7 +295,7 @@ class Block(nn.Module):
 
     def project(self, linears, h, layout, task):
         """(B, n, d) -> (B, n, out): text by its own weights, image tokens, if any, by theirs."""
-        if self.projections == "shared" or h.size(1) < sum(layout):
+        if self.projections == "shared" or h.size(1) < sum(layout):     # h has no image tokens
             return linears["text"](h)
         image_linear = linears["image" if self.projections == "image" else task]
         before, image, after = h.split(layout, 1)
@@ -358,9 +358,10 @@ class Model(nn.Module):
             before, image, after = index.split(batch.layout.window(first, stop))
             return torch.cat([before, image, after] if with_image else [before, after])
 
-        seen = rule.keys != "none"
-        queries, keys, with_cached = map(positions, (start, start, 0), (rule.query, seen, seen))
-        mask = batch.attention_mask(queries, with_cached)
+        queries = positions(start, rule.query)
+        keys = positions(start, rule.keys != "none")
+        keys_and_cached = positions(0, rule.keys != "none")
+        mask = batch.attention_mask(queries, keys_and_cached)
         if mask.device.type == "mps":   # before PyTorch 2.13, one mask for all heads is misread
             mask = mask.repeat(1, self.config.heads, 1, 1)
         return LayerInputs(rule, batch.layout.window(start, stop), self.rotary(batch, queries),
@@ -405,9 +406,11 @@ class Model(nn.Module):
         return *self.loss(x, batch), all_weights
 
     def gathered(self, batch, plan, start=0, stop=None, caches=None):
-        """The same, but each layer takes in its queries and keys alone. Returns the last hidden
-        states of the tokens from start to stop, or of all, (B, N, d). caches: a layer's each."""
-        # Up to the first layer that updates image tokens they *are* their embeddings.
+        """The same, but each layer takes in only its queries and keys. Returns the last hidden
+        states of the tokens from start to stop, or of all, (B, N, d). caches: one for each layer,
+        keys and values of the tokens before start, without image tokens where rules drop them."""
+        # Up to the first layer that updates image tokens they *are* their embeddings: HiMix can
+        # read the hidden states, as FREEZE does, and puts no two tensors together.
         first = [rule.query for rule in (*plan, FULL)].index(True)
         plan = [FREEZE if rule == HIMIX and i < first else rule for i, rule in enumerate(plan)]
         inputs_of = {rule: self.layer_inputs(rule, batch, start, stop) for rule in set(plan)}
@@ -437,8 +440,7 @@ class Model(nn.Module):
 def load_run(folder, device):
     """A trained run, by its folder: the model, its tokenizer, the whole checkpoint."""
     checkpoint = read_checkpoint(Path(folder) / "checkpoint.pt", "run")
-    tokenizer = Tokenizer.from_state(checkpoint["tokenizer"])
+    tokenizer = Tokenizer.from_state(checkpoint["tokenizer"], device)
     model = Model(Config(**checkpoint["config"]))
     model.load_state_dict(checkpoint["model"])
-    tokenizer.vq.to(device)
     return model.to(device).eval(), tokenizer, checkpoint

@@ -29,8 +29,8 @@ def allocation(model, batch, plan, chunk=16):
     pooled over all sequences, without padding. (Eq. 2 as printed sums over queries; fig. 3 shows
     shares that sum to 1, so we read it as a mean.)
 
-    Returns two things: {segment: [per layer]} of all queries, and of those alone that predict
-    output; and the attention of the first sequence, a mean over heads, (layers, N, N)."""
+    Returns {segment: [per layer]} of all queries; the same of those alone that predict output; and
+    the attention of the first sequence, a mean over heads, (layers, N, N)."""
     queries, _ = zip(*(masks(rule, batch.layout) for rule in plan))
     updated = torch.tensor(queries, device=model.device)                # (layers, N)
     sums = torch.zeros(2, len(SEGMENTS), len(plan), device=model.device)
@@ -77,8 +77,7 @@ def main():
             print(title)
             for name, share in shares.items():
                 print(f"  {name:12}" + " ".join(f"{x:5.2f}" for x in share))
-            label = f"layer 1 to {len(plan)}"
-            charts.append(np.array(line_chart(shares, title, label, 1., (400, 400))))
+            charts.append(np.array(line_chart(shares, title, 0, 1, (400, 400))))
         real = batch.segment_ids[0] >= 0
         for layer in np.linspace(0, len(plan) - 1, 4).round().astype(int):
             level = attention[layer][real][:, real].clamp(min=1e-4).log10() / 4 + 1     # 0 to 1

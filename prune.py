@@ -69,7 +69,7 @@ def plans_of(tasks, options, layers):
     plans = {task: make_plan(options[f"{task}_plan"], layers, options["shallow"])
              for task in tasks}
     if "gen" in plans and not can_generate(plans["gen"]):
-        fail(f"--gen-plan {options['gen_plan']}: {can_generate.__doc__}")
+        fail(f"--gen-plan {options['gen_plan']}: expected a plan that updates image tokens")
     return plans
 
 
@@ -80,7 +80,7 @@ class Layout(NamedTuple):
     after: int      # 0 in generation, where the image is the output
 
     def window(self, start, stop):
-        """That of the tokens from start to stop alone."""
+        """The Layout of the tokens from start to stop."""
         edges = 0, self.before, self.before + self.image, sum(self)
         edges = [min(max(edge, start), stop) for edge in edges]
         return Layout(*(end - begin for begin, end in zip(edges, edges[1:])))
@@ -140,9 +140,8 @@ def letters_of(rule, layout):
     """What each token sees in a layer: a line for each query, a letter for each key."""
     image = {"hidden": "i", "embedding": "e", "none": " "}[rule.keys]
     letters = "t" * layout.before + image * layout.image + "t" * layout.after
-    queries, keys = masks(rule, layout)
-    seen = "".join(letter if is_key else " " for letter, is_key in zip(letters, keys))
-    return [(seen[:i + 1] if is_query else "-" * sum(layout)).ljust(17)                 # causal
+    queries, _ = masks(rule, layout)
+    return [(letters[:i + 1] if is_query else "-" * sum(layout)).ljust(17)                 # causal
             for i, is_query in enumerate(queries)]
 
 

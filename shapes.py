@@ -252,24 +252,22 @@ class Shapes:
         return Caption(rng.choice(("", "draw ", "a picture of ")) + text, kind, relation)
 
     def check(self, split, pixels):
-        """Pictures that were drawn for a Split's captions, as `fulfilled` has them."""
-        rows = zip(split.captions, split.scenes, self.read(pixels))
-        return [self.fulfilled(*row) for row in rows]
-
-    def fulfilled(self, caption, scene, seen):
-        """Of a scene's caption and of what a picture shows: how many objects are asked for, how
-        many of them are there, and is the caption true of exactly what is seen, its relation
-        included? Where pairs are held out from generation, their objects alone are counted."""
-        template, _ = CAPTIONS[caption.kind]
-        held_out = [thing for thing in scene if thing.pair in self.held_out["gen"]]
-        counted, want, have = (Counter(self.say(template, thing) for thing in things)
-                               for things in (held_out or scene, scene, seen))
-        right = want == have
-        if right and caption.relation:
-            first, r, second = caption.relation
-            by_shape = {thing.shape: thing for thing in seen}
-            right = r in self.related(by_shape[first], by_shape[second])
-        return counted.total(), (counted & have).total(), right
+        """Of pictures for a Split's captions: how many objects are asked for, how many of them are
+        there, and is the caption true of exactly what is seen, its relation included? Where pairs
+        are held out from generation, their objects alone are counted."""
+        rows = []
+        for caption, scene, seen in zip(split.captions, split.scenes, self.read(pixels)):
+            template, _ = CAPTIONS[caption.kind]
+            held_out = [thing for thing in scene if thing.pair in self.held_out["gen"]]
+            counted, want, have = (Counter(self.say(template, thing) for thing in things)
+                                   for things in (held_out or scene, scene, seen))
+            right = want == have
+            if right and caption.relation:
+                first, r, second = caption.relation
+                by_shape = {thing.shape: thing for thing in seen}
+                right = r in self.related(by_shape[first], by_shape[second])
+            rows.append((counted.total(), (counted & have).total(), right))
+        return rows
 
     def question(self, rng, scene, kind, avoid=(), required=None):
         """One Question of this kind, or None where the scene gives none."""

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 
 # ---------------------------------------------------------------------- text
 
-# A word takes the space before it along, and may have hyphens.
+# A word includes the space before it, and may have hyphens.
 PATTERN = r" ?\p{L}+(?:-\p{L}+)*| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 FIRST_CODE = 512                                # ids below it are text and special tokens
-# Counted down from there: one more, at the end, moves no other.
+# Counted down from there: a name that is appended moves no other.
 NAMES = "<|pad|>", "<|gen|>", "<|und|>", "<|eos|>", "<|bos|>"
 SPECIAL = {name: FIRST_CODE - 1 - i for i, name in enumerate(NAMES)}
 MAX_TEXT_IDS = FIRST_CODE - 16                  # which leaves room for more
@@ -215,19 +215,20 @@ class Tokenizer:
                 "ranks": [token.hex() for token in self.ranks]}
 
     @staticmethod
-    def from_state(state):
-        """From what `state` gave. Refused where its ids mean something else by now."""
+    def from_state(state, device="cpu"):
+        """From what `state` gave. Refused if its ids have changed their meaning."""
         had = state.get("vocabulary", {})
         now = {name: x for name, x in VOCABULARY.items() if name in had or name not in SPECIAL}
         same_settings(had, now, "the tokenizer of this checkpoint")
         ranks = {bytes.fromhex(token): rank for rank, token in enumerate(state["ranks"])}
         vq = VQ(**state["config"])
         vq.load_state_dict(state["vq"])
-        return Tokenizer(ranks, vq)
+        return Tokenizer(ranks, vq.to(device))
 
 
 def train_tokenizer(dataset, preset, device):
-    """A Tokenizer: the byte pairs are trained on a data set's texts, the VQ on its pictures."""
+    """A Tokenizer: byte pairs of a data set's texts, and a VQ of its pictures, whose loss is
+    `VQ.forward`: squared error and commitment."""
     p = PRESETS[preset]
     torch.manual_seed(0)
     splits = [dataset.split(task, "train", p.vq_pictures // 2) for task in ("und", "gen")]
@@ -239,12 +240,11 @@ def train_tokenizer(dataset, preset, device):
 
     vq = VQ(p.image_size, p.patch, p.vq_width, p.codes)
     vq.to(device, memory_format=torch.channels_last)
-    rate, betas = VQ_LEARNING_RATE, (.9, .99)
-    optimizer = torch.optim.AdamW(vq.parameters(), rate, betas, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(vq.parameters(), betas=(.9, .99), weight_decay=0, fused=True)
     for step in tqdm(range(p.vq_steps), desc="tokenizer", unit="step"):
         # Up during the first 100 steps, level, and in the second half down to zero.
         factor = min((step + 1) / 100, 1, 2 * (1 - step / p.vq_steps))
-        optimizer.param_groups[0]["lr"] = rate * factor
+        optimizer.param_groups[0]["lr"] = VQ_LEARNING_RATE * factor
         chosen = torch.randint(len(pixels), (p.vq_batch_size,)).to(device)
         vq(pixels[chosen]).backward()
         optimizer.step()
@@ -254,7 +254,8 @@ def train_tokenizer(dataset, preset, device):
 
 def get_tokenizer(path, dataset, preset, device):
     """The Tokenizer in a file, by default one of the data set's name; trained and saved there if
-    there is no such file. Refused where it was made for other data or another size."""
+    there is no such file. Refused where it was made for other data, another world or another size
+    of tokenizer (the rows of data.COLUMNS), or vocabulary."""
     now = made_with(dataset, preset, ("world", "tokenizer"))
     path = path or f"out/tokenizer-{dataset.identity.replace(' ', '-')}-{preset}.pt"
     if not Path(path).exists():
@@ -262,9 +263,7 @@ def get_tokenizer(path, dataset, preset, device):
         save_checkpoint({"kind": "tokenizer", "made_with": now, **state}, path)
     checkpoint = read_checkpoint(path, "tokenizer")
     same_settings(checkpoint.get("made_with", {}), now, path)
-    tokenizer = Tokenizer.from_state(checkpoint)
-    tokenizer.vq.to(device)
-    return tokenizer
+    return Tokenizer.from_state(checkpoint, device)
 
 
 def main():

@@ -10,6 +10,7 @@
 Leaves checkpoint.pt, log.jsonl, loss.png, eval.json and samples.png in the run's folder.
 """
 import json
+import math
 import random
 import sys
 import time
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 import data
 from data import PRESETS, usual_preset
-from eval import evaluate, save_scores
+from eval import evaluate
 from model import PROJECTIONS, Config, Model, sequences
 from prune import PLANS, plans_of
 from tokenizer import Tokenizer, get_tokenizer
@@ -35,14 +36,17 @@ from tokenizer import Tokenizer, get_tokenizer
 TASK_WEIGHT = {"und": 1., "gen": 2.}
 # The switch between joint and isolated training. A step takes one batch of each task.
 OBJECTIVES = {"joint": [*TASK_WEIGHT], **{task: [task] for task in TASK_WEIGHT}}
-# How many steps, and how many pictures in a step, stand in data.COLUMNS.
 WARM_UP = 50            # steps in which the learning rate rises
 DECAY = .7              # the last part of training, in which it falls to nearly nothing
 LOG_EVERY = 10          # steps: log.jsonl, a checkpoint if it is time, a look whether to stop
 
 
 def train(options, device, checkpoint=None):
-    """Trains and scores one run, from its beginning or from a checkpoint: see `parse_options`."""
+    """Trains and scores one run, from its beginning or from a checkpoint: see `parse_options`.
+
+    A checkpoint holds weights, optimizers, options and log, and what the run was made with. All
+    that is random, the weights and the order of the data, is drawn from the seed before the first
+    step: so a resumed run ends as an unbroken one, bit for bit."""
     out, steps, p = Path(options.out), options.steps, PRESETS[options.preset]
     plans = plans_of(OBJECTIVES[options.objective], vars(options), p.layers)
     out.mkdir(parents=True, exist_ok=True)
@@ -52,11 +56,10 @@ def train(options, device, checkpoint=None):
     # Data: all sequences of a task are one Batch that stays on the device.
     if checkpoint:
         dataset = data.load_of_run(checkpoint, options.data)
-        tokenizer = Tokenizer.from_state(checkpoint["tokenizer"])
+        tokenizer = Tokenizer.from_state(checkpoint["tokenizer"], device)
     else:
         dataset = data.load(options.data, options.preset)
         tokenizer = get_tokenizer(options.tokenizer, dataset, options.preset, device)
-    tokenizer.vq.to(device)
     examples = {task: training_sequences(task, options, dataset, tokenizer).to(device)
                 for task in plans}
     order = draw_order(examples, options)
@@ -137,19 +140,17 @@ def train(options, device, checkpoint=None):
 
     run_passes = None                                       # a CUDA graph holds memory
     print(f"trained and saved; now the scores, which python eval.py {out} also gives")
-    lines = {task: [row[f"loss_{task}"] for row in rows] for task in plans}
-    save_picture(line_chart(lines, "loss (eq. 1)", f"{steps} steps"), out / "loss.png")
+    lines = {task: [math.log10(row[f"loss_{task}"] + 1e-4) for row in rows] for task in plans}
+    title = f"log10 of the loss (eq. 1) over {steps} steps"
+    save_picture(line_chart(lines, title, -3, 1), out / "loss.png")
     with torch.compiler.set_stance("force_eager"):          # batches of other sizes
-        scores, shown = evaluate(model, tokenizer, vars(options), steps, dataset, plans)
-    save_scores(scores, shown, out)
+        evaluate(model, tokenizer, vars(options), steps, dataset, plans, out)
     print(f"look at them, and at {out}/loss.png; then: python probe.py {out}")
 
 
 def learning_rate_factor(step, steps):
     """What the highest learning rates are multiplied by: up to 1, level, linearly down to .02."""
-    if step < WARM_UP:
-        return (step + 1) / WARM_UP
-    return min(1., max(.02, (1 - step / steps) / DECAY))
+    return min((step + 1) / WARM_UP, 1., max(.02, (1 - step / steps) / DECAY))
 
 
 def forward_backward(model, plans, examples, parts, index):
@@ -263,9 +264,6 @@ class Muon(torch.optim.Optimizer):
     are about equal. It does what torch.optim.Muon does, but for all matrices of one shape at once,
     and on a CPU in float32: one by one in bfloat16 takes 20 times as long there."""
 
-    def __init__(self, parameters, lr):
-        super().__init__(parameters, dict(lr=lr))
-
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
@@ -303,7 +301,7 @@ def optimizers_of(model, lr):
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     adamw = torch.optim.AdamW(rest, ADAMW_RATIO * lr, BETAS, weight_decay=0, fused=True)
-    return Muon(matrices, lr), adamw
+    return Muon(matrices, {"lr": lr}), adamw
 
 
 def apply_gradients(optimizers):

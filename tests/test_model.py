@@ -59,8 +59,8 @@ def random_model(rng, projections="shared", layers=None, image_loss=False, side=
 def random_batch(rng, task, c, rows=3):
     codes = torch.randint(CODES, (rows, c.side ** 2))
     if task == "gen":
-        return generation(words, codes, [text(rng, 0, 6) for _ in range(rows)],
-                          c.layout("gen").before)
+        captions = [text(rng, 0, 6) for _ in range(rows)]
+        return generation(words, codes, captions, c.layout("gen").before)
     questions = [[(text(rng, 1, 5), text(rng, 1, 2)) for _ in range(rng.randint(1, 4))]
                  for _ in range(rows)]
     return understanding(words, codes, questions, c.layout("und").after, c.image_loss)
@@ -96,7 +96,7 @@ def test_gathered_equals_reference(task, projections):
         has_target = batch.targets[:, predicting(batch.layout, batch.image_loss)] >= 0
         for plan in every_plan(layers) | {random_plan(rng, layers), random_plan(rng, layers)}:
             logits, loss = model(batch, plan)
-            reference, reference_loss, attention = model.reference(batch, plan)
+            reference, reference_loss, _ = model.reference(batch, plan)
             assert (logits - reference)[has_target].abs().max() < 1e-10
             assert abs(loss - reference_loss) < 1e-10
             expected = gradients(model, reference_loss)
@@ -104,21 +104,16 @@ def test_gathered_equals_reference(task, projections):
                 assert (gradient - expected[name]).abs().max() < 1e-10, (plan, name)
                 if ".key_value." in name and gradient.any():
                     used.add(name.split(".")[3])
-            sums = torch.stack(attention).nan_to_num().sum(-1)
-            assert ((sums - 1).abs() < 1e-10).logical_or(sums == 0).all()
     assert used == {"text", *PROJECTIONS[projections]([task])}
 
 
 def test_decoding_with_a_cache_equals_decoding_without():
     """Codes drawn greedily, token after token; then one pass over all tells what each step saw."""
     rng = random.Random(1)
-    for trial in range(30):
-        model = random_model(rng, rng.choice(list(PROJECTIONS)))
-        c, seen = model.config, []
-        plan = random_plan(rng, c.layers)
-        if trial % 2:
-            plan = make_plan(rng.choice(list(PLANS)), c.layers, rng.randint(0, (c.layers - 1) // 2))
-        batch = random_batch(rng, "gen", c)
+    for _ in range(30):
+        model, seen = random_model(rng, rng.choice(list(PROJECTIONS))), []
+        plan = random_plan(rng, model.config.layers)
+        batch = random_batch(rng, "gen", model.config)
 
         def choose(logits):
             seen.append(logits)
@@ -143,11 +138,11 @@ def test_causality(task, name):
     segments = batch.segment_ids[0]
     assert set(segments.tolist()) == ({-1, 0, 1, 2, 3} if task == "und" else {-1, 0})
     at = torch.arange(len(segments))[predicting(batch.layout)]          # of each row of logits
+    logits, _ = model(batch, plan)
     for t, token in enumerate(batch.tokens[0].tolist()):
         tokens, base = batch.tokens.clone(), FIRST_CODE if token >= FIRST_CODE else 0
         tokens[:, t] = (token + 1) % CODES + base
-        before, after = (model(batch._replace(tokens=x), plan)[0][0] for x in (batch.tokens, tokens))
-        changed = (before != after).any(-1)
+        changed = (model(batch._replace(tokens=tokens), plan)[0] != logits).any(-1)[0]
         real, of_all = segments[at] >= 0, segments[t] == 0              # or of its own question
         sees = real & (at >= t) & (of_all | (segments[at] == segments[t])) & (segments[t] >= 0)
         assert not changed[real & ~sees].any(), t
@@ -265,7 +260,7 @@ def test_shallow_layers_alternate_in_the_middle(error):
 
 
 @cache
-def learn(und, gen, projections):
+def learn():
     """A small float32 model that knows twenty pictures by heart: what is on them, and how to draw
     them. Also its batches, plans, codes and captions."""
     torch.manual_seed(0)
@@ -275,8 +270,8 @@ def learn(und, gen, projections):
     batches = {"und": understanding(words, codes, questions, 4),
                "gen": generation(words, codes, names, 4)}
     layouts = {task: batch.layout for task, batch in batches.items()}
-    model = Model(Config(FIRST_CODE + CODES, 3, 64, 2, 3, layouts, projections))
-    plans = {"und": make_plan(und, 3), "gen": make_plan(gen, 3, 1)}
+    model = Model(Config(FIRST_CODE + CODES, 3, 64, 2, 3, layouts, "task"))
+    plans = {"und": make_plan("himix", 3), "gen": make_plan("hmgen", 3)}
     optimizers = optimizers_of(model, .02)
     for _ in range(100):
         for task in batches:
@@ -285,9 +280,8 @@ def learn(und, gen, projections):
     return model, batches, plans, codes, names
 
 
-@pytest.mark.parametrize("how", [("dense", "dense", "shared"), ("himix", "hmgen", "task")])
-def test_a_tiny_model_learns_both_tasks(how):
-    model, batches, plans, codes, names = learn(*how)
+def test_a_tiny_model_learns_both_tasks():
+    model, batches, plans, codes, names = learn()
     assert max(model(batches[task], plans[task])[1].item() for task in batches) < .1
     assert answer(model, words, codes[3], "99", plans["und"]) == "103"
-    assert (draw(model, words, names, plans["gen"], (1., .01)) == codes.numpy()).all()
+    assert (draw(model, words, names, plans["gen"], 1., .01) == codes.numpy()).all()
