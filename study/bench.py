@@ -31,7 +31,7 @@ from train import apply_gradients, cuda_graph, optimizers_of
 # ---------------------------------------------------------------------- what is timed
 
 def bench_config(preset, side=None, projections="shared"):
-    """The Config of a preset. Text tokens are as many as it may have at most, before the image two
+    """The Config of a preset, with as many text tokens as it may have at most, before the image two
     fifths of that: a run measures its own."""
     p = PRESETS[preset]
     side = side or p.image_size // p.patch
@@ -41,13 +41,13 @@ def bench_config(preset, side=None, projections="shared"):
 
 def random_batch(task, c, rows):
     """A Batch of random tokens without padding: one stream, a target at each position."""
-    before, m, after = layout = c.layout(task)
+    before, m, _ = layout = c.layout(task)
     tokens = torch.randint(FIRST_CODE, (rows, sum(layout)))
     tokens[:, before:before + m] = torch.randint(FIRST_CODE, c.vocab, (rows, m))
     position_ids = torch.arange(sum(layout))[:, None].expand(rows, -1, 2)
-    everywhere = torch.ones(tokens.shape)
-    return Batch(task, layout, False, tokens, position_ids, torch.zeros_like(tokens),
-                 tokens.roll(-1, 1), everywhere, everywhere.bool())
+    everywhere = torch.ones_like(tokens)
+    return Batch(task, layout, False, tokens, position_ids, 0 * tokens, tokens.roll(-1, 1),
+                 everywhere.float(), everywhere.bool())
 
 
 class GPTBlock(nn.Module):
@@ -143,8 +143,8 @@ def clean_up():
 # ---------------------------------------------------------------------- what is measured
 
 def time_steps(c, names, rows, device, repeats, beside=()):
-    """Training steps of both tasks under these plans, beside the dense one. beside: {name: other
-    options of bench_step}, of dense steps to be timed, too."""
+    """Training steps of both tasks under these plans. beside: {name: other options of bench_step},
+    of dense steps to be timed, too."""
     found = []
     for task in ("und", "gen"):
         plans = {name: make_plan(name, c.layers) for name in names}
@@ -152,13 +152,13 @@ def time_steps(c, names, rows, device, repeats, beside=()):
         work = {name: bench_step(task, plan, c, rows, device) for name, plan in plans.items()}
         work |= {name: bench_step(task, plans["dense"], c, rows, device, **beside[name])
                  for name in beside}
-        for name, seconds in (times := time_each(work, device, repeats)).items():
-            found.append({"task": task, "plan": name, "image_tokens": c.side ** 2,
-                          "ms": 1e3 * seconds, "tokens_per_s": rows * sum(c.layout(task)) / seconds,
-                          "time_ratio": seconds / times["dense"]})
-            if name in plans:
-                flops = c.flops(task, plans[name])
-                found[-1]["flops_ratio"] = flops / c.flops(task, plans["dense"])
+        times = time_each(work, device, repeats)
+        flops = {name: c.flops(task, plan) for name, plan in plans.items()}
+        found += [{"task": task, "plan": name, "image_tokens": c.side ** 2, "ms": 1e3 * seconds,
+                   "tokens_per_s": rows * sum(c.layout(task)) / seconds,
+                   "time_ratio": seconds / times["dense"],
+                   "flops_ratio": flops[name] / flops["dense"] if name in flops else "–"}
+                  for name, seconds in times.items()]
     return found
 
 
@@ -207,11 +207,11 @@ def draw_times(found, path):
     lines, sizes = {}, {}
     for x in found["image_tokens"]:
         if (x["task"], x["plan"]) != ("und", "hmgen"):      # nobody's plan
-            lines.setdefault(f"{x['task']} {x['plan']}", []).append(x["ms"] / found["batch_size"])
+            seconds = x["ms"] / 1e3 / found["batch_size"]
+            lines.setdefault(f"{x['task']} {x['plan']}", []).append(seconds)
             sizes[str(x["image_tokens"])] = True
-    chart = line_chart(lines, "ms a picture in a training step",
-                       f"image tokens: {', '.join(sizes)}", max(map(max, lines.values())))
-    save_picture(chart, path)
+    title = f"seconds a picture in a training step, by image tokens: {', '.join(sizes)}"
+    save_picture(line_chart(lines, title, 0, max(map(max, lines.values()))), path)
 
 
 def main():

@@ -27,8 +27,7 @@ SCORED = {"und": 200, "gen": 140}       # validation pictures with questions, ca
 
 def measure(folder, device):
     """One run: {task: {"attention": [image's share of the output queries' attention in each layer],
-    "right": [accuracy if the image is hidden from layer 1 on, from 2 on, ..., nowhere], and "loss"
-    of an output token, likewise}}."""
+    "right": [accuracy if the image is hidden from layer 1 on, from 2 on, ..., nowhere]}}."""
     model, tokenizer, checkpoint, dataset, plans = open_run(folder, device)
     layers, seed, found = model.config.layers, checkpoint["options"]["seed"], {}
     if not hasattr(dataset, "check"):
@@ -37,21 +36,19 @@ def measure(folder, device):
         batch = sequences(task, tokenizer, dataset.split(task, "val", 256, seed, questions=1))
         _, of_output, _ = allocation(model, batch.to(device), plan)
         image = "image" if task == "und" else "output"      # generation's image is its output
-        found[task] = {"attention": of_output[image], "right": [], "loss": []}
+        found[task] = {"attention": of_output[image], "right": []}
         accuracy = "accuracy" if task == "und" else "image_accuracy"
         for seen in tqdm(range(layers + 1), desc=f"{folder.name}, {TITLES[task]}", leave=False):
             hidden = plan[:seen] + (NAIVE,) * (layers - seen)
             scores, _ = SCORES[task](model, tokenizer, hidden, dataset, "val", SCORED[task], seed)
             found[task]["right"].append(scores[accuracy])
-            found[task]["loss"].append(scores["loss"])
     return found
 
 
 def table_of(found):
     """What was found, as a table in Markdown: means over runs, and their standard deviation."""
     measures = (("attention", "attention of output queries to the image", 2, 1),
-                ("right", "right, %, if hidden from here on", 1, 100),
-                ("loss", "loss of an output token, likewise", 3, 1))
+                ("right", "right, %, if hidden from here on", 1, 100))
     rows = []
     for task in found[0]:
         for name, title, digits, factor in measures:
@@ -69,8 +66,8 @@ def draw(found, path):
                             for name in ("attention", "right"))
         # What is right goes on to "hidden nowhere"; there, attention is drawn level.
         lines = {"attention": attention + attention[-1:], "right if hidden from here on": right}
-        title = f"{TITLES[task]}: the image, by layer"
-        chart = line_chart(lines, title, "first layer to last, and nowhere", 1., (500, 360))
+        title = f"{TITLES[task]}: the image, from the first layer to the last, and nowhere"
+        chart = line_chart(lines, title, 0, 1, (500, 360))
         sheet.paste(chart, (500 * column, 0))
     save_picture(sheet, path)
 

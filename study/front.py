@@ -49,7 +49,7 @@ def animate(run, device, path):
     split = split._replace(captions=[split.captions[i] for i in first],
                            scenes=[split.scenes[i] for i in first])
     captions = [caption.text for caption in split.captions]
-    pictures = draw(model, tokenizer, captions, plans["gen"], *world.sampling)
+    pictures = draw(model, tokenizer, captions, plans["gen"], world.sampling)
     wrong = [not right for *_, right in world.check(split, pictures)]
     drawn = [f"generation: {caption}" for caption in captions]
     asked = []

@@ -37,7 +37,7 @@ from tokenizer import get_tokenizer
 
 # A folder's own sampling draws nearly greedily: right for captions of one picture each. A class's
 # name stands for thousands, and would give the same picture every time.
-GUIDANCE, TEMPERATURE = 1.5, 1.
+SAMPLING = 1.5, 1.
 DRAWN = 100             # pictures of each class
 
 ROWS = {name: table.ROWS[name] for name in ("u", "g", "joint", "share-all", "freeze-hmgen")}
@@ -163,7 +163,7 @@ def score_run(folder, split, names, classifier, reference, device):
         right = likelihoods.argmax(1) == labels_of(split, names)
         scores["named"] = right.double().mean().item()
     if "gen" in plans:
-        pixels = draw(model, tokenizer, names * DRAWN, plans["gen"], GUIDANCE, TEMPERATURE)
+        pixels = draw(model, tokenizer, names * DRAWN, plans["gen"], SAMPLING)
         features, guesses = classifier.judge(pixels)
         right = guesses == torch.arange(len(names)).repeat(DRAWN)
         scores |= {"drawn_right": right.double().mean().item(),

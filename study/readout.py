@@ -173,7 +173,7 @@ def draw_means(means, path):
         lines = {row: means[task][row][pairs]["mean"] for row in rows}
         verb = "looking" if task == "und" else "drawing"
         title = f"{verb}: shape read from an object's last token, {pairs}"
-        chart = line_chart(lines, title, "embedding to last layer", 1., (480, 360))
+        chart = line_chart(lines, title, 0, 1, (480, 360))
         sheet.paste(chart, (480 * x, 360 * y))
     save_picture(sheet, path)
 

@@ -35,7 +35,7 @@ import torch
 import data
 import shapes
 from data import PRESETS, Question, usual_preset
-from eval import evaluate, save_scores
+from eval import evaluate
 from model import load_run
 from prune import FULL, PLANS, SHALLOW, plans_of
 from shapes import Shapes
@@ -311,11 +311,10 @@ def differences_of(found, path, row, other_row, *two_more, factor=100):
             for of_seed in values if None not in of_seed]
 
 
-def p_values(differences, points):
-    """One-sided p of a claim (small: it holds), and of its opposite (small: it does not hold)."""
-    n, mean = len(differences), statistics.mean(differences)
-    holds = t_tail((mean + points) / max(statistics.stdev(differences), 1e-9) * n ** .5, n - 1)
-    return holds, 1 - holds
+def p_value(differences, points):
+    """One-sided p of a claim: small if it holds, nearly 1 if it does not."""
+    n, deviation = len(differences), max(statistics.stdev(differences), 1e-9)
+    return t_tail((statistics.mean(differences) + points) / deviation * n ** .5, n - 1)
 
 
 def answer_claims(found):
@@ -330,13 +329,12 @@ def answer_claims(found):
             continue
         p, answer = None, f"{n} of {SEEDS} seeds"
         if n == SEEDS:
-            holds, fails = p_values(differences, points)
-            p = min(1., 2 * min(holds, fails))
-            answer = "holds" if holds < fails else "does not hold"
+            p = p_value(differences, points)
+            answer = "holds" if p < .5 else "does not hold"
+            p = 2 * min(p, 1 - p)
         answers.append([claim, statistics.mean(differences), statistics.stdev(differences), n, p,
                         answer])
-    least = 0.
-    with_p = [answer for answer in answers if answer[4] is not None]
+    least, with_p = 0., [answer for answer in answers if answer[4] is not None]
     for i, answer in enumerate(sorted(with_p, key=lambda answer: answer[4])):
         least = answer[4] = max(least, min(1., (len(CLAIMS) - i) * answer[4]))
         if answer[4] > .05:
@@ -377,19 +375,18 @@ def make_table(folder):
                        "paper: FLOPs"], rows),
              kinds_table(titles, found, "und", "accuracy"),
              kinds_table(titles, found, "gen", "image_accuracy")]
-    rows = []
-    for one, others in COMPARED.items():
-        for other in others.split():
-            each = [differences_of(found, path, one, other) for _, path, *_ in COLUMNS[:4]]
-            seeds = max(map(len, each))
-            if seeds > 1:
-                rows.append([f"{one} less {other}", seeds, *(mean_std(x, 1, "+") for x in each)])
-    if rows:
-        parts.append(markdown(["points", "seeds", *score_titles[:4]], rows))
-    rows = [(claim, f"{mean:+.1f} ± {std:.1f}", n, "–" if p is None else f"{p:.1g}", answer)
-            for claim, mean, std, n, p, answer in answer_claims(found)]
-    if rows:
-        parts.append(markdown(["claim", "points", "seeds", "p, corrected", ""], rows))
+    compared, claims = [], answer_claims(found)
+    for one, other in [(one, other) for one in COMPARED for other in COMPARED[one].split()]:
+        each = [differences_of(found, path, one, other) for _, path, *_ in COLUMNS[:4]]
+        seeds = max(map(len, each))
+        if seeds > 1:
+            compared.append([f"{one} less {other}", seeds, *(mean_std(x, 1, "+") for x in each)])
+    if compared:
+        parts.append(markdown(["points", "seeds", *score_titles[:4]], compared))
+    if claims:
+        parts.append(markdown(["claim", "points", "seeds", "p, corrected", ""], [
+            (claim, f"{mean:+.1f} ± {std:.1f}", n, "–" if p is None else f"{p:.1g}", answer)
+            for claim, mean, std, n, p, answer in claims]))
     every = [scores for runs in found.values() for scores in runs.values()]
     machines = " / ".join(sorted({scores["hardware"] for scores in every}))
     config = every[0]["config"]
@@ -430,8 +427,8 @@ def main():
             model, tokenizer, checkpoint, dataset, _ = open_run(out, device)
             options = checkpoint["options"] | AT_INFERENCE[name][1]
             plans = plans_of(checkpoint["tasks"], options, model.config.layers)
-            found = evaluate(model, tokenizer, options, checkpoint["step"], dataset, plans)
-            save_scores(*found, out, "-inference")
+            evaluate(model, tokenizer, options, checkpoint["step"], dataset, plans, out,
+                     "-inference")
 
     train_rows(args.folder, ROWS, args, preset,
                ["--device", device.type, "--tokenizer", tokenizer], score_at_inference)
