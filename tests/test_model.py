@@ -284,4 +284,4 @@ def test_a_tiny_model_learns_both_tasks():
     model, batches, plans, codes, names = learn()
     assert max(model(batches[task], plans[task])[1].item() for task in batches) < .1
     assert answer(model, words, codes[3], "99", plans["und"]) == "103"
-    assert (draw(model, words, names, plans["gen"], 1., .01) == codes.numpy()).all()
+    assert (draw(model, words, names, plans["gen"], (1., .01)) == codes.numpy()).all()

@@ -9,7 +9,6 @@ import time
 
 import pytest
 import torch
-from PIL import Image
 from torch.utils._pytree import tree_map
 
 import tokenizer as tok
@@ -26,12 +25,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """A function that edits the preset "tiny", which is so small then that a run takes a second."""
-    def edit(**rows):
-        small = dict(vq_steps=2, vq_pictures=40, und_scenes=20, gen_scenes=20, und_val=40, gen_val=7)
-        for row, value in {**small, **rows}.items():
-            monkeypatch.setattr(PRESETS["tiny"], row, value)
-    return edit
+    """A preset so small that a run takes a second."""
+    for row, value in dict(vq_steps=2, vq_pictures=40, und_scenes=20, gen_scenes=20).items():
+        monkeypatch.setattr(PRESETS["tiny"], row, value)
 
 
 def options(folder, name, *args):
@@ -65,8 +61,8 @@ def test_practice_shows_understandings_pictures_where_there_is_no_caption(traine
     world, (_, tokenizer, _) = Shapes("tiny"), load_run(trained / "joint", CPU)
     plain, practice = (train.training_sequences("gen", options(trained, "x", *on)[0], world,
                                                 tokenizer) for on in ([], ["--practice"]))
-    own, others = (FIRST_CODE + tokenizer.encode(world.split(
-        task, "train", 300, questions=0).pixels) for task in ("gen", "und"))
+    own, others = (FIRST_CODE + tokenizer.encode(world.split(task, "train", 300).pixels)
+                   for task in ("gen", "und"))
     before = plain.layout.before
     empty = plain.tokens[:, before - 1] == tokenizer.gen                # (N,)
     assert .05 < empty.double().mean() < .2 and torch.equal(plain.tokens[:, before:], own)
@@ -75,9 +71,9 @@ def test_practice_shows_understandings_pictures_where_there_is_no_caption(traine
 
 
 def test_a_run_leaves_what_the_contract_promises_and_is_of_use(trained, tmp_path):
-    folder, rows, scores = trained / "joint", rows_of(trained / "joint"), scores_of(trained / "joint")
-    files = {path.name for path in folder.iterdir()}
-    assert files >= {"checkpoint.pt", "log.jsonl", "loss.png", "eval.json", "samples.png"}
+    folder = trained / "joint"
+    files, rows, scores = {*os.listdir(folder)}, rows_of(folder), scores_of(folder)
+    assert files == {"checkpoint.pt", "log.jsonl", "loss.png", "eval.json", "samples.png"}
     assert [row["step"] for row in rows] == [10, 20, 30, 40] and rows[-1]["loss"] < rows[0]["loss"]
     for found, names in (
             (rows[0], "loss_und loss_gen lr tokens_per_s tflop_per_s gpu_memory_mb"),
@@ -90,23 +86,24 @@ def test_a_run_leaves_what_the_contract_promises_and_is_of_use(trained, tmp_path
     run("eval.py", folder, "--gen-plan", "hmgen", "--und-plan", "himix", *here)
     assert json.loads((tmp_path / "eval-himix-hmgen.json").read_text())["cost"]["flops_ratio"] < 1
     run("probe.py", folder, "--n", 4, "--untrained", *here)
-    assert Image.open(tmp_path / "heatmaps-untrained.png").width > 800
-    assert files == {path.name for path in folder.iterdir()}
     run("data.py", "--preset", "tiny", "--out", tmp_path / "data.png")
+    assert {*os.listdir(tmp_path)} > {"data.png", "heatmaps-untrained.png"}
+    assert {*os.listdir(folder)} == files
     assert "tteeeeeett " in run("prune.py", "--preset", "tiny")         # what HiMix sees
 
 
 @pytest.mark.parametrize("edits, extra", [
     ({"held_out": 0}, []), ({"layers": 1, "gen_val": 1}, []), ({"layers": 2}, ["--image-loss"])])
-def test_edited_presets_train_and_are_scored(edits, extra, tiny, tmp_path):
+def test_edited_presets_train_and_are_scored(edits, extra, tiny, monkeypatch, tmp_path):
     """On few pictures if the run is short; scores say how many. The image loss is the run's."""
-    tiny(**edits)
+    for row, value in edits.items():
+        monkeypatch.setattr(PRESETS["tiny"], row, value)
     printed = run("train.py", *train_args(tmp_path, "run", "--steps", 2, "--batch-size", 3,
                                           "--gen-plan", "hmgen", *extra))
     scores, (model, _, _) = scores_of(tmp_path / "run"), load_run(tmp_path / "run", CPU)
     assert ("held_out_accuracy" in scores["und"]) == ("held_out" in printed) == \
         ("unseen_object_accuracy" in scores["gen"]) == ("held_out" not in edits)
-    assert scores["n"]["gen"] == scores["gen"]["n"] == min(6, edits.get("gen_val", 7))
+    assert scores["n"]["gen"] == scores["gen"]["n"] == min(6, edits.get("gen_val", 6))
     assert scores["n"]["und"] == sum(x["n"] for x in scores["und"]["by_type"].values()) <= 60
     assert model.config.image_loss == bool(extra)
 
@@ -116,10 +113,9 @@ def test_edited_presets_train_and_are_scored(edits, extra, tiny, tmp_path):
 def test_an_edited_preset_is_noticed_by_old_runs_and_tokenizers(row, value, had, trained,
                                                                monkeypatch):
     monkeypatch.setattr(PRESETS["tiny"], row, value)
-    commands = [("eval.py", trained / "joint"), ("train.py", "--resume", trained / "joint")]
-    if row in COLUMNS["world"]:
-        commands.append(("train.py", *train_args(trained, "stale")))
-    for command in commands:
+    stale = [["train.py", *train_args(trained, "new")]] if row in COLUMNS["world"] else []
+    old = trained / "joint"
+    for command in (["eval.py", old], ["train.py", "--resume", old], *stale):
         printed = run(*command, "--device", "cpu", code=2)
         assert f"was made with {row} = {had}, and now it is {value}" in printed
         assert printed.count("error: ") == 1 and "Traceback" not in printed
@@ -134,8 +130,7 @@ def test_a_changed_vocabulary_is_noticed(trained, monkeypatch, error):
     for table in (tok.SPECIAL, tok.VOCABULARY):             # one more, at the end, moves no id
         monkeypatch.setitem(table, "<|edit|>", min(tok.SPECIAL.values()) - (table is tok.SPECIAL))
     _, after, _ = load_run(trained / "joint", CPU)
-    assert after.ids("a red ring") == before.ids("a red ring")
-    assert (after.pad, after.gen, after.und, after.eos, after.bos) == (511, 510, 509, 508, 507)
+    assert after.ids("a red ring") == before.ids("a red ring") and after.bos == before.bos == 507
 
 
 def test_a_folder_holds_one_run(trained):
@@ -221,7 +216,6 @@ def test_training_can_be_called_twice_and_in_a_thread_and_leaves_signals_alone(
     def handlers():
         return [*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))]
 
-    tiny()
     before, real = handlers(), train.apply_gradients
     train.train(*options(tmp_path, "one", "--steps", 2))
     thread = threading.Thread(target=train.train, args=options(tmp_path, "two", "--steps", 2))
@@ -253,17 +247,11 @@ def test_weights_that_are_not_finite_keep_the_last_good_checkpoint(trained, erro
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, error, monkeypatch):
-    """And a file that is complete takes the old one's place at once: it is another one."""
-    file, numbers = tmp_path / "checkpoint.pt", []
-    for content in ("older", "old"):
-        write_file(file, content)
-        numbers.append(file.stat().st_ino)
-    assert numbers[0] != numbers[1]
-
     def full(*args):
         raise OSError(28, "No space left on device")
 
+    write_file(tmp_path / "checkpoint.pt", "old")
     monkeypatch.setattr(os, "fsync", full)
-    line = error(write_file, file, "new")
+    line = error(write_file, tmp_path / "checkpoint.pt", "new")
     assert "checkpoint.pt cannot be written: No space left on device" in line
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
