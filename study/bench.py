@@ -97,37 +97,36 @@ def bench_step(task, plan, c, rows, device, compiled=False, muon=True, graph=Tru
         for module in [model] if usual else model.blocks:
             module.compile(dynamic=False)
 
-    def forward_backward():
+    nothing = torch.zeros(1, device=device)                 # a graph copies what changes
+
+    def forward_backward(_):
         with torch.autocast("cuda", torch.bfloat16, enabled=has_bfloat16(device)):
             loss = model(batch.tokens) if usual else model(batch, plan)[1]
         loss.backward()
 
     if compiled and graph and device.type == "cuda":
-        forward_backward = cuda_graph(forward_backward, model)
+        forward_backward = cuda_graph(forward_backward, model, nothing)
 
     def step():
-        forward_backward()
+        forward_backward(nothing)
         apply_gradients(optimizers)
 
     return step
 
 
-def synchronize(device):
-    """Wait until the device has done all that it was given: before a clock is read."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
 def time_each(work, device, repeats):
     """{name: function} -> {name: median of seconds}. One round warms up; then they take turns."""
+    def now():
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()       # all that the device was given is done
+        return time.perf_counter()
+
     seconds = {name: [] for name in work}
-    for i in range(1 + repeats):
+    for _ in range(1 + repeats):
         for name, function in work.items():
-            synchronize(device)
-            start = time.perf_counter()
+            start = now()
             function()
-            synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(now() - start)
     return {name: statistics.median(of_name[1:]) for name, of_name in seconds.items()}
 
 
@@ -152,12 +151,12 @@ def time_steps(c, names, rows, device, repeats, beside=()):
         work = {name: bench_step(task, plan, c, rows, device) for name, plan in plans.items()}
         work |= {name: bench_step(task, plans["dense"], c, rows, device, **beside[name])
                  for name in beside}
-        times = time_each(work, device, repeats)
         flops = {name: c.flops(task, plan) for name, plan in plans.items()}
+        times = time_each(work, device, repeats)
         found += [{"task": task, "plan": name, "image_tokens": c.side ** 2, "ms": 1e3 * seconds,
                    "tokens_per_s": rows * sum(c.layout(task)) / seconds,
                    "time_ratio": seconds / times["dense"],
-                   "flops_ratio": flops[name] / flops["dense"] if name in flops else "–"}
+                   "flops_ratio": flops.get(name, flops["dense"]) / flops["dense"]}
                   for name, seconds in times.items()]
     return found
 
@@ -168,23 +167,22 @@ def time_drawing(name, c, device, rows=8):
     come out the same."""
     torch.manual_seed(0)
     model, plan = Model(c).to(device).eval(), make_plan(name, c.layers)
-    batch, start, codes = random_batch("gen", c, rows).to(device), c.layout("gen").before, {}
+    batch, start = random_batch("gen", c, rows).to(device), c.layout("gen").before
     for p in model.parameters():
         p.add_(.1 * torch.randn_like(p))        # a new model gives all codes the same chance
 
     def cached():
-        tokens = model.generate(batch, plan, start, lambda logits: logits.argmax(-1))
-        codes["cached"] = tokens.clone()
+        return model.generate(batch, plan, start, lambda logits: logits.argmax(-1)).clone()
 
     def uncached():
         """The readable twin of `generate`: for each token, all before it once more."""
         for stop in range(start, batch.tokens.size(1)):
             x = model.gathered(batch, plan, 0, stop)[:, -1]
             batch.tokens[:, stop] = model.head(model.norm(x)).argmax(-1)
-        codes["uncached"] = batch.tokens.clone()
+        return batch.tokens
 
     seconds = time_each({"cached": cached, "uncached": uncached}, device, 3)
-    same = (codes["cached"] == codes["uncached"])[:, start:].float().mean().item()
+    same = (cached() == uncached())[:, start:].float().mean().item()
     return {"plan": name, "image_tokens": c.side ** 2, "batch_size": rows, "same_codes": same,
             **{f"{how}_images_per_s": rows / time for how, time in seconds.items()}}
 
@@ -204,13 +202,13 @@ def bench(preset, device, repeats, sides=(8, 16, 32)):
 
 def draw_times(found, path):
     """How long a picture takes in a training step, by its number of tokens."""
-    lines, sizes = {}, {}
+    lines = {}
     for x in found["image_tokens"]:
         if (x["task"], x["plan"]) != ("und", "hmgen"):      # nobody's plan
             seconds = x["ms"] / 1e3 / found["batch_size"]
             lines.setdefault(f"{x['task']} {x['plan']}", []).append(seconds)
-            sizes[str(x["image_tokens"])] = True
-    title = f"seconds a picture in a training step, by image tokens: {', '.join(sizes)}"
+    sizes = ", ".join(dict.fromkeys(str(x["image_tokens"]) for x in found["image_tokens"]))
+    title = f"seconds a picture in a training step, by image tokens: {sizes}"
     save_picture(line_chart(lines, title, 0, max(map(max, lines.values()))), path)
 
 
@@ -226,9 +224,9 @@ def main():
     draw_times(found, path.with_suffix(".png"))
     print(f"{found['hardware']}; {found['batch_size']} sequences a step")
     for part in ("steps", "image_tokens", "drawing"):
-        print(f"\n{part}:\n" + markdown(list(found[part][0]), [
-            [f"{x:.2f}" if isinstance(x, float) else x for x in row.values()]
-            for row in found[part]]))
+        rows = [[f"{x:.2f}" if isinstance(x, float) else x for x in row.values()]
+                for row in found[part]]
+        print(f"\n{part}:\n{markdown(list(found[part][0]), rows)}")
     print(f"\n{path}, {path.with_suffix('.png')}")
 
 

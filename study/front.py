@@ -142,10 +142,9 @@ def draw_ten_seconds(found, path):
         token(1000, y, *what)
         write(1026, y, words, "la")
 
-    write(20, 448, "Held-out pairs: questions about combinations of colour and shape that "
-          "understanding never sees in training,", size=18)
-    write(20, 473, "while generation draws them. % right, mean over 8 seeds; lines: one standard "
-          "deviation", size=18)
+    write(20, 436, "Held-out pairs: questions about combinations of colour and shape that "
+          "understanding never sees in training,\nwhile generation draws them. % right, mean over "
+          "8 seeds; lines: one standard deviation", "la", 18)
     write(440, 502, "FLOPs", "rm")
     for y, (title, row, colour) in zip(count(514, 24), BARS):
         right = numbers({seed: found[row][seed] for seed in range(1, SEEDS + 1)}, HELD_OUT, 100)

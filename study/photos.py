@@ -67,18 +67,17 @@ class Classifier(nn.Module):
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(width, classes)
 
-    def features(self, pixels):
-        """(B, H, W, 3) uint8 -> (B, width): what the head sees, and Fréchet distances."""
-        return self.body(pixels.permute(0, 3, 1, 2) / 127.5 - 1)
+    def forward(self, pixels):
+        """(B, H, W, 3) uint8 -> features (B, width), for Fréchet distances, and logits."""
+        features = self.body(pixels.permute(0, 3, 1, 2) / 127.5 - 1)
+        return features, self.head(features)
 
     @torch.no_grad()
     def judge(self, pixels):
         """(N, H, W, 3) uint8 array -> features, a float64 array (N, width), and classes (N,)."""
-        features, classes = [], []
-        for part in torch.as_tensor(pixels).split(500):
-            features.append(self.features(part.to(self.head.weight.device)))
-            classes.append(self.head(features[-1]).argmax(1))
-        return torch.cat(features).cpu().double().numpy(), torch.cat(classes).cpu()
+        parts = [self(part.to(self.head.weight.device)) for part in torch.tensor(pixels).split(500)]
+        features, logits = (torch.cat(x).cpu() for x in zip(*parts))
+        return features.double().numpy(), logits.argmax(1)
 
 
 def labels_of(split, names):
@@ -95,7 +94,7 @@ def train_classifier(split, names, device, epochs=10, batch_size=128):
     for _ in tqdm(range(steps), desc="classifier", unit="step"):
         chosen = torch.randint(len(pixels), (batch_size,), device=device)
         plain, mirrored = pixels[chosen].chunk(2)
-        logits = network.head(network.features(torch.cat([plain, mirrored.flip(2)])))
+        _, logits = network(torch.cat([plain, mirrored.flip(2)]))
         F.cross_entropy(logits, labels[chosen]).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -154,9 +153,10 @@ def name_likelihoods(model, tokenizer, plan, pixels, question, names):
 
 
 def score_run(folder, split, names, classifier, reference, device):
-    """Writes photos.json: what eval.json does not tell of a run."""
-    model, tokenizer, _, _, plans = open_run(folder, device)
-    scores = {}
+    """Writes photos.json, what eval.json does not tell of a run, if it is not there."""
+    if (folder / "photos.json").exists():
+        return
+    (model, tokenizer, _, _, plans), scores = open_run(folder, device), {}
     if "und" in plans:
         likelihoods = name_likelihoods(model, tokenizer, plans["und"], split.pixels,
                                        split.questions[0][0].text, names)
@@ -173,12 +173,13 @@ def score_run(folder, split, names, classifier, reference, device):
 
 def make_table(out, real, names, preset):
     found, rows = read_runs(out, ROWS), []
-    for name, seed in [(name, seed) for name in found for seed in found[name]]:
-        file = out / f"{name}-seed{seed}" / "photos.json"
-        found[name][seed]["photos"] = json.loads(file.read_text()) if file.exists() else {}
-    for name in [name for name in ROWS if name in found]:
-        cells = [cell(found[name], *column[1:]) for column in COLUMNS]
-        rows.append([ROWS[name][0], ", ".join(map(str, sorted(found[name]))), *cells])
+    for file in out.glob("*-seed*/photos.json"):
+        name, seed = file.parent.name.rsplit("-seed", 1)
+        found[name][int(seed)]["photos"] = json.loads(file.read_text())
+    for name in ROWS:
+        if name in found:
+            cells = [cell(found[name], *column[1:]) for column in COLUMNS]
+            rows.append([ROWS[name][0], ", ".join(map(str, sorted(found[name]))), *cells])
     for title, kind in (("real pictures", ""), ("real, through the tokenizer", "decoded_")):
         rows.append([title, "–", "–", f"{100 * real[kind + 'accuracy']:.1f}",
                      f"{real[kind + 'frechet']:.2f}", "–"])
@@ -215,12 +216,9 @@ def main():
         classifier = get_classifier(out / "classifier.pt", dataset, names, device)
     real, reference = score_real(split, names, tokenizer, classifier)
 
-    def score(run, name):
-        if not (run / "photos.json").exists():
-            score_run(run, split, names, classifier, reference, device)
-
     train_rows(out, ROWS, args, preset, ["--device", device.type, "--data", args.folder,
-                                         "--tokenizer", out / "tokenizer.pt"], score)
+                                         "--tokenizer", out / "tokenizer.pt"],
+               lambda run, row: score_run(run, split, names, classifier, reference, device))
     make_table(out, real, names, preset)
 
 

@@ -45,10 +45,9 @@ def distinct_scenes(dataset, part, n, seed):
 
 
 def token_labels(dataset, scenes, side):
-    """What image tokens show, side x side of them. Returns labels (B, M, 4), the FIELDS of the
-    object that a token's patch has most of, -1 for background alone; and is_last (B, M) bool, the
-    last token of each object in raster order: as attention is causal, the only one that has seen
-    all of it."""
+    """What image tokens show: labels (B, M, 4), the FIELDS of the object that a token's patch has
+    most of, -1 for background alone; and is_last (B, M) bool, the last token of each object: as
+    attention is causal, the only one that has seen all of it."""
     patch = dataset.image_size // side
     labels = torch.full((len(scenes), side ** 2, len(FIELDS)), -1)
     is_last = torch.zeros(len(scenes), side ** 2, dtype=torch.bool)
@@ -108,10 +107,8 @@ def study(folder, device):
     is_held_out = (labels[..., None, 1:3] == pairs).all(-1).any(-1)     # (B, M)
     # Every third known picture is tested on: looks that come often come first.
     number = torch.arange(len(scenes))[:, None]
-    to_fit = (number < len(known)) & (number % 3 != 0)                  # (B, 1)
-    to_test = (number < len(known)) & (number % 3 == 0)
-    print(f"\n{folder}: fitted on {to_fit.sum()} pictures, tested on {to_test.sum()} others, and "
-          f"on {len(scenes) - len(known)} with held-out pairs")
+    to_fit, to_test = ((number < len(known)) & x for x in (number % 3 != 0, number % 3 == 0))
+    print(f"\n{folder}: {to_fit.sum()} pictures to fit on, {to_test.sum()} to test on")    # (B, 1)
     shown = labels[..., 0] >= 0                             # (B, M), the tokens that show something
     labels = labels[shown]                                  # (tokens, 4)
     # The tokens to fit on, and those to test, of each readout.
@@ -140,8 +137,7 @@ def study(folder, device):
 def table_of(found):
     """The shares that are read right, as a table in Markdown."""
     rows = [(task, f"{field}, {name}", *(f"{100 * x:.1f}" for x in fields[field]))
-            for task, groups in found.items() for name, fields in groups.items()
-            for field in FIELDS]
+            for task in found for name, fields in found[task].items() for field in FIELDS]
     layers = [f"layer {i}" for i in range(1, len(rows[0]) - 3)]
     return markdown(["task", "read, %", "embedding", *layers, "chance"], rows, 2)
 
@@ -149,18 +145,16 @@ def table_of(found):
 def means_of(runs):
     """How well shapes are read from the last token of an object: {task: {row: {pairs: mean and
     standard deviation over the row's seeds}}}. runs: {folder: what `study` found}."""
-    rows = defaultdict(lambda: defaultdict(list))           # task -> row -> its runs
-    for folder, found in runs.items():
-        for task, tokens in found.items():
-            rows[task][folder.name.rsplit("-seed", 1)[0]].append(tokens)
-    means = {}
-    for task, of_task in rows.items():
-        means[task] = {row: {"seeds": len(of_row)} for row, of_row in of_task.items()}
-        for (row, of_row), (group, pairs) in product(of_task.items(), PAIRS.items()):
-            layers = list(zip(*(tokens[group]["shape"][:-1] for tokens in of_row)))
-            deviations = list(map(stdev, layers)) if len(of_row) > 1 else None
-            means[task][row][pairs] = {"mean": list(map(fmean, layers)),
-                                       "standard_deviation": deviations}
+    means = defaultdict(lambda: defaultdict(dict))
+    rows = {folder.name.rsplit("-seed", 1)[0] for folder in runs}
+    for row, task, (group, pairs) in product(sorted(rows), ("und", "gen"), PAIRS.items()):
+        shares = [found[task][group]["shape"][:-1] for folder, found in runs.items()
+                  if folder.name.rsplit("-seed", 1)[0] == row and task in found]
+        if shares:
+            means[task][row]["seeds"] = len(shares)
+            means[task][row][pairs] = {
+                "mean": list(map(fmean, zip(*shares))),
+                "standard_deviation": [stdev(x) if len(x) > 1 else None for x in zip(*shares)]}
     return means
 
 
@@ -172,9 +166,8 @@ def draw_means(means, path):
         rows = sorted(means[task], key=lambda row: -sum(row in rows for rows in means.values()))
         lines = {row: means[task][row][pairs]["mean"] for row in rows}
         verb = "looking" if task == "und" else "drawing"
-        title = f"{verb}: shape read from an object's last token, {pairs}"
-        chart = line_chart(lines, title, 0, 1, (480, 360))
-        sheet.paste(chart, (480 * x, 360 * y))
+        title = f"{verb}, {pairs}: shape read right, from the embedding to the last layer"
+        sheet.paste(line_chart(lines, title, 0, 1, (480, 360)), (480 * x, 360 * y))
     save_picture(sheet, path)
 
 

@@ -13,12 +13,12 @@ keeps the scores of each run, eval.json: they are all that a table needs.
 import json
 import math
 import random
-import statistics
 import sys
 from collections import defaultdict
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
+from statistics import fmean, stdev
 
 try:
     import fcntl
@@ -136,8 +136,8 @@ COMPARED = {
 class Described(Shapes):
     """Understanding's first question on each training picture asks for all that is in it."""
 
-    def split(self, task, part, *given, **more):
-        split = super().split(task, part, *given, **more)
+    def split(self, task, part, *more, **named):
+        split = super().split(task, part, *more, **named)
         for caption, asked in zip(split.captions, split.questions):
             if (task, part) == ("und", "train"):
                 text = caption.text.removeprefix("draw ").removeprefix("a picture of ")
@@ -238,7 +238,6 @@ def value(scores, path):
 
 
 def numbers(runs, path, factor):
-    """One number of each run that has it."""
     return [factor * x for x in (value(run, path) for run in runs.values()) if x is not None]
 
 
@@ -247,8 +246,8 @@ def mean_std(values, digits, sign=""):
     same; "–" where there are none."""
     if not values:
         return "–"
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
-    return f"{statistics.mean(values):{sign}.{digits}f}{spread}"
+    spread = f" ± {stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
+    return f"{fmean(values):{sign}.{digits}f}{spread}"
 
 
 def cell(runs, path, factor, digits):
@@ -313,8 +312,8 @@ def differences_of(found, path, row, other_row, *two_more, factor=100):
 
 def p_value(differences, points):
     """One-sided p of a claim: small if it holds, nearly 1 if it does not."""
-    n, deviation = len(differences), max(statistics.stdev(differences), 1e-9)
-    return t_tail((statistics.mean(differences) + points) / deviation * n ** .5, n - 1)
+    n, deviation = len(differences), max(stdev(differences), 1e-9)
+    return t_tail((fmean(differences) + points) / deviation * n ** .5, n - 1)
 
 
 def answer_claims(found):
@@ -330,10 +329,8 @@ def answer_claims(found):
         p, answer = None, f"{n} of {SEEDS} seeds"
         if n == SEEDS:
             p = p_value(differences, points)
-            answer = "holds" if p < .5 else "does not hold"
-            p = 2 * min(p, 1 - p)
-        answers.append([claim, statistics.mean(differences), statistics.stdev(differences), n, p,
-                        answer])
+            p, answer = 2 * min(p, 1 - p), "holds" if p < .5 else "does not hold"
+        answers.append([claim, fmean(differences), stdev(differences), n, p, answer])
     least, with_p = 0., [answer for answer in answers if answer[4] is not None]
     for i, answer in enumerate(sorted(with_p, key=lambda answer: answer[4])):
         least = answer[4] = max(least, min(1., (len(CLAIMS) - i) * answer[4]))
@@ -371,8 +368,8 @@ def make_table(folder):
     rows = [[title, ", ".join(map(str, sorted(found[name]))),
              *(cell(found[name], *column[1:]) for column in COLUMNS),
              *PAPER.get(name, ("–",) * 3)] for name, title in titles.items()]
-    parts = [markdown(["run", "seeds", *score_titles, "paper: GQA", "paper: FID ↓",
-                       "paper: FLOPs"], rows),
+    papers = "paper: GQA", "paper: FID ↓", "paper: FLOPs"
+    parts = [markdown(["run", "seeds", *score_titles, *papers], rows),
              kinds_table(titles, found, "und", "accuracy"),
              kinds_table(titles, found, "gen", "image_accuracy")]
     compared, claims = [], answer_claims(found)
