@@ -86,8 +86,6 @@ def noted_signals(bar):
             signal.signal(number, handler)
 
 
-# ---------------------------------------------------------------------- files and checkpoints
-
 def write_file(path, content):
     """Write bytes or text; whatever happens, `path` holds either all of the old or of the new."""
     path = Path(path)
@@ -135,9 +133,9 @@ def pick_device(name):
 
 def hardware(device):
     """What a result was measured on, in words."""
-    cpu = f"CPU with {torch.backends.cpu.get_cpu_capability()}"
-    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
-    return f"{name}, {torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    cpu = f"{torch.get_num_threads()} CPU threads, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{name}, {cpu}, PyTorch {torch.__version__}"
 
 
 def has_bfloat16(device):

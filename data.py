@@ -129,8 +129,6 @@ class Split(NamedTuple):
     scenes: list = None         # what a checker needs to know about each picture
 
 
-# ---------------------------------------------------------------------- your own images
-
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
 Image.MAX_IMAGE_PIXELS = 50_000_000         # Pillow refuses a picture of twice as many
 warnings.filterwarnings("ignore", module="PIL")             # of that, and of EXIF

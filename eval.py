@@ -171,8 +171,6 @@ def score_generation(model, tokenizer, plan, dataset, part, n, seed):
     return scores, list(zip(drawn, texts, wrong))[:SHOWN]
 
 
-# ---------------------------------------------------------------------- all scores of a run
-
 SCORES = {"und": score_understanding, "gen": score_generation}      # of each task
 
 

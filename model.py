@@ -39,8 +39,8 @@ class Config:
 
     def flops(self, task, plan):
         """Of forward and backward for one sequence: see prune.flops."""
-        image_loss = task == "und" and self.image_loss
-        return flops(plan, self.layout(task), self.width, self.vocab, image_loss)
+        loss = self.image_loss and task == "und"
+        return flops(plan, self.layout(task), self.width, self.vocab, loss)
 
 
 # ---------------------------------------------------------------------- sequences

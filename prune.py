@@ -54,9 +54,8 @@ PLANS = {
 
 def make_plan(name, layers, shallow=None):
     """The plan of that name. shallow: HMGen's K, by default the paper's higher K / L, a quarter."""
-    if shallow is None:
-        shallow = min(max(1, layers // 4), (layers - 1) // 2)
-    return PLANS[name](layers, shallow)
+    usual = min(max(1, layers // 4), (layers - 1) // 2)
+    return PLANS[name](layers, usual if shallow is None else shallow)
 
 
 def can_generate(plan):
@@ -103,8 +102,6 @@ def predicting(layout, image_loss=False):
         return slice(before - 1, before + image - 1)
     return slice(before - 1 if image_loss else before + image, before + image + after)
 
-
-# ---------------------------------------------------------------------- cost
 
 FFN = 4         # width of the feed-forward network, as a multiple of the model's
 

@@ -112,9 +112,8 @@ class Shapes:
         self.held_out = {"und": {(2 * shape % p.colours, shape) for shape in shapes},
                          "gen": {((2 * shape + 1) % p.colours, shape) for shape in shapes}}
         # Understanding is asked about its *held-out pairs*; objects of generation's are *unseen*.
-        self.parts = {"und": ["val", "held_out"], "gen": ["val", "unseen"]}
-        if not p.held_out:
-            self.parts = {"und": ["val"], "gen": ["val"]}
+        self.parts = {task: ["val", part] if p.held_out else ["val"]
+                      for task, part in (("und", "held_out"), ("gen", "unseen"))}
         # What a cell can show is drawn once: nothing (None), or a Thing, as if in cell 0.
         size, moves = self.cell_size, range(-p.jitter, p.jitter + 1)
         self.drawn = {None: np.full((size, size, 3), BACKGROUND, np.uint8)}

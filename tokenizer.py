@@ -117,17 +117,13 @@ class VQ(nn.Module):
         x = self.encoder(to_images(pixels).contiguous(memory_format=torch.channels_last))
         return F.normalize(x.permute(0, 2, 3, 1), dim=-1)
 
-    def nearest(self, z):
-        """(..., CODE_DIM) unit vectors -> (...) the codes of largest cosine."""
-        return (z @ self.codebook.T).argmax(-1)
-
     def forward(self, pixels):
         """(B, H, W, 3) uint8 -> the loss of training: squared error and commitment."""
         z = self.features(pixels)
         flat = z.detach().flatten(0, 2)                 # (B * side * side, CODE_DIM)
         if not self.counts.any():
             self.start_codebook(flat)
-        codes = self.nearest(flat)
+        codes = (flat @ self.codebook.T).argmax(-1)     # those of largest cosine
         quantized = self.codebook[codes].view_as(z)
         self.move_codebook(flat, codes)
         commitment = (z - quantized).square().sum(-1).mean()
@@ -166,8 +162,6 @@ class VQ(nn.Module):
             self.counts[unused] = .3 * even_share
 
 
-# ---------------------------------------------------------------------- one vocabulary
-
 class Tokenizer:
     """Text and images in one vocabulary. `text` is a tiktoken.Encoding, `vq` a VQ."""
 
@@ -195,7 +189,7 @@ class Tokenizer:
         codes = []
         for part in torch.as_tensor(pixels).split(256):
             z = self.vq.features(part.to(self.vq.codebook.device))
-            codes.append(self.vq.nearest(z).flatten(1).cpu())
+            codes.append((z @ self.vq.codebook.T).argmax(-1).flatten(1).cpu())
         return torch.cat(codes)
 
     @torch.no_grad()

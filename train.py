@@ -110,7 +110,9 @@ def train(options, device, checkpoint=None):
     bar = tqdm(range(start, steps), desc=out.name, unit="step", initial=start, total=steps)
     with noted_signals(bar) as signals:
         for step in bar:
-            lr = options.lr * learning_rate_factor(step, steps)
+            # The rate rises, is level, and falls linearly to .02 of the highest.
+            factor = min((step + 1) / WARM_UP, 1., max(.02, (1 - step / steps) / DECAY))
+            lr = options.lr * factor
             muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"] = lr, ADAMW_RATIO * lr
             losses = run_passes(order[step])
             apply_gradients(optimizers)
@@ -148,11 +150,6 @@ def train(options, device, checkpoint=None):
     print(f"look at them, and at {out}/loss.png; then: python probe.py {out}")
 
 
-def learning_rate_factor(step, steps):
-    """What the highest learning rates are multiplied by: up to 1, level, linearly down to .02."""
-    return min((step + 1) / WARM_UP, 1., max(.02, (1 - step / steps) / DECAY))
-
-
 def forward_backward(model, plans, examples, parts, index):
     """Forward and backward pass of a step: adds to the gradients and returns {task: loss}. plans,
     examples: {task: plan}, {task: Batch}. index: (tasks, batch_size), which of the examples, in the
@@ -174,12 +171,12 @@ def forward_backward(model, plans, examples, parts, index):
     return losses
 
 
-def cuda_graph(function, model, *inputs):
-    """A function of tensors that leaves gradients in `model`, as one CUDA graph: a GPU gets all its
+def cuda_graph(function, model, index):
+    """A function of `index` that leaves gradients in `model`, as one CUDA graph: a GPU gets all its
     kernels at once, instead of waiting for Python to launch them one by one. Without it, dropped
-    tokens save no time. The same function of tensors of the same shapes; its result is overwritten
-    by the next call."""
-    inputs = [x.clone() for x in inputs]
+    tokens save no time. Returns a function to call instead. Its result is overwritten by the next
+    call; nothing but `index`, a tensor of the same shape, changes from call to call."""
+    index = index.clone()               # where each replay reads it
     torch.cuda.empty_cache()            # a graph has a pool of its own: nothing is held twice
     # What happens only once, like the choice of kernels, must not become part of the graph: warm
     # up, on the stream that is recorded then.
@@ -187,7 +184,7 @@ def cuda_graph(function, model, *inputs):
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
-            function(*inputs)
+            function(index)
             model.zero_grad()
     torch.cuda.current_stream().wait_stream(stream)
     # No parameter has a gradient now, so that the first backward pass of each replay writes
@@ -195,7 +192,7 @@ def cuda_graph(function, model, *inputs):
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, stream=stream):
-            result = function(*inputs)
+            result = function(index)
     except Exception as error:
         reason = error.__context__ or error             # the end of a recording fails, too
         fail("this step cannot become a CUDA graph: --no-compile runs without one, --parts 2 needs "
@@ -203,9 +200,8 @@ def cuda_graph(function, model, *inputs):
     gradients = [p.grad for p in model.parameters()]        # where every replay writes them
     model.zero_grad()
 
-    def replay(*given):
-        for x, new in zip(inputs, given):
-            x.copy_(new)
+    def replay(new):
+        index.copy_(new)
         graph.replay()
         for p, gradient in zip(model.parameters(), gradients):
             p.grad = gradient                               # optimizers' zero_grad forgets it
@@ -214,8 +210,6 @@ def cuda_graph(function, model, *inputs):
     replay.function = function      # whose tensors the graph reads: they must stay where they are
     return replay
 
-
-# ---------------------------------------------------------------------- data
 
 CAPTION_DROPOUT = .1    # of captions are empty in training, which classifier-free guidance needs
 

@@ -1,6 +1,6 @@
 """What every plan saves: the time of a training step beside its FLOPs, on random tokens.
 
-    python study/bench.py [--preset tiny]           study/results/bench-PRESET.json and .png
+    python study/bench.py [--preset tiny]           study/results/bench-PRESET.json
     python study/gpu.py --only steps                compiled, and as CUDA graphs
 
 Nothing is learned, so a step costs what it costs in training. Steps take turns, so that what else
@@ -14,8 +14,7 @@ import statistics
 import time
 
 from table import RESULTS, markdown
-from common import (has_bfloat16, hardware, line_chart, pick_device, run_script, save_picture,
-                    script_parser, write_file)
+from common import has_bfloat16, hardware, pick_device, run_script, script_parser, write_file
 
 import torch
 import torch.nn as nn
@@ -200,18 +199,6 @@ def bench(preset, device, repeats, sides=(8, 16, 32)):
                         for name in ("dense", "hmgen")]}
 
 
-def draw_times(found, path):
-    """How long a picture takes in a training step, by its number of tokens."""
-    lines = {}
-    for x in found["image_tokens"]:
-        if (x["task"], x["plan"]) != ("und", "hmgen"):      # nobody's plan
-            seconds = x["ms"] / 1e3 / found["batch_size"]
-            lines.setdefault(f"{x['task']} {x['plan']}", []).append(seconds)
-    sizes = ", ".join(dict.fromkeys(str(x["image_tokens"]) for x in found["image_tokens"]))
-    title = f"seconds a picture in a training step, by image tokens: {sizes}"
-    save_picture(line_chart(lines, title, 0, max(map(max, lines.values()))), path)
-
-
 def main():
     parser = script_parser(__doc__)
     parser.add_argument("--preset", choices=PRESETS, help="default: what fits the device")
@@ -221,13 +208,12 @@ def main():
     found = bench(args.preset or usual_preset(device), device, args.repeats)
     path = RESULTS / f"bench-{found['preset']}.json"
     write_file(path, json.dumps(found, indent=1))
-    draw_times(found, path.with_suffix(".png"))
     print(f"{found['hardware']}; {found['batch_size']} sequences a step")
     for part in ("steps", "image_tokens", "drawing"):
         rows = [[f"{x:.2f}" if isinstance(x, float) else x for x in row.values()]
                 for row in found[part]]
         print(f"\n{part}:\n{markdown(list(found[part][0]), rows)}")
-    print(f"\n{path}, {path.with_suffix('.png')}")
+    print(f"\n{path}")
 
 
 if __name__ == "__main__":
