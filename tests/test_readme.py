@@ -16,6 +16,7 @@ from PIL import Image
 
 README = (ROOT / "README.md").read_text()
 SCRIPT = r"python ((?:study/)?\w+\.py)(.*)"
+MOST_WORDS, MOST_NUMBERS = 1350, 60         # beside tables and code; beside links, too
 
 
 def table_under(first_cell):
@@ -33,9 +34,17 @@ def test_links_lead_somewhere():
             headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M) if anchor else []
             slugs = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
             assert not anchor or anchor in slugs, link
-    named = {name.strip("`") for name, *_ in table_under("file")}
+    named = {name.strip("`") for _, name, *_ in table_under("minutes")} - {""}
     assert all((ROOT / name).exists() for name in named)
     assert {file.name for file in ROOT.glob("*.py")} <= named
+
+
+def test_prose_is_short_and_figures_stand_in_tables():
+    prose = re.sub(r"(?m)^(    |\|).*$", "", README)                 # no code, no table
+    prose = re.sub(r"`[^`]*`|!\[[^]]*\]\([^)]*\)", "", prose)       # nor in a line; no picture
+    assert len(re.sub(r"\]\([^)]*\)", "", prose).split()) <= MOST_WORDS
+    numbers = re.findall(r"(?<![\w.-])\d[\d.,]*", re.sub(r"\[[^]]*\]\([^)]*\)", "", prose))
+    assert len(numbers) <= MOST_NUMBERS and "±" not in prose, numbers
 
 
 def test_commands_have_the_options_that_they_use():
@@ -56,9 +65,7 @@ def test_results_are_those_of_the_committed_runs():
     from table import COLUMNS, ROWS, numbers, read_runs
     found = read_runs(ROOT / "study" / "results" / "synergy")
     row_of = {title: row for row, (title, *_) in ROWS.items()}
-    shown = table_under("run")
-    assert len(shown) >= 7
-    for title, *cells, seeds in shown:
+    for title, *cells, seeds in table_under("run"):
         runs = {seed: found[row_of[title]][seed] for seed in range(1, int(seeds) + 1)}
         for cell, (_, path, factor, digits) in zip(cells, COLUMNS, strict=True):
             values = numbers(runs, path, factor)
@@ -66,15 +73,15 @@ def test_results_are_those_of_the_committed_runs():
 
 
 def test_the_default_run_is_that_of_the_committed_scores():
-    results = ROOT / "study" / "results"
-    cpu = [json.loads((results / f"cpu-seed{seed}.json").read_text()) for seed in range(5)]
-    gpu = json.loads((results / "scale" / "joint-seed1" / "eval.json").read_text())
-    shown = {device: cells for device, *cells in table_under("device")}
-    for column, (task, name) in enumerate((("und", "accuracy"), ("gen", "image_accuracy")), 2):
-        values = [100 * scores[task][name] for scores in cpu]
-        assert shown["2 CPU cores"][column].startswith(
-            f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}")
-        assert shown["one H200"][column].startswith(f"{100 * gpu[task][name]:.1f}")
+    results, shown = ROOT / "study" / "results", table_under("device")
+    for row, names, form in (
+            (shown[0], [f"cpu-seed{seed}.json" for seed in range(5)], "{:.1f} ± {:.1f}"),
+            (shown[1], ["scale/joint-seed1/eval.json"], "{:.1f}")):
+        scores = [json.loads((results / name).read_text()) for name in names]
+        for cell, task, name in zip(row[3:], ("und", "gen"), ("accuracy", "image_accuracy")):
+            values = [100 * run[task][name] for run in scores]
+            spread = statistics.stdev(values) if len(values) > 1 else 0
+            assert cell.startswith(form.format(statistics.mean(values), spread)), row
 
 
 @pytest.mark.parametrize("name, command, printed", [

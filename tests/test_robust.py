@@ -6,7 +6,6 @@ import os
 import random
 import struct
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +21,7 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 20, 3), d
 
 
 def encoded(image, kind="png", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
+    image.save(buffer := io.BytesIO(), kind, **options)
     return buffer.getvalue()
 
 
@@ -38,20 +36,18 @@ def write_classes(root, seed=0):
 
 
 def test_both_conventions_of_folders(tmp_path, capsys, monkeypatch):
-    """What a folder is taken for is told. Each file is opened once; copies of a picture are in one
-    part."""
+    """What a folder is taken for is told. Each file is opened once. Copies are in one part."""
     root, opened, real = write_classes(tmp_path / "images"), [], builtins.open
     for path in (".checkpoints/0.png", "dogs/._0.png", "dogs/deep/0.png", "dogs/scan.pdf"):
         (root / path).parent.mkdir(exist_ok=True)
         (root / path).write_bytes(b"%PDF-1.4")
     (root / "linked").symlink_to(root / "dogs")
-    monkeypatch.setattr(builtins, "open", lambda *args, **more: opened.append(args) or real(
-        *args, **more))
+    monkeypatch.setattr(builtins, "open", lambda *args: opened.append(args) or real(*args))
     folder = Folder(root, "tiny")
     assert len(opened) == 369
-    printed = capsys.readouterr().out
-    assert "369 images, with captions like 'black cats', 'dogs', 'linked'" in printed
-    assert "left out 4 other files" in printed
+    told = capsys.readouterr().out
+    assert "369 images, with captions like 'black cats', 'dogs', 'linked'" in told
+    assert "left out 4 other files" in told
     train, val = folder.split("und", "train", 1000), folder.split("gen", "val", 1000)
     assert len(train.pixels) + len(val.pixels) == 369 and train.pixels.shape[1:] == (16, 16, 3)
     assert not {p.tobytes() for p in train.pixels} & {p.tobytes() for p in val.pixels}
@@ -107,24 +103,19 @@ def test_pictures_look_as_they_are_meant(tmp_path):
         (tmp_path / "x").write_bytes(content)
         return read_picture(tmp_path / "x", 8).astype(int)
 
-    def png_chunk(kind, content):
-        check = struct.pack(">I", zlib.crc32(kind + content))
-        return struct.pack(">I", len(content)) + kind + content + check
-
-    halves, exif, plain = Image.new("RGB", (8, 8)), Image.Exif(), encoded(NOISE)
+    halves, exif, bmp = Image.new("RGB", (8, 8)), Image.Exif(), encoded(NOISE, "bmp")
     halves.paste("white", (0, 0, 8, 4))                     # the upper half
     exif[0x0112] = 6                                        # turn to the right
-    right = np.repeat([0, 255], 4)[:, None]
-    grey = np.arange(64, dtype=np.uint16).reshape(8, 8) * 4
-    odd = plain[:33] + png_chunk(b"eXIf", b"garbage!") + plain[33:]
+    right, grey = np.repeat([0, 255], 4)[:, None], np.arange(64).reshape(8, 8) * 4
     for content, expected in (
             (encoded(halves, exif=exif), right), (encoded(Image.new("LA", (8, 8))), 255),
             (encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "tiff"), [255, 0, 0]),
-            (encoded(Image.fromarray(grey * 257)), 1. * grey[..., None]), (odd, read(plain))):
+            (encoded(Image.fromarray((grey * 257).astype(np.uint16))), grey[..., None]),
+            (encoded(NOISE, exif=b"garbage!"), read(bmp))):
         assert abs(read(content) - expected).max() < 30
-    huge = plain[:8] + png_chunk(b"IHDR", struct.pack(">II5B", 20_000, 20_000, 8, 2, 0, 0, 0))
-    for wrong, complaint in ((huge + plain[33:], "pixels"),
-                             (encoded(Image.fromarray(grey * 1.), "tiff"), "white")):
+    huge = bmp[:18] + struct.pack("<ii", 20_000, 20_000) + bmp[26:]
+    fractions = encoded(Image.fromarray(grey / 4), "tiff")
+    for wrong, complaint in ((huge, "pixels"), (fractions, "white")):
         with pytest.raises(Exception, match=complaint):
             read(wrong)
 
@@ -144,9 +135,7 @@ def test_a_large_picture_takes_little_more_memory_than_its_pixels(tmp_path):
 
 def hostile_pictures(rng):
     """(bytes, whether it is a picture), of which None may be one."""
-    yield encoded(Image.new("P", (20000, 1)), "gif"), True
-    for content in (b"", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"<svg/>", b"\0" * 99):
-        yield content, False
+    yield from ((encoded(Image.new("P", (20000, 1)), "gif"), True), (b"", False), (b"<svg/>", False))
     for _ in range(40):
         kind = rng.choice(("png", "jpeg", "gif", "bmp", "tiff", "webp"))
         content = bytearray(encoded(NOISE, kind))
@@ -158,8 +147,7 @@ def hostile_pictures(rng):
 
 def hostile_lines():
     """(what changes in a good line of metadata.jsonl, whether it can be used)."""
-    for change in ({}, {"qa": []}, {"qa": [{"question": "q?", "answer": "a"}] * 3, "more": 1},
-                   {"text": "<|eos|> 漢字 🙂 \u2028 \0"}, {"file_name": "out.png"}):
+    for change in ({"qa": []}, {"text": "<|eos|> 漢字 🙂 \u2028 \0"}, {"file_name": "out.png"}):
         yield change, True
     for name in ("../a.png", "/etc/passwd", ".", "b.png", "a.png/x", "x" * 5000, "a\0.png",
                  "\ud800", "x.png", "loop.png", "sub/../../a.png", "~/a.png", "C:\\a.png"):
@@ -171,7 +159,7 @@ def hostile_lines():
 
 def test_a_hundred_bad_inputs_are_used_or_refused_at_once(tmp_path):
     """... by an exception, which Folder tells in one line."""
-    root, outcomes, good = tmp_path / "images", [], {"file_name": "a.png", "text": "a picture"}
+    root, good = tmp_path / "images", {"file_name": "a.png", "text": "a picture"}
     (root / "x.png").mkdir(parents=True)
     for path in (root / "a.png", tmp_path / "a.png"):
         path.write_bytes(encoded(NOISE))
@@ -179,13 +167,12 @@ def test_a_hundred_bad_inputs_are_used_or_refused_at_once(tmp_path):
     (root / "loop.png").symlink_to(root / "loop.png")
 
     def check(expected, function, *args):
-        began = time.process_time()
+        began, is_used = time.process_time(), True
         try:
             function(*args)
-            outcomes.append(True)
         except Exception:
-            outcomes.append(False)
-        assert time.process_time() - began < 2 and expected in (None, outcomes[-1]), args
+            is_used = False
+        assert time.process_time() - began < 2 and expected in (None, is_used), args
 
     for change, expected in hostile_lines():
         check(expected, read_line, root, json.dumps(good | change), 16, 360)
@@ -194,7 +181,6 @@ def test_a_hundred_bad_inputs_are_used_or_refused_at_once(tmp_path):
     for content, expected in hostile_pictures(random.Random(0)):
         (root / "a.png").write_bytes(content)
         check(expected, read_picture, root / "a.png", 16)
-    assert outcomes.count(False) > 100 and outcomes.count(True) > 10
 
 
 class Code:
@@ -209,8 +195,7 @@ def test_checkpoints_of_strangers_are_refused_in_one_line(trained, tmp_path, err
     contents = [good[:rng.randrange(len(good))] for _ in range(20)]
     contents += [(trained / "tokenizer.pt").read_bytes(), b"", b"PK\x03\x04", b"{}"]
     for strange in ({"kind": "run", "model": Code()}, {"kind": None}, {}, [], 1, "run", None):
-        buffer = io.BytesIO()
-        torch.save(strange, buffer)
+        torch.save(strange, buffer := io.BytesIO())
         contents.append(buffer.getvalue())
     for content in contents:
         Path("checkpoint.pt").write_bytes(content)
