@@ -3,10 +3,9 @@
     python study/bench.py [--preset tiny]           study/results/bench-PRESET.json
     python study/gpu.py --only steps                compiled, and as CUDA graphs
 
-Nothing is learned, so a step costs what it costs in training. Steps take turns, so that what else
-the machine does hits all alike; times are medians. Also: a GPT written the usual way beside ours
-(nanoGPT's structure: LayerNorm, one QKV product, GELU, learned positions, tied head, logits and
-loss at every position, AdamW), and drawing with and without the KV cache.
+Steps take turns, so that what else the machine does hits all alike; times are medians. Also: a GPT
+written the usual way (nanoGPT's structure: LayerNorm, one QKV product, GELU, learned positions,
+tied head, loss at every position, AdamW), and drawing with and without the KV cache.
 """
 import gc
 import json
@@ -27,15 +26,13 @@ from tokenizer import FIRST_CODE
 from train import apply_gradients, cuda_graph, optimizers_of
 
 
-# ---------------------------------------------------------------------- what is timed
-
-def bench_config(preset, side=None, projections="shared"):
+def bench_config(preset, side=None):
     """The Config of a preset, with as many text tokens as it may have at most, before the image two
     fifths of that: a run measures its own."""
     p = PRESETS[preset]
     side = side or p.image_size // p.patch
     layouts = {"und": (2, side ** 2, p.max_text), "gen": (p.max_text * 2 // 5, side ** 2, 0)}
-    return Config(FIRST_CODE + p.codes, p.layers, p.width, p.heads, side, layouts, projections)
+    return Config(FIRST_CODE + p.codes, p.layers, p.width, p.heads, side, layouts)
 
 
 def random_batch(task, c, rows):
@@ -137,8 +134,6 @@ def clean_up():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
-
-# ---------------------------------------------------------------------- what is measured
 
 def time_steps(c, names, rows, device, repeats, beside=()):
     """Training steps of both tasks under these plans. beside: {name: other options of bench_step},

@@ -3,8 +3,8 @@ measure: what is still right if no token sees the image from a layer on.
 
     python study/depth.py RUN [RUN ...]             trained runs; study/results/depth.json and .png
 
-table.py trains twelve narrow layers (--rows deep). The image is hidden at inference only, by the
-rule of the naive control: in these layers image tokens are updated, but are no keys of any token.
+The image is hidden at inference only, by the rule of the naive control: in these layers image
+tokens are updated, but are no keys of any token.
 """
 import json
 from pathlib import Path
@@ -47,14 +47,14 @@ def measure(folder, device):
 
 def table_of(found):
     """What was found, as a table in Markdown: means over runs, and their standard deviation."""
-    measures = (("attention", "attention of output queries to the image", 2, 1),
-                ("right", "right, %, if hidden from here on", 1, 100))
     rows = []
     for task in found[0]:
-        for name, title, digits, factor in measures:
-            of_layers = zip(*(run[task][name] for run in found))
-            cells = [mean_std([factor * x for x in values], digits) for values in of_layers]
-            rows.append([f"{TITLES[task]}: {title}", *cells] + [""] * (name == "attention"))
+        attention, right = (zip(*(run[task][name] for run in found))
+                            for name in ("attention", "right"))
+        rows.append([f"{TITLES[task]}: attention of output queries to the image",
+                     *(mean_std(values, 2) for values in attention), ""])
+        rows.append([f"{TITLES[task]}: right, %, if it is hidden from here on",
+                     *(mean_std([100 * x for x in values], 1) for values in right)])
     return markdown(["layer", *range(1, len(rows[0]) - 1), "nowhere"], rows)
 
 
@@ -67,8 +67,7 @@ def draw(found, path):
         # What is right goes on to "hidden nowhere"; there, attention is drawn level.
         lines = {"attention": attention + attention[-1:], "right if hidden from here on": right}
         title = f"{TITLES[task]}: the image, from the first layer to the last, and nowhere"
-        chart = line_chart(lines, title, 0, 1, (500, 360))
-        sheet.paste(chart, (500 * column, 0))
+        sheet.paste(line_chart(lines, title, 0, 1, (500, 360)), (500 * column, 0))
     save_picture(sheet, path)
 
 

@@ -6,9 +6,8 @@
                                                     precision, without its optimizers
     python eval.py study/trained                    its scores, study/trained/eval.json
 
-The animation draws the first validation caption of each kind but "scene", token by token in the
-order of generation, and then asks the same model a question about each picture. Nothing is chosen;
-where the picture or the answer is wrong, it is red.
+The GIF draws the first validation caption of each kind but "scene", token by token, then asks the
+same model a question about each picture. Nothing is chosen; what has a mistake is red.
 """
 import random
 from itertools import count
@@ -36,9 +35,6 @@ def shrink(run, folder):
 
 
 # ---------------------------------------------------------------------- drawing.gif
-
-FRAME_MS, LAST_MS = 80, 5000
-
 
 def animate(run, device, path):
     model, tokenizer, _, world, plans = open_run(run, device)
@@ -75,7 +71,7 @@ def animate(run, device, path):
     palette = frames[0].quantize(128)                       # one for all: no colour flickers
     frames = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in frames]
     frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
-                   duration=[LAST_MS] + [FRAME_MS] * (len(frames) - 1))
+                   duration=[5000] + [80] * (len(frames) - 1))      # milliseconds
     print(f"{path}: {asked}, wrong: {wrong}")
 
 
@@ -99,8 +95,7 @@ BARS = [("understanding only", "u", GREY), ("joint training", "joint", BLUE),
 
 
 def draw_ten_seconds(found, path):
-    """What tokens do in each layer under four plans, and what that does to held-out pairs. found:
-    the study's committed runs, as read_runs gives them."""
+    """What tokens do in each layer, and what that does to held-out pairs. found: of read_runs."""
     sheet = Image.new("RGB", (1180, 640), "white")
     draw = ImageDraw.Draw(sheet)
 

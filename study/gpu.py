@@ -19,9 +19,7 @@ from model import Model
 from prune import make_plan
 from train import TASK_WEIGHT, cuda_graph, forward_backward
 
-# Steps that are looked at: task, plan, projections.
-CASES = [("und", "dense", "shared"), ("und", "himix", "shared"), ("und", "freeze", "shared"),
-         ("gen", "dense", "shared"), ("gen", "hmgen", "shared"), ("und", "himix", "task")]
+CASES = [("und", "dense"), ("und", "himix"), ("und", "freeze"), ("gen", "dense"), ("gen", "hmgen")]
 
 
 def emit(**result):
@@ -42,9 +40,9 @@ def right(preset, device):
     """Is what a GPU does for speed also right? Losses and gradient norms of one step in float32, in
     mixed precision, in two parts, compiled, and as a CUDA graph."""
     rows, cuda = PRESETS[preset].batch_size, device.type == "cuda"
-    for task, name, projections in CASES:
+    for task, name in CASES:
         clean_up()
-        c, found = bench_config(preset, None, projections), {}
+        c, found = bench_config(preset), {}
         torch.manual_seed(0)
         model, index = Model(c).to(device), torch.arange(rows, device=device)[None]
         for p in model.parameters():
@@ -63,27 +61,26 @@ def right(preset, device):
             if how == "compiled":
                 for block in model.blocks:
                     block.compile(dynamic=False)
-            with emit_errors(task=task, plan=name, projections=projections, how=how):
+            with emit_errors(task=task, plan=name, how=how):
                 if how == "graph":
                     passes = cuda_graph(passes, model, index)
                 loss = (in_float32 if how == "float32" else passes)(index)[task].item()
                 gradients = [p.grad for p in model.parameters() if p.grad is not None]
                 found[how] = loss, torch.nn.utils.get_total_norm(gradients).item()
             model.zero_grad()
-        emit(task=task, plan=name, projections=projections, loss_and_gradient_norm=found)
+        emit(task=task, plan=name, loss_and_gradient_norm=found)
 
 
 def steps(preset, device):
     """Training steps as train.py takes them: CUDA graphs, one at a time."""
-    rows, compiled = PRESETS[preset].batch_size, device.type == "cuda"
+    c, rows, compiled = bench_config(preset), PRESETS[preset].batch_size, device.type == "cuda"
     every = [(case, rows, {}) for case in CASES]
     every += [(CASES[0], rows, {"muon": False}), (CASES[0], rows, {"usual": True})]
     every += [(case, 2 * rows, {}) for case in CASES[:2]]
-    for (task, name, projections), n, how in every:
+    for (task, name), n, how in every:
         clean_up()
-        what = dict(task=task, plan=name, projections=projections, rows=n, **how)
+        what = dict(task=task, plan=name, rows=n, **how)
         with emit_errors(**what):
-            c = bench_config(preset, None, projections)
             plan, dense = make_plan(name, c.layers), make_plan("dense", c.layers)
             given = task, plan, c, n, device, compiled
             ms, launched_ms = (

@@ -34,10 +34,9 @@ def matching(model, tokenizer, split, task, plan):
     """How often, among ten, the right text is picked for a picture ("text"), a picture with the
     right text for a text ("picture"), either by a blind guess ("chance").
 
-    und: by log p(answer | picture, question), a text being the answer to a picture's first
-    question. Asked is the question of what is given: so an answer that fits no other question is
-    found without the picture, but a picture is not. gen: by log p(picture | caption) less log
-    p(picture | no caption)."""
+    und: by log p(answer | picture, question), with the first question of what is given: so an
+    answer that fits no other question is found without the picture, but a picture is not. gen: by
+    log p(picture | caption) minus log p(picture | no caption)."""
     hits = defaultdict(list)
     codes = tokenizer.encode(split.pixels)
     for i in tqdm(range(0, len(codes) - GROUP + 1, GROUP), desc="matching", leave=False):

@@ -1,25 +1,21 @@
 """Photographs instead of drawn shapes: what are joint training and token reduction worth there?
 
     python study/photos.py FOLDER                   every row, seeds 1 to 3, and the table
-    python study/photos.py FOLDER --seeds 1 --rows u joint          some rows
     python study/photos.py FOLDER --preset tiny --steps 20 --out out/try    every stage in minutes
 
 FOLDER holds one folder of pictures for each class (CIFAR-10: 10 of 5,000 pictures). Understanding
 answers "what is this?" with a class, generation draws a picture of a class. No checker reads a
-photograph: drawn ones are judged by a small network that is trained on real ones. Two rows let
-understanding see a few labelled pictures only, and generation as many as in the other rows: there,
-one would think, joint training has most to give.
+photograph: drawn ones are judged by a small network that is trained on real ones. In two rows
+understanding sees few labelled pictures: there, one would think, joint training has most to give.
 
-Like table.py it goes on where it stopped, and several processes share the work. Writes
-study/results/photos-PRESET.md and .json (what real pictures score).
+It trains rows as table.py does. Writes study/results/photos-PRESET.md and .json (real pictures).
 """
 import json
-from itertools import product
 from pathlib import Path
 
 import table
-from table import (RESULTS, SIZES, cell, differences_of, lock, markdown, mean_std, open_run,
-                   read_runs, rows_parser, train_rows)
+from table import (RESULTS, SIZES, differences_table, lock, markdown, open_run, read_runs,
+                   rows_parser, runs_rows, train_rows, write_tables)
 from common import fail, pick_device, read_checkpoint, run_script, save_checkpoint, write_file
 
 import numpy as np
@@ -49,13 +45,10 @@ COLUMNS = [("named, %", ("photos", "named"), 100, 1),
            ("drawn right, %", ("photos", "drawn_right"), 100, 1),
            ("Fréchet distance ↓", ("photos", "frechet"), 1, 2),
            ("FLOPs", ("cost", "flops_ratio"), 1, 2)]
-# Differences that the table shows, in each column where both rows have numbers.
-DIFFERENCES = [("joint", "u"), ("joint-few", "u-few"), ("joint", "g"), ("share-all", "joint"),
-               ("share-all", "u"), ("freeze-hmgen", "joint"), ("freeze-hmgen", "u"),
-               ("freeze-hmgen", "g")]
+# Differences that the table shows: {row: other rows}.
+COMPARED = {"joint": "u g", "joint-few": "u-few", "share-all": "joint u",
+            "freeze-hmgen": "joint u g"}
 
-
-# ---------------------------------------------------------------------- the classifier
 
 class Classifier(nn.Module):
     def __init__(self, classes):
@@ -124,11 +117,9 @@ def frechet(a, b):
     return float(means + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
 
 
-# ---------------------------------------------------------------------- scores
-
 def score_real(split, names, tokenizer, classifier):
-    """How real pictures score, as they are and after the tokenizer, which is the best that drawn
-    ones can reach; and the features that Fréchet distances are measured to."""
+    """How real pictures score, as they are and after the tokenizer, the best that drawn ones can
+    reach; and the features that Fréchet distances are measured to."""
     labels = labels_of(split, names)
     # The distance of few pictures comes out too large. So as many of them as a run draws, if there
     # are enough, are compared with the others.
@@ -172,31 +163,20 @@ def score_run(folder, split, names, classifier, reference, device):
 
 
 def make_table(out, real, names, preset):
-    found, rows = read_runs(out, ROWS), []
+    found = read_runs(out, ROWS)
     for file in out.glob("*-seed*/photos.json"):
         name, seed = file.parent.name.rsplit("-seed", 1)
         found[name][int(seed)]["photos"] = json.loads(file.read_text())
-    for name in ROWS:
-        if name in found:
-            cells = [cell(found[name], *column[1:]) for column in COLUMNS]
-            rows.append([ROWS[name][0], ", ".join(map(str, sorted(found[name]))), *cells])
+    titles = {name: title for name, (title, _) in ROWS.items() if name in found}
+    rows = runs_rows(titles, found, COLUMNS)
     for title, kind in (("real pictures", ""), ("real, through the tokenizer", "decoded_")):
         rows.append([title, "–", "–", f"{100 * real[kind + 'accuracy']:.1f}",
                      f"{real[kind + 'frechet']:.2f}", "–"])
-    chance = f"{100 / len(names):.1f}"
-    rows.append(["chance", "–", chance, chance, "–", "–"])
-    parts = [markdown(["run", "seeds", *(column[0] for column in COLUMNS)], rows)]
-    rows = []
-    for (row, other), (title, path, factor, digits) in product(DIFFERENCES, COLUMNS[:3]):
-        differences = differences_of(found, path, row, other, factor=factor)
-        if differences:
-            rows.append([f"{row} less {other}: {title}", mean_std(differences, digits, "+"),
-                         len(differences)])
-    parts.append(markdown(["row less row", "difference", "seeds"], rows))
-    path = RESULTS / f"photos-{preset}"
-    write_file(f"{path}.md", "\n\n".join(parts) + "\n")
-    write_file(f"{path}.json", json.dumps({"names": names, "real": real}))
-    print("\n\n".join(parts) + f"\n\n{path}.md, .json")
+    rows.append(["chance", "–", *[f"{100 / len(names):.1f}"] * 2, "–", "–"])
+    path = RESULTS / f"photos-{preset}.json"
+    write_file(path, json.dumps({"names": names, "real": real}))
+    write_tables([markdown(["run", "seeds", *(column[0] for column in COLUMNS)], rows),
+                  differences_table(found, COMPARED, COLUMNS[:3])], path.with_suffix(".md"))
 
 
 def main():
@@ -215,7 +195,6 @@ def main():
         tokenizer = get_tokenizer(out / "tokenizer.pt", dataset, preset, device)
         classifier = get_classifier(out / "classifier.pt", dataset, names, device)
     real, reference = score_real(split, names, tokenizer, classifier)
-
     train_rows(out, ROWS, args, preset, ["--device", device.type, "--data", args.folder,
                                          "--tokenizer", out / "tokenizer.pt"],
                lambda run, row: score_run(run, split, names, classifier, reference, device))

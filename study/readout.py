@@ -1,13 +1,11 @@
 """What image tokens know, layer by layer: can an object's shape, colour, size and cell be read from
 the tokens that show it?
 
-    python study/readout.py out/joint out/u         tables
-    python study/readout.py study/results/synergy/{u,joint}-seed* --chart readout-cpu
-        also study/results/readout-cpu.json and .png: means over the seeds of each row
+    python study/readout.py out/table/{u,joint}-seed*       tables
+        --chart readout-cpu         and study/results/readout-cpu.json and .png: means over seeds
 
 A readout is ridge regression from hidden states to one-hot labels, fitted on some validation
-pictures and tested on others, and on objects of pairs that understanding never trains on. Only the
-shapes world says what a patch shows.
+pictures and tested on others, and on objects of held-out pairs.
 """
 import json
 from collections import defaultdict
@@ -35,9 +33,8 @@ PAIRS = {"last token": "known pairs", "last token, held-out pairs": "held-out pa
 
 
 def distinct_scenes(dataset, part, n, seed):
-    """Up to n scenes of understanding's "val" or "held_out", no two of which look alike (but for
-    where in its cell an object lies). Pictures with one object come again and again, and a readout
-    that was fitted on one of them would know the others."""
+    """Up to n scenes of a part, no two of which look alike (but for where in its cell an object
+    lies): a readout that was fitted on one of them would know the others."""
     found = {}                                              # look -> its first scene
     for scene in dataset.split("und", part, 2 * n, seed, questions=0).scenes:
         found.setdefault(tuple(thing[:4] for thing in scene), scene)
@@ -66,8 +63,8 @@ def token_labels(dataset, scenes, side):
 
 @torch.no_grad()
 def hidden_states(model, batch, plan, chosen):
-    """The states of the image tokens that `chosen` (B, M) picks, after as many layers as `plan`
-    has, the first ones of the model's: (tokens, d), float64, on the CPU."""
+    """The states of the `chosen` (B, M) image tokens after the layers of `plan`, the first ones of
+    the model's: (tokens, d), float64, on the CPU."""
     before, m, _ = batch.layout
     states = [model.gathered(batch.rows(slice(i, i + BATCH)), plan)[:, before:before + m].cpu()
               for i in range(0, len(batch.tokens), BATCH)]
@@ -111,11 +108,9 @@ def study(folder, device):
     print(f"\n{folder}: {to_fit.sum()} pictures to fit on, {to_test.sum()} to test on")    # (B, 1)
     shown = labels[..., 0] >= 0                             # (B, M), the tokens that show something
     labels = labels[shown]                                  # (tokens, 4)
-    # The tokens to fit on, and those to test, of each readout.
-    groups = {"all tokens": (to_fit & shown, to_test & shown),
-              "last token": (to_fit & is_last, to_test & is_last),
-              "last token, held-out pairs": (to_fit & is_last, is_held_out & is_last)}
-
+    # Of each readout: which tokens, to fit on and to test.
+    groups = {"all tokens": (shown, to_fit, to_test), "last token": (is_last, to_fit, to_test),
+              "last token, held-out pairs": (is_last, to_fit, is_held_out)}
     # Questions come after the image, so its tokens do not see them; nor is there a caption.
     codes = tokenizer.encode(dataset.render(scenes))
     batches = {"und": understanding(tokenizer, codes, [[]] * len(scenes), length=0),
@@ -125,8 +120,8 @@ def study(folder, device):
         batch, found[task] = batches[task].to(device), {}
         states = [hidden_states(model, batch, plan[:layers], shown)
                   for layers in range(len(plan) + 1)]
-        for name, (fit, test) in groups.items():
-            fit, test = fit[shown], test[shown]             # (tokens,) both
+        for name, (tokens, *parts) in groups.items():
+            fit, test = ((tokens & part)[shown] for part in parts)      # (tokens,) both
             read = [readout(of_layer, labels, fit, test) for of_layer in states]
             chance = (labels[test] == labels[fit].mode(0).values).double().mean(0).tolist()
             found[task][name] = {field: [*(of_layer[field] for of_layer in read), guess]

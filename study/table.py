@@ -6,9 +6,8 @@
 
 It goes on where it stopped, and may be started several times, best one process a core
 (OMP_NUM_THREADS=1): each takes rows that no other has. Settings are chosen on seeds 0 and 10 to 12,
-so seeds count from 1. Go on with a stopped run by starting this again, not with train.py: some rows
-have a world or sizes of their own. Writes study/results/NAME-PRESET.md; NAME is the folder's. Git
-keeps the scores of each run, eval.json: they are all that a table needs.
+so seeds count from 1. Go on with a stopped run by starting this again: train.py knows nothing of
+the rows' own worlds and sizes. Writes study/results/FOLDER-PRESET.md, from each run's eval.json.
 """
 import json
 import math
@@ -88,11 +87,6 @@ DENSE = {"und": "u", "gen": "g", "joint": "joint"}
 # Trained rows that are scored once more under a plan they were not trained with (cf. fig. 5).
 AT_INFERENCE = {"u": ("HiMix at inference only", {"und_plan": "himix"}),
                 "g": ("HMGen at inference only", {"gen_plan": "hmgen"})}
-# The paper's table 3: GQA, MJHQ FID (less is better) and FLOPs.
-PAPER = {"u": ("52.86", "–", "1"), "g": ("–", "17.45", "1"), "joint": ("56.00", "15.78", "1"),
-         "u-himix": ("49.92", "–", "0.24"), "g-hmgen": ("–", "12.16", "0.85"),
-         "share-all": ("33.00", "12.53", "0.56"), "share-partial": ("47.05", "14.54", "0.55")}
-
 # Where numbers stand in eval.json, and the table's columns: title, number, factor, digits.
 QUESTIONS, HELD_OUT = ("und", "accuracy"), ("und", "held_out_accuracy")
 IMAGES, UNSEEN = ("gen", "image_accuracy"), ("gen", "unseen_object_accuracy")
@@ -197,26 +191,25 @@ def open_run(folder, device, source=None):
 
 def train_run(out, arguments):
     """Trains and scores one run with these options of train.py, if it has no scores yet. A finished
-    one of another size is refused: it would stand in one table with the others."""
+    one of another length is refused: it would stand in one table with the others."""
     where = "--resume" if (out / "checkpoint.pt").exists() else "--out"
     options, device, checkpoint = parse_options([*map(str, arguments), where, str(out)])
     if not (out / "eval.json").exists():
         print(f"\n{out}", flush=True)
         torch.compiler.reset()                              # else the code of every run stays
         return train(options, device, checkpoint)
-    had = json.loads((out / "eval.json").read_text())["config"]
-    for key in ("preset", "steps"):
-        if had[key] != vars(options)[key]:
-            fail(f"{out} was trained with {key} {had[key]}: expected {vars(options)[key]}")
+    steps = json.loads((out / "eval.json").read_text())["config"]["steps"]
+    if steps != options.steps:
+        fail(f"{out} was trained for {steps} steps: expected {options.steps}")
 
 
 def train_rows(folder, rows, args, preset, arguments, score):
-    """Trains and scores what is missing of `rows` in a folder. A row has its own sizes and its own
-    world meanwhile. arguments: of train.py, for all. score(run, row): further scores."""
+    """Trains and scores what is missing of `rows` in a folder, each with its own sizes and world.
+    arguments: of train.py, for all. score(run, row): further scores."""
     usual_sizes, steps = dict(vars(PRESETS[preset])), args.steps or PRESETS[preset].steps
     for seed, name in product(range(1, args.seeds + 1), args.rows):
         out = folder / f"{name}-seed{seed}"
-        vars(PRESETS[preset]).update(SIZES.get(name, {}))
+        vars(PRESETS[preset]).update(usual_sizes | SIZES.get(name, {}))
         shapes.Shapes = WORLDS.get(name, Shapes)            # where data.load finds it
         with lock(out) as is_mine:
             if is_mine:
@@ -224,8 +217,6 @@ def train_rows(folder, rows, args, preset, arguments, score):
                                 round(STEPS.get(name, 1) * steps), *rows[name][1].split(),
                                 *arguments])
                 score(out, name)
-        vars(PRESETS[preset]).update(usual_sizes)
-        shapes.Shapes = Shapes
 
 
 # ---------------------------------------------------------------------- numbers of many runs
@@ -233,7 +224,7 @@ def train_rows(folder, rows, args, preset, arguments, score):
 def value(scores, path):
     """One number of eval.json, or None: a run has the scores of its own tasks only."""
     for key in path:
-        scores = scores.get(key) if isinstance(scores, dict) else None
+        scores = (scores or {}).get(key)
     return scores
 
 
@@ -290,15 +281,6 @@ def read_runs(folder, rows=tuple(ROWS)):
 
 # ---------------------------------------------------------------------- claims
 
-def t_tail(t, freedom):
-    """P(T > t) of Student's t, by integrating its density."""
-    angle = np.linspace(math.atan(t / freedom ** .5), math.pi / 2, 20_001)
-    # The angle whose tangent is T / sqrt(freedom) has a density that is a power of its cosine.
-    log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - .5 * math.log(math.pi)
-    density = math.exp(log_scale) * np.cos(angle) ** (freedom - 1)
-    return float(np.sum((density[1:] + density[:-1]) / 2 * np.diff(angle)))
-
-
 def differences_of(found, path, row, other_row, *two_more, factor=100):
     """Row less other row, in points (times `factor`), of one seed after the other: runs of one
     seed share data and order. Of the first SEEDS that all have. Four rows: less the difference of
@@ -311,9 +293,14 @@ def differences_of(found, path, row, other_row, *two_more, factor=100):
 
 
 def p_value(differences, points):
-    """One-sided p of a claim: small if it holds, nearly 1 if it does not."""
+    """One-sided p of a claim: small if it holds, nearly 1 if it does not. It is P(T > t) of
+    Student's t, whose angle has a density that is a power of its cosine: integrated here."""
     n, deviation = len(differences), max(stdev(differences), 1e-9)
-    return t_tail((fmean(differences) + points) / deviation * n ** .5, n - 1)
+    t = (fmean(differences) + points) / deviation * n ** .5
+    angle = np.linspace(math.atan(t / (n - 1) ** .5), math.pi / 2, 20_001)
+    log_scale = math.lgamma(n / 2) - math.lgamma((n - 1) / 2) - .5 * math.log(math.pi)
+    density = math.exp(log_scale) * np.cos(angle) ** (n - 2)
+    return float(np.sum((density[1:] + density[:-1]) / 2 * np.diff(angle)))
 
 
 def answer_claims(found):
@@ -343,15 +330,31 @@ def answer_claims(found):
 
 def kinds_table(titles, found, task, accuracy):
     """What is right of each kind of question ("und") or of caption ("gen")."""
-    of_runs = [value(scores, (task, "by_type")) or {} for runs in found.values()
-               for scores in runs.values()]
-    kinds = list(dict.fromkeys(kind for by_type in of_runs for kind in by_type))
-    rows = []
-    for name, title in titles.items():
-        cells = [cell(found[name], (task, "by_type", kind, accuracy), 100, 1) for kind in kinds]
-        if set(cells) - {"–"}:
-            rows.append([title, *cells])
+    every = [scores.get(task, {}) for runs in found.values() for scores in runs.values()]
+    kinds = dict.fromkeys(kind for scores in every for kind in scores.get("by_type", {}))
+    rows = [[title, *(cell(found[name], (task, "by_type", kind, accuracy), 100, 1)
+                      for kind in kinds)] for name, title in titles.items()]
+    rows = [row for row in rows if set(row[1:]) - {"–"}]
     return markdown([f"right by kind, {task}, %", *kinds], rows)
+
+
+def runs_rows(titles, found, columns):
+    """A row for each row of runs: its title, its seeds, its scores."""
+    return [[title, ", ".join(map(str, sorted(found[name]))),
+             *(cell(found[name], *column[1:]) for column in columns)]
+            for name, title in titles.items()]
+
+
+def differences_table(found, compared, columns):
+    """One row less another, {one: "others"}, in each column where both have numbers."""
+    rows = []
+    for one, other in [(one, other) for one in compared for other in compared[one].split()]:
+        each = [differences_of(found, path, one, other, factor=factor)
+                for _, path, factor, _ in columns]
+        if any(len(differences) > 1 for differences in each):
+            cells = [mean_std(x, digits, "+") for x, (*_, digits) in zip(each, columns)]
+            rows.append([f"{one} minus {other}", max(map(len, each)), *cells])
+    return rows and markdown(["difference", "seeds", *(column[0] for column in columns)], rows)
 
 
 def make_table(folder):
@@ -363,37 +366,29 @@ def make_table(folder):
     titles |= {f"{name}-inference": f"{titles[name]}, {title}"
                for name, (title, _) in AT_INFERENCE.items()}
     titles = {name: title for name, title in titles.items() if name in found}
-    score_titles = [column[0] for column in COLUMNS]
-
-    rows = [[title, ", ".join(map(str, sorted(found[name]))),
-             *(cell(found[name], *column[1:]) for column in COLUMNS),
-             *PAPER.get(name, ("–",) * 3)] for name, title in titles.items()]
-    papers = "paper: GQA", "paper: FID ↓", "paper: FLOPs"
-    parts = [markdown(["run", "seeds", *score_titles, *papers], rows),
-             kinds_table(titles, found, "und", "accuracy"),
-             kinds_table(titles, found, "gen", "image_accuracy")]
-    compared, claims = [], answer_claims(found)
-    for one, other in [(one, other) for one in COMPARED for other in COMPARED[one].split()]:
-        each = [differences_of(found, path, one, other) for _, path, *_ in COLUMNS[:4]]
-        seeds = max(map(len, each))
-        if seeds > 1:
-            compared.append([f"{one} less {other}", seeds, *(mean_std(x, 1, "+") for x in each)])
-    if compared:
-        parts.append(markdown(["points", "seeds", *score_titles[:4]], compared))
-    if claims:
-        parts.append(markdown(["claim", "points", "seeds", "p, corrected", ""], [
-            (claim, f"{mean:+.1f} ± {std:.1f}", n, "–" if p is None else f"{p:.1g}", answer)
-            for claim, mean, std, n, p, answer in claims]))
+    claims = [(claim, f"{mean:+.1f} ± {std:.1f}", n, "–" if p is None else f"{p:.1g}", answer)
+              for claim, mean, std, n, p, answer in answer_claims(found)]
     every = [scores for runs in found.values() for scores in runs.values()]
     machines = " / ".join(sorted({scores["hardware"] for scores in every}))
     config = every[0]["config"]
     steps = sorted({scores["config"]["steps"] for scores in every})
-    parts.append(f"Mean ± standard deviation over seeds; preset {config['preset']}, "
-                 f"{' or '.join(map(str, steps))} steps of {config['batch_size']} pictures of each "
-                 f"task; {machines}.")
-    path = RESULTS / f"{folder.resolve().name}-{config['preset']}.md"
-    write_file(path, "\n\n".join(parts) + "\n")
-    print("\n\n".join(parts) + f"\n\n{path}")
+    parts = [
+        markdown(["run", "seeds", *(column[0] for column in COLUMNS)],
+                 runs_rows(titles, found, COLUMNS)),
+        kinds_table(titles, found, "und", "accuracy"),
+        kinds_table(titles, found, "gen", "image_accuracy"),
+        differences_table(found, COMPARED, COLUMNS[:4]),
+        claims and markdown(["claim", "points", "seeds", "p, corrected", ""], claims),
+        f"Mean ± standard deviation over seeds; preset {config['preset']}, "
+        f"{' or '.join(map(str, steps))} steps of {config['batch_size']} pictures of each task; "
+        f"{machines}."]
+    write_tables(parts, RESULTS / f"{folder.resolve().name}-{config['preset']}.md")
+
+
+def write_tables(parts, path):
+    text = "\n\n".join(filter(None, parts))
+    write_file(path, text + "\n")
+    print(f"{text}\n\n{path}")
 
 
 def rows_parser(doc, rows, seeds):

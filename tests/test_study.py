@@ -21,14 +21,13 @@ import gpu
 import photos
 import table
 from conftest import ROOT, run, train_args
-from data import PRESETS, Folder
-from match import log_likelihoods, matching
-from model import understanding
+from data import PRESETS
+from match import matching
 from prune import PLANS, can_generate, make_plan
 from readout import draw_means, means_of, study, token_labels
 from shapes import Shapes, Thing
 from table import (HELD_OUT, IMAGES, QUESTIONS, ROWS, UNSEEN, answer_claims, differences_of,
-                   mean_std, numbers, open_run, p_value, read_runs, t_tail)
+                   mean_std, numbers, open_run, p_value, read_runs)
 
 CPU, STUDY = torch.device("cpu"), (ROOT / "study" / "README.md").read_text()
 RESULTS = ROOT / "study" / "results"
@@ -62,7 +61,7 @@ def test_the_table_trains_what_is_missing(trained, results, monkeypatch):
             "deep-leave-10", "u-describe", "--tokenizer", trained / "tokenizer.pt", "--device",
             "cpu")
     first = run("table.py", *args)
-    assert first.count("GFLOP a step") == 5 and "at inference only" in first and "52.86" in first
+    assert first.count("GFLOP a step") == 5 and "at inference only" in first
     assert "GFLOP a step" not in run("table.py", *args)     # nothing is trained twice
     found = read_runs(out)
     assert set(found) == {"u", "u-inference", "joint", "joint-shuffled", "deep-leave-10",
@@ -115,7 +114,6 @@ def test_the_tables_of_stored_results(results):
 def test_claims_are_tested_seed_by_seed_and_corrected():
     """Differences of 4, 5 and 6 points: t = 5 sqrt(3), of which the two-sided p with 2 degrees of
     freedom is .0131. Holm's correction takes ten times that for the smallest of ten claims."""
-    assert abs(t_tail(1, 1) - .25) < 1e-6 and abs(t_tail(-2.365, 7) - .975) < 1e-4
     assert abs(2 * p_value([4, 5, 6], 0) - .0131) < 1e-4
     joint = {seed: {"und": {"accuracy": .9}} for seed in range(1, 20)}
 
@@ -167,7 +165,7 @@ def test_pictures_are_matched_by_what_they_show():
     assert wrong["picture"] < wrong["chance"] + .15
 
 
-def test_bench_counts_what_it_times(results):
+def test_bench_counts_what_it_times():
     found = bench.bench("tiny", CPU, repeats=1, sides=(4, 6, 20))
     of_gen = sum(can_generate(make_plan(name, 3)) for name in PLANS)
     assert len(found["steps"]) == len(PLANS) + of_gen + 4 and len(found["image_tokens"]) == 15
@@ -178,7 +176,6 @@ def test_bench_counts_what_it_times(results):
     assert large["himix"]["flops_ratio"] < .4 and large["himix"]["time_ratio"] < .9
     for row in found["drawing"]:
         assert row["same_codes"] == 1 and row["cached_images_per_s"] > row["uncached_images_per_s"]
-    bench.draw_times(found, results / "bench.png")
 
 
 def test_depth(results, monkeypatch):
