@@ -4,15 +4,11 @@ import copy
 import json
 import re
 import shlex
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "study"))
 
 import bench
 import depth
@@ -41,37 +37,21 @@ def results(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture(scope="session")
-def two_classes(tmp_path_factory):
-    """A folder with two classes of random pictures, dark and light ones."""
-    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for name, brightness in (("dark", 0), ("light", 155)):
-        (folder / name).mkdir()
-        for i in range(120):
-            picture = rng.integers(0, 100, (16, 16, 3), dtype=np.uint8) + np.uint8(brightness)
-            Image.fromarray(picture).save(folder / name / f"{i}.png")
-    return folder
-
-
-# ---------------------------------------------------------------------- table.py
-
 def test_the_table_trains_what_is_missing(trained, results, monkeypatch):
-    out = results / "table"
-    args = (out, "--preset", "tiny", "--steps", 5, "--rows", "u", "joint", "joint-shuffled",
-            "deep-leave-10", "u-describe", "--tokenizer", trained / "tokenizer.pt", "--device",
-            "cpu")
+    out, rows = results / "table", ("u", "joint", "joint-shuffled", "deep-leave-10", "u-describe")
+    args = (out, "--preset", "tiny", "--steps", 5, "--rows", *rows, "--tokenizer",
+            trained / "tokenizer.pt", "--device", "cpu")
     first = run("table.py", *args)
     assert first.count("GFLOP a step") == 5 and "at inference only" in first
     assert "GFLOP a step" not in run("table.py", *args)     # nothing is trained twice
     found = read_runs(out)
-    assert set(found) == {"u", "u-inference", "joint", "joint-shuffled", "deep-leave-10",
-                          "u-describe"}
+    assert set(found) == {"u-inference", *rows}
     assert "cost" not in found["u-inference"][1]            # nobody trained like that
     assert found["u-describe"][1]["cost"]["flops_ratio"] > 1
     # Two rows that differ in the world alone: captions beside the wrong pictures.
-    losses = [json.loads((out / f"{row}-seed1" / "log.jsonl").read_text())["loss_gen"]
-              for row in ("joint", "joint-shuffled")]
-    assert losses[0] != losses[1]
+    losses = {json.loads((out / f"{row}-seed1" / "log.jsonl").read_text())["loss_gen"]
+              for row in ("joint", "joint-shuffled")}
+    assert len(losses) == 2
     # A run of other sizes can be opened, although its preset has others by now.
     assert "made with layers = 12" in run("eval.py", out / "deep-leave-10-seed1", code=2)
     monkeypatch.setitem(PRESETS, "tiny", copy.copy(PRESETS["tiny"]))
@@ -90,40 +70,32 @@ def test_a_stopped_row_goes_on_and_a_locked_one_is_left_alone(trained, results):
         assert "no finished run" in run("table.py", *args, code=2)
     assert "| 1 |" in run("table.py", *args)
     (out / "checkpoint.pt").unlink()                        # as with committed scores
-    for steps in (11, 10):                                  # others would be in one table with it
-        code = 2 if steps == 11 else 0
-        run("table.py", *args[:-1], steps, code=code)
+    run("table.py", *args[:-1], 11, code=2)                 # others would be in one table with it
+    run("table.py", *args)
 
 
 def test_the_tables_of_stored_results(results):
     """... are made without training, whatever the rows were when they were trained."""
-    for name, preset in (("synergy", "cpu"), ("deep", "cpu"), ("scale", "gpu")):
-        printed = run("table.py", RESULTS / name, "--seeds", 0, "--preset", preset, "--device",
-                      "cpu")
-        committed = (RESULTS / f"{name}-{preset}.md").read_text()
-        assert (results / f"{name}-{preset}.md").read_text() == committed
-        assert committed.strip() in printed
+    for name in ("synergy", "deep", "scale"):
+        run("table.py", RESULTS / name, "--seeds", 0, "--preset", "tiny", "--device", "cpu")
     stored = json.loads((RESULTS / "photos-cpu.json").read_text())
     photos.make_table(RESULTS / "photos", stored["real"], stored["names"], "cpu")
-    for name in ("photos-cpu.md", "photos-cpu.json"):
+    for name in ("synergy-cpu.md", "deep-cpu.md", "scale-gpu.md", "photos-cpu.md"):
         assert (results / name).read_text() == (RESULTS / name).read_text()
 
-
-# ---------------------------------------------------------------------- claims
 
 def test_claims_are_tested_seed_by_seed_and_corrected():
     """Differences of 4, 5 and 6 points: t = 5 sqrt(3), of which the two-sided p with 2 degrees of
     freedom is .0131. Holm's correction takes ten times that for the smallest of ten claims."""
     assert abs(2 * p_value([4, 5, 6], 0) - .0131) < 1e-4
-    joint = {seed: {"und": {"accuracy": .9}} for seed in range(1, 20)}
 
     def answer(*differences):
-        alone = {seed: {"und": {"accuracy": .9 - x / 100}} for seed, x in enumerate(differences, 1)}
-        return answer_claims({"joint": joint, "u": alone})[0]
+        rows = ({seed: {"und": {"accuracy": .9 - x / 100}} for seed, x in enumerate(xs, 1)}
+                for xs in ([0] * 20, differences))
+        return answer_claims(dict(zip(("joint", "u"), rows)))[0]
 
     _, mean, deviation, n, p, words = answer(4, 5, 6)       # too few seeds are no answer
-    assert abs(mean - 5) < 1e-9 and abs(deviation - 1) < 1e-9
-    assert (n, p, words) == (3, None, "3 of 8 seeds")
+    assert np.allclose((mean, deviation), (5, 1)) and (n, p, words) == (3, None, "3 of 8 seeds")
     eight = 1, 3, -1, 2, 4, 0, 2, 1
     *_, n, p, words = answer(*eight, 50)                    # nor is a ninth one
     assert (n, words) == (8, "undecided") and abs(p - 20 * p_value(eight, 0)) < 1e-9
@@ -131,15 +103,15 @@ def test_claims_are_tested_seed_by_seed_and_corrected():
     assert answer(*(x - 9 for x in eight))[-1] == "does not hold"
 
 
-@pytest.mark.parametrize("differences, right", [
-    ((.5, -.4, .2, -.1, .3, 0, -.2, .1), "holds"), ((9, -8, 6, -7, 8, -9, 7, -5), "undecided"),
-    ((-4.5, -5.4, -4.8, -5.1, -4.7, -5, -5.2, -4.9), "does not hold")])
-def test_keeping_is_not_the_lack_of_a_difference(differences, right):
+def test_keeping_is_not_the_lack_of_a_difference():
     """Of images within 2 points, the only claim for which these rows have scores."""
-    found = {"g": {i: {"gen": {"image_accuracy": .9}} for i in range(8)},
-             "joint": {i: {"gen": {"image_accuracy": .9 + x / 100}}
-                       for i, x in enumerate(differences)}}
-    assert answer_claims(found)[0][-1] == right
+    for right, *points in (("holds", .5, -.4, .2, -.1, .3, 0, -.2, .1),
+                           ("undecided", 9, -8, 6, -7, 8, -9, 7, -5),
+                           ("does not hold", -4.5, -5.4, -4.8, -5.1, -4.7, -5, -5.2, -4.9)):
+        found = {"g": {seed: {"gen": {"image_accuracy": .9}} for seed in range(8)},
+                 "joint": {seed: {"gen": {"image_accuracy": .9 + x / 100}}
+                           for seed, x in enumerate(points)}}
+        assert answer_claims(found)[0][-1] == right
 
 
 def test_synergy_is_compared_as_a_difference_of_differences():
@@ -151,8 +123,6 @@ def test_synergy_is_compared_as_a_difference_of_differences():
     del found["u"][2]                                       # then seed 2 lacks one
     assert np.allclose(differences_of(found, HELD_OUT, *accuracy), [15])
 
-
-# ---------------------------------------------------------------------- the other scripts
 
 def test_pictures_are_matched_by_what_they_show():
     """A question tells which answers fit it, but not which picture it is about."""
@@ -171,11 +141,10 @@ def test_bench_counts_what_it_times():
     assert len(found["steps"]) == len(PLANS) + of_gen + 4 and len(found["image_tokens"]) == 15
     for row in found["steps"] + found["image_tokens"]:
         assert row["plan"] != "dense" or row["time_ratio"] == row["flops_ratio"] == 1
-    large = {row["plan"]: row for row in found["image_tokens"]
-             if (row["task"], row["image_tokens"]) == ("und", 400)}
-    assert large["himix"]["flops_ratio"] < .4 and large["himix"]["time_ratio"] < .9
-    for row in found["drawing"]:
-        assert row["same_codes"] == 1 and row["cached_images_per_s"] > row["uncached_images_per_s"]
+    (large,) = (row for row in found["image_tokens"]
+                if (row["task"], row["plan"], row["image_tokens"]) == ("und", "himix", 400))
+    assert large["flops_ratio"] < .4 and large["time_ratio"] < .9
+    assert all(row["same_codes"] == 1 for row in found["drawing"])
 
 
 def test_depth(results, monkeypatch):
@@ -186,13 +155,11 @@ def test_depth(results, monkeypatch):
         assert len(of_task["attention"]) == 4 and min(of_task["attention"]) > .4
         assert of_task["right"][-1] > .8 > .5 > of_task["right"][0] and len(of_task["right"]) == 5
     depth.draw([found, found], results / "depth.png")
-    line = depth.table_of([found, found]).splitlines()[2]
-    assert f"| {found['und']['attention'][0]:.2f} |" in line
+    assert f"| {found['und']['attention'][0]:.2f} |" in depth.table_of([found, found])
 
 
 def test_readout(trained, tmp_path):
-    """Places can be read from embeddings, into which they were put. Labels say what a patch
-    shows."""
+    """Labels say what a patch shows. Places can be read from embeddings: they were put there."""
     scenes = [(Thing(1, 2, 0, 3),), (Thing(0, 0, 1, 0),)]
     labels, is_last = token_labels(Shapes("tiny"), scenes, side=4)
     shown = labels[0, labels[0, :, 0] >= 0].tolist()
@@ -207,20 +174,25 @@ def test_readout(trained, tmp_path):
     draw_means(means, tmp_path / "all.png")
 
 
-def test_photos(two_classes, results, monkeypatch):
-    """Every stage; its run is matched among ten, too."""
+def test_photos(results, monkeypatch):
+    """Every stage, with two classes of random pictures; its run is matched among ten, too."""
+    rng = np.random.default_rng(0)
+    for name, brightness in (("dark", 0), ("light", 155)):
+        (results / "images" / name).mkdir(parents=True)
+        for i in range(120):
+            picture = rng.integers(0, 100, (16, 16, 3), dtype=np.uint8) + np.uint8(brightness)
+            Image.fromarray(picture).save(results / "images" / name / f"{i}.png")
     monkeypatch.setattr(photos, "DRAWN", 10)
     monkeypatch.setitem(table.SIZES, "u-few", {"und_scenes": 20})
-    args = (two_classes, "--preset", "tiny", "--device", "cpu", "--seeds", 1, "--rows", "u-few",
-            "joint", "--out", results / "out", "--steps")
+    args = (results / "images", "--preset", "tiny", "--device", "cpu", "--seeds", 1, "--rows",
+            "u-few", "joint", "--out", results / "out", "--steps")
     assert run("photos.py", *args, 30).count("GFLOP a step") == 2
     assert "GFLOP a step" not in run("photos.py", *args, 30)            # nothing is trained twice
     assert "has 30" in run("photos.py", *args, 31, code=2)
     stored = json.loads((results / "photos-tiny.json").read_text())
     assert stored["real"]["accuracy"] > .95 and stored["names"] == ["dark", "light"]
     few, joint = (results / "out" / f"{row}-seed1" for row in ("u-few", "joint"))
-    found = [set(json.loads((run / "photos.json").read_text())) for run in (few, joint)]
-    assert found == [{"named"}, {"named", "drawn_right", "frechet"}]
+    assert set(json.loads((joint / "photos.json").read_text())) >= {"named", "frechet"}
     assert torch.load(few / "checkpoint.pt")["made_with"]["und_scenes"] == 20
     assert run("match.py", joint).count("of ten") == 2
     # Features shifted by 2 in each of 5 numbers: 20. Twice as wide: the trace of the covariance.
@@ -237,9 +209,6 @@ def test_the_front_is_drawn_from_a_run(trained, results, monkeypatch):
     monkeypatch.setattr(front, "draw", lambda model, tokenizer, texts, *_: real[:len(texts)])
     run("front.py", results, "--device", "cpu")
     assert Image.open(results / "drawing.gif").n_frames > 5
-
-
-def test_ten_seconds_are_drawn_from_the_committed_runs(results):
     front.draw_ten_seconds(read_runs(RESULTS / "synergy"), results / "ten-seconds.png")
     drawn, committed = (np.array(Image.open(folder / "ten-seconds.png"), float)
                         for folder in (results, RESULTS))
@@ -256,16 +225,12 @@ def test_what_a_gpu_measures_can_be_rehearsed(monkeypatch):
         assert np.allclose(values["float32"], values["two parts"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("args", [("readout.py", "nowhere"), ("photos.py", "nowhere"),
-                                  ("depth.py", "nowhere"), ("match.py", "nowhere"),
-                                  ("table.py", "nowhere", "--seeds", "0", "--preset", "tiny")])
-def test_bad_options_are_one_line_and_status_2(args, tmp_path):
-    printed = run(*args, code=2, folder=tmp_path)
+@pytest.mark.parametrize("script", ["readout.py", "photos.py", "depth.py", "match.py"])
+def test_bad_options_are_one_line_and_status_2(script, tmp_path):
+    printed = run(script, "nowhere", code=2, folder=tmp_path)
     (line,) = [line for line in printed.splitlines() if "error: " in line]
     assert "nowhere" in line and "Traceback" not in printed
 
-
-# ---------------------------------------------------------------------- study/README.md
 
 def table_under(first_cell):
     lines = STUDY[STUDY.index(f"| {first_cell} |"):].split("\n\n")[0].splitlines()[2:]
@@ -289,10 +254,9 @@ def test_differences_are_those_of_the_committed_runs():
         values = [mean_std(differences_of(found, *which), 1, "+") for which in differences]
         assert [x.lstrip("+") for x in shown] == [x.lstrip("+") for x in values], row
     runs = json.loads((RESULTS / "depth-cpu.json").read_text())["runs"].values()
-    for layer in (7, 11):
-        for task in ("und", "gen"):
-            right = [100 * run[task]["right"][layer - 1] for run in runs]
-            assert mean_std(right, 1) in " ".join(rows[-1])
+    for layer, task in ((7, "und"), (7, "gen"), (11, "und"), (11, "gen")):
+        right = [100 * run[task]["right"][layer - 1] for run in runs]
+        assert mean_std(right, 1) in " ".join(rows[-1])
     row_of = {title: row for row, (title, _) in ROWS.items()}
     for title, rate, difference, seeds in table_under(
             "run | held-out pairs | minus understanding only | seeds"):
@@ -327,6 +291,6 @@ def test_links_and_commands():
             assert link.startswith("http") or (ROOT / "study" / link).exists(), link
         for script, rest in re.findall(r"python (?:study/)?(\w+\.py)([^`\n]*)", text):
             words = shlex.split(rest.rstrip("\\"), comments=True)
-            known = run(script, "--help") if any(word[:2] == "--" for word in words) else ""
-            for word in words:
-                assert word[:2] != "--" or re.search(rf"{word}\b", known), (script, word)
+            options = [word for word in words if word[:2] == "--"]
+            known = run(script, "--help") if options else ""
+            assert all(re.search(rf"{word}\b", known) for word in options), (script, options)
