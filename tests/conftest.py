@@ -70,6 +70,13 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
+def tiny(monkeypatch):
+    """A preset so small that a run takes a second."""
+    for row, value in dict(vq_steps=2, vq_pictures=40, und_scenes=20, gen_scenes=20).items():
+        monkeypatch.setattr(import_module("data").PRESETS["tiny"], row, value)
+
+
+@pytest.fixture
 def error(capsys):
     """A function: what another one complains of, which has to be one line, with exit status 2."""
     def complaint(function, *args):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from common import read_checkpoint
 from conftest import run, train_args
-from data import PRESETS, Folder, read_line, read_picture
+from data import Folder, read_line, read_picture
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 20, 3), dtype=np.uint8))
 
@@ -81,10 +81,8 @@ def test_what_is_no_data_set_is_told_in_one_line(tmp_path, error, capsys):
         assert "metadata.jsonl line 2: expected" in error(Folder, flat, "tiny")
 
 
-def test_a_data_set_is_what_it_contains(tmp_path, monkeypatch):
+def test_a_data_set_is_what_it_contains(tiny, tmp_path):
     """Not where it lies. Other pictures at the old place are noticed."""
-    for row, value in dict(vq_steps=2, vq_pictures=40).items():
-        monkeypatch.setattr(PRESETS["tiny"], row, value)
     folder, old, new = (tmp_path / name for name in ("run", "old", "new"))
     run("train.py", *train_args(tmp_path, "run", "--steps", 1, "--data", write_classes(old)))
     assert "object_accuracy" not in (folder / "eval.json").read_text()  # nothing checks pictures
@@ -123,43 +121,17 @@ def test_pictures_look_as_they_are_meant(tmp_path):
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="its peak is not told")
 def test_a_large_picture_takes_little_more_memory_than_its_pixels(tmp_path):
     """... which are 32 bits each in Pillow."""
-    def memory(name):
-        return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
-
     NOISE.resize((4000, 3000)).save(tmp_path / "large.png")
-    Path("/proc/self/clear_refs").write_text("5")           # the peak begins anew
-    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")           # the peak, VmHWM, begins anew
     read_picture(tmp_path / "large.png", 16)
-    assert memory("VmHWM") - before < 6 * 12_000            # kilobytes: 6 bytes a pixel
-
-
-def hostile_pictures(rng):
-    """(bytes, whether it is a picture), of which None may be one."""
-    yield from ((encoded(Image.new("P", (20000, 1)), "gif"), True), (b"", False), (b"<svg/>", False))
-    for _ in range(40):
-        kind = rng.choice(("png", "jpeg", "gif", "bmp", "tiff", "webp"))
-        content = bytearray(encoded(NOISE, kind))
-        yield bytes(content[:rng.randrange(len(content) // 2)]), False
-        for _ in range(rng.randint(1, 30)):
-            content[rng.randrange(len(content))] = rng.randrange(256)
-        yield bytes(content), None
-
-
-def hostile_lines():
-    """(what changes in a good line of metadata.jsonl, whether it can be used)."""
-    for change in ({"qa": []}, {"text": "<|eos|> 漢字 🙂 \u2028 \0"}, {"file_name": "out.png"}):
-        yield change, True
-    for name in ("../a.png", "/etc/passwd", ".", "b.png", "a.png/x", "x" * 5000, "a\0.png",
-                 "\ud800", "x.png", "loop.png", "sub/../../a.png", "~/a.png", "C:\\a.png"):
-        yield {"file_name": name}, False
-    for text in ("", " \n\t", "x" * 100_000, "\udfff", None, 1, ["a"], {"a": 1}):
-        yield from (({"text": text}, False), ({"question": text, "answer": "a"}, False),
-                    ({"qa": [{"question": "q", "answer": text}]}, False))
+    status = Path("/proc/self/status").read_text()
+    peak, now = (int(status.split(f"{name}:")[1].split()[0]) for name in ("VmHWM", "VmRSS"))
+    assert peak - now < 6 * 12_000                          # kilobytes: 6 bytes a pixel
 
 
 def test_a_hundred_bad_inputs_are_used_or_refused_at_once(tmp_path):
     """... by an exception, which Folder tells in one line."""
-    root, good = tmp_path / "images", {"file_name": "a.png", "text": "a picture"}
+    root, rng = tmp_path / "images", random.Random(0)
     (root / "x.png").mkdir(parents=True)
     for path in (root / "a.png", tmp_path / "a.png"):
         path.write_bytes(encoded(NOISE))
@@ -174,13 +146,33 @@ def test_a_hundred_bad_inputs_are_used_or_refused_at_once(tmp_path):
             is_used = False
         assert time.process_time() - began < 2 and expected in (None, is_used), args
 
-    for change, expected in hostile_lines():
-        check(expected, read_line, root, json.dumps(good | change), 16, 360)
-    for line in ("{", "[]", "null", "{}", "a.png,a picture", "[" * 100_000, "\0", '{"a":' * 5000):
-        check(False, read_line, root, line, 16, 360)
-    for content, expected in hostile_pictures(random.Random(0)):
-        (root / "a.png").write_bytes(content)
-        check(expected, read_picture, root / "a.png", 16)
+    def line(expected, **changes):
+        entry = {"file_name": "a.png", "text": "a picture", **changes}
+        check(expected, read_line, root, json.dumps(entry), 16, 360)
+
+    def picture(expected, content):
+        (root / "b.png").write_bytes(content)
+        check(expected, read_picture, root / "b.png", 16)
+
+    for change in ({"qa": []}, {"text": "<|eos|> 漢字 🙂 \u2028 \0"}, {"file_name": "out.png"}):
+        line(True, **change)
+    for name in ("../a.png", "/etc/passwd", ".", "b.png", "a.png/x", "x" * 5000, "a\0.png",
+                 "\ud800", "x.png", "loop.png", "sub/../../a.png", "~/a.png", "C:\\a.png"):
+        line(False, file_name=name)
+    for text in ("", " \n\t", "x" * 100_000, "\udfff", None, 1, ["a"], {"a": 1}):
+        line(False, text=text)
+        line(False, question=text, answer="a")
+        line(False, qa=[{"question": "q", "answer": text}])
+    for broken in ("{", "[]", "null", "{}", "a picture", "[" * 100_000, "\0", '{"a":' * 5000):
+        check(False, read_line, root, broken, 16, 360)
+    picture(True, encoded(Image.new("P", (20000, 1)), "gif"))
+    for _ in range(40):
+        kind = rng.choice(("png", "jpeg", "gif", "bmp", "tiff", "webp"))
+        content = bytearray(encoded(NOISE, kind))
+        picture(False, content[:rng.randrange(len(content) // 2)])
+        for _ in range(rng.randint(1, 30)):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        picture(None, content)
 
 
 class Code:

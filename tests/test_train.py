@@ -2,8 +2,11 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,20 +17,13 @@ from torch.utils._pytree import tree_map
 import tokenizer as tok
 import train
 from common import write_file
-from conftest import Script, run, train_args
+from conftest import ROOT, Script, run, train_args
 from data import COLUMNS, PRESETS
 from model import load_run
 from shapes import Shapes
 from tokenizer import FIRST_CODE
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    """A preset so small that a run takes a second."""
-    for row, value in dict(vq_steps=2, vq_pictures=40, und_scenes=20, gen_scenes=20).items():
-        monkeypatch.setattr(PRESETS["tiny"], row, value)
 
 
 def options(folder, name, *args):
@@ -52,8 +48,8 @@ def learned(folder):
     for row in checkpoint["log"]:
         del row["tokens_per_s"], row["tflop_per_s"]         # times differ
     del checkpoint["options"], scores["config"], scores["seconds"]
-    assert rows_of(folder)[-1]["step"] == checkpoint["step"]
-    return tree_map(lambda x: x.tolist() if torch.is_tensor(x) else x, (checkpoint, scores))
+    found = checkpoint, scores, [row["loss"] for row in rows_of(folder)]
+    return tree_map(lambda x: x.tolist() if torch.is_tensor(x) else x, found)
 
 
 def test_practice_replaces_the_pictures_without_a_caption_and_no_others(trained):
@@ -245,3 +241,29 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, error, monkeypatch):
     line = error(write_file, tmp_path / "checkpoint.pt", "new")
     assert "checkpoint.pt cannot be written: No space left on device" in line
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_third_task_and_a_world_of_digits_take_sixty_lines(trained, tmp_path):
+    """Captions as output, with a special token of their own: in the tokenizer, the sequences, the
+    objective, the scores, the data set. Runs from before are of use all the same."""
+    patch, out = (ROOT / "tests" / "fork.patch").read_text(), tmp_path / "run"
+    assert len(re.findall(r"^[-+](?![-+]{2} )", patch, re.M)) <= 60
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    subprocess.run(["git", "apply", "-"], cwd=tmp_path, check=True, input=patch, text=True)
+
+    def script(*args):
+        command = [sys.executable, *map(str, args), "--device", "cpu"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    script("train.py", "--preset", "tiny", "--data", "digits", "--steps", 20, "--cap-plan", "himix",
+           "--out", out)
+    scores, rows = scores_of(out), rows_of(out)
+    assert rows[1]["loss_cap"] < rows[0]["loss_cap"] and scores["cap"]["loss"] < 6
+    assert scores["n"] == {"und": 80, "gen": 21, "cap": 40} and scores["cost"]["flops_ratio"] < 1
+    assert set(scores["und"]["by_type"]) == {"digit", "ink"} and scores["und"]["chance"] < .5
+    assert set(scores["gen"]["by_type"]) == {"one digit"}
+    assert scores["gen"]["ceiling"]["image_accuracy"] > .3
+    script("train.py", "--resume", out)
+    script("eval.py", trained / "joint", "--draw", "a big red circle", "--n", 1, "--out", ".")
