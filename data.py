@@ -143,7 +143,7 @@ def open_picture(path, size, where):
 
 def read_picture(path, size):
     """Any image of 8 bits, or of 16 in grey -> (size, size, 3) uint8: upright, on white, cut to a
-    square. Raises nearly anything where it is none."""
+    square. May raise any exception where it is none."""
     with Image.open(path) as image:
         image.draft(image.mode, (4 * size, 4 * size))       # of a JPEG no more than is needed
         with suppress(Exception):                           # unreadable EXIF says nothing
@@ -199,10 +199,10 @@ def read_line(root, line, size, longest):
 
 
 class Folder:
-    """Images with captions: a metadata.jsonl (Hugging Face's ImageFolder), or a folder for each
-    class, whose name is the caption. A tenth, chosen by content, is for validation."""
+    """Images with captions, listed by `metadata`, parsed by `read_line`, checked by `read_picture`.
+    Validation: where the CRC-32 of the pixels is a multiple of 10, about a tenth."""
 
-    # A folder's few pictures are known by heart, with an empty caption, too: guidance leads astray.
+    # The model knows a folder's few pictures by heart, without captions, too: guidance does harm.
     sampling = 1., .1
     parts = {"und": ["val"], "gen": ["val"]}
 

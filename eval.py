@@ -53,7 +53,7 @@ def answer(model, tokenizer, codes, question, plan):
 @torch.no_grad()
 def draw(model, tokenizer, captions, plan, sampling, seed=0, batch=100):
     """Captions (strings) -> sampled pictures (N, H, W, 3) uint8, `batch` at a time. sampling:
-    (guidance, temperature), which the data set knows, and checkpoints.
+    (guidance, temperature), an attribute of the data set that checkpoints keep.
 
     Classifier-free guidance (Ho & Salimans 2022): logits of no caption + guidance * (those of the
     caption - those of no caption). 1 is the model's own distribution, more follows captions more.
@@ -186,10 +186,9 @@ def cost(c, plans, batch_size):
 
 
 def evaluate(model, tokenizer, options, step, dataset, plans, folder, suffix=""):
-    """Scores a run under the plans {task: plan}, on pictures that its seed draws: of each part that
-    its data set names, but of no more pictures than it was trained on. Prints the scores in a few
-    lines, and writes eval.json and samples.png into a folder. options: of train.py. step: how far
-    it was trained."""
+    """Scores a run under the plans {task: plan}, on pictures chosen by its seed from each part that
+    its data set names, but never on more than it was trained on. Prints the scores, and writes
+    eval.json and samples.png into a folder. options: of train.py. step: how far it was trained."""
     start, preset, scores, shown = time.time(), PRESETS[options["preset"]], {}, []
     model.eval()
     for task, plan in plans.items():

@@ -96,8 +96,8 @@ class Batch(NamedTuple):
 
 
 def blank(task, layout, image_loss, rows, pad):
-    """A Batch of padding, in which but image tokens have a position: row and column from 0. Of
-    arrays still: they are faster to fill piece by piece."""
+    """A Batch of padding in which only image tokens have positions yet: row and column, from 0. Its
+    fields are still NumPy arrays, which are faster to fill in pieces."""
     shape, m = (rows, sum(layout)), layout.image
     position_ids = np.zeros((*shape, 2), np.int64)
     grid = np.stack(np.divmod(np.arange(m), math.isqrt(m)), 1)          # (m, 2)
@@ -118,7 +118,7 @@ def understanding(tokenizer, codes, questions, length=None, image_loss=False, mo
     strings. image_loss: also predict the image tokens. By default `length` is what all questions
     need, but at most `most`, unless a single one is longer.
 
-    A picture of 4 tokens, two questions, a length of 8; `-` is a target of -1, w AUXILIARY_WEIGHT:
+    A picture of 4 tokens, two questions, a length of 8; `-` is a target of -1, w is .05:
 
         tokens         bos und i0 i1 i2 i3  what shape   ? ring  size   ? big  pad
         position_ids     0   1  2  2  3  3     6     7   8    9     6   7   8    0   (rows)
@@ -225,7 +225,7 @@ class LayerInputs(NamedTuple):
 # Which sets of Q, K, V weights image tokens have of their own. All tokens share the output
 # projection, QK norm and FFN. With HiMix image tokens are no queries: query weights are not used.
 PROJECTIONS = {"shared": lambda tasks: [],              # none: they use those of text
-               "image": lambda tasks: ["image"],        # one for both tasks: "share all" (sec. 6.1)
+               "image": lambda tasks: ["image"],        # one set: probably "share all" (sec. 6.1)
                "task": lambda tasks: [*tasks]}          # one each: "share partial" (sec. 6.2)
 
 
@@ -268,8 +268,8 @@ class Block(nn.Module):
         updated = x if rule.query else text                                 # (B, q, d)
         source = text if rule.keys == "none" else x         # of keys and values: (B, k, d)
         if rule.keys == "embedding":
-            # HiMix (sec. 5.1): each layer normalises and projects the embeddings once more. Where
-            # no layer has updated them so far, hidden states are embeddings: see `gathered`.
+            # HiMix (sec. 5.1): each layer projects the embeddings anew. Where no layer has updated
+            # them yet, so in an all-HiMix plan, `gathered` puts FREEZE here: the same numbers.
             source = torch.cat([before, embedding.split(layout, 1)[1], after], 1)
         h = self.attention_norm(updated)
         h_source = h if source is updated else self.attention_norm(source)
@@ -373,8 +373,8 @@ class Model(nn.Module):
 
             loss = sum over the batch of weight * cross-entropy / number of its output tokens
 
-        `understanding` and `generation` show targets, weights and outputs. A training step adds the
-        losses of both tasks, times train.TASK_WEIGHT."""
+        `understanding` and `generation` show targets, weights and outputs. A step minimises L_und +
+        2 L_gen (train.TASK_WEIGHT); in several parts: train.forward_backward."""
         span = predicting(batch.layout, batch.image_loss)
         logits = self.head(self.norm(x[:, span]))
         targets, weights = batch.targets[:, span].flatten(), batch.loss_weights[:, span].flatten()
@@ -415,7 +415,7 @@ class Model(nn.Module):
         plan = [FREEZE if rule == HIMIX and i < first else rule for i, rule in enumerate(plan)]
         inputs_of = {rule: self.layer_inputs(rule, batch, start, stop) for rule in set(plan)}
         embedding = self.embed(batch, start, stop)
-        x = embedding.clone()       # one tensor in two places would be another case to compile
+        x = embedding.clone()       # passing one tensor twice would compile another variant
         for block, rule, cache in zip(self.blocks, plan, caches or [None] * len(plan)):
             x = block(x, embedding, inputs_of[rule], batch.task, cache)
         return x
@@ -426,9 +426,9 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def generate(self, batch, plan, start, choose):
-        """Fills in batch.tokens from position `start` on, one after the other: a layer reads new
-        tokens only, and keeps their keys and values for later ones. choose: a function, logits
-        (B, vocab) -> ids (B,). Returns batch.tokens."""
+        """Fills in batch.tokens from position `start` on, one by one: a layer reads new tokens only
+        and caches their keys and values, of an image token none where the rule's keys are "none".
+        choose: a function, logits (B, vocab) -> ids (B,). Returns batch.tokens."""
         caches, read = [[] for _ in plan], 0                # so many tokens have been read
         for write in range(start, sum(batch.layout)):
             x = self.gathered(batch, plan, read, write, caches)     # the prompt, then one by one

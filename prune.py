@@ -108,7 +108,7 @@ FFN = 4         # width of the feed-forward network, as a multiple of the model'
 
 def flops(plan, layout, width, vocab, image_loss=False):
     """Floating-point operations of forward and backward for one sequence: every matmul, of padding
-    and of masked scores, too, because they are computed. The optimizer's are left out.
+    and masked scores, too, and nothing else. test_flops_are_exact holds it to PyTorch's counter.
 
     In a layer with q queries and k keys, d = width, these are the multiply-adds:
         query and output projections    2 q d^2

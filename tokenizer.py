@@ -222,7 +222,7 @@ class Tokenizer:
 
 def train_tokenizer(dataset, preset, device):
     """A Tokenizer: byte pairs of a data set's texts, and a VQ of its pictures, whose loss is
-    `VQ.forward`: squared error and commitment."""
+    `VQ.forward`, squared error and commitment; its codebook follows by a moving average."""
     p = PRESETS[preset]
     torch.manual_seed(0)
     splits = [dataset.split(task, "train", p.vq_pictures // 2) for task in ("und", "gen")]
@@ -248,8 +248,8 @@ def train_tokenizer(dataset, preset, device):
 
 def get_tokenizer(path, dataset, preset, device):
     """The Tokenizer in a file, by default one of the data set's name; trained and saved there if
-    there is no such file. Refused where it was made for other data, another world or another size
-    of tokenizer (the rows of data.COLUMNS), or vocabulary."""
+    there is no such file. Refuses a file made with other data, other world or tokenizer rows of
+    data.COLUMNS, or another vocabulary."""
     now = made_with(dataset, preset, ("world", "tokenizer"))
     path = path or f"out/tokenizer-{dataset.identity.replace(' ', '-')}-{preset}.pt"
     if not Path(path).exists():

@@ -44,9 +44,9 @@ LOG_EVERY = 10          # steps: log.jsonl, a checkpoint if it is time, a look w
 def train(options, device, checkpoint=None):
     """Trains and scores one run, from its beginning or from a checkpoint: see `parse_options`.
 
-    A checkpoint holds weights, optimizers, options and log, and what the run was made with. All
-    that is random, the weights and the order of the data, is drawn from the seed before the first
-    step: so a resumed run ends as an unbroken one, bit for bit."""
+    `save` writes weights, optimizers, options, log. On resuming, `parse_options` compares options,
+    data.load_of_run data and preset. All that is random (weights, `draw_order`) is drawn from the
+    seed before the first step: so a resumed run ends as an unbroken one, bit for bit on a CPU."""
     out, steps, p = Path(options.out), options.steps, PRESETS[options.preset]
     plans = plans_of(OBJECTIVES[options.objective], vars(options), p.layers)
     out.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def train(options, device, checkpoint=None):
     print(f"{sum(x.numel() for x in model.parameters()) / 1e6:.2f} M parameters, {tokens} tokens "
           f"and {flops / 1e9:.1f} GFLOP a step")
 
-    def save(step):
+    def save(step):     # at the start, after each --save-every seconds, when stopped, at the end
         contents = {"kind": "run", "options": vars(options), "tasks": list(plans), "step": step,
                     "made_with": data.made_with(dataset, options.preset),
                     "sampling": dataset.sampling, "tokenizer": tokenizer.state(),
@@ -175,7 +175,7 @@ def cuda_graph(function, model, index):
     """A function of `index` that leaves gradients in `model`, as one CUDA graph: a GPU gets all its
     kernels at once, instead of waiting for Python to launch them one by one. Without it, dropped
     tokens save no time. Returns a function to call instead. Its result is overwritten by the next
-    call; nothing but `index`, a tensor of the same shape, changes from call to call."""
+    call; nothing but the content of `index` changes: see `forward_backward`."""
     index = index.clone()               # where each replay reads it
     torch.cuda.empty_cache()            # a graph has a pool of its own: nothing is held twice
     # What happens only once, like the choice of kernels, must not become part of the graph: warm
@@ -309,8 +309,8 @@ def apply_gradients(optimizers):
 # ---------------------------------------------------------------------- options
 
 def parse_options(arguments=None):
-    """A run's options, its device, and the checkpoint that it goes on from. What is not given is as
-    in the run that goes on, or as the preset has it."""
+    """A run's options, its device, and the checkpoint that it goes on from. Options that are not
+    given come from the resumed run, else from the preset."""
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--objective", default="joint", choices=OBJECTIVES, help="which tasks are trained")
