@@ -238,7 +238,7 @@ def table_under(first_cell):
 
 
 def test_differences_are_those_of_the_committed_runs():
-    """... which the tables of the paper's claims, of controls and of the frozen plan have."""
+    """... which the tables of the paper's claims, of controls and of freeze have."""
     found = read_runs(RESULTS / "synergy")
     expected = [
         [(HELD_OUT, "joint", "u"), (HELD_OUT, "joint", "u-long"), (QUESTIONS, "joint", "u")],
