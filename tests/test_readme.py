@@ -91,10 +91,8 @@ def test_exercises_have_solutions(name, command, printed, tmp_path):
     assert 0 < len(re.findall(r"^[-+][^-+].*$", patch, re.M)) <= 10
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
-    text = (tmp_path / "prune.py").read_text()
-    end = text.index("\n}\n", text.index("\nPLANS = {"))
-    more = '\n    "more": lambda layers, k: (FULL,) * layers,'
-    (tmp_path / "prune.py").write_text(text[:end] + more + text[end:])
+    plans, more = tmp_path / "prune.py", '\n    "more": lambda layers, k: (FULL,) * layers,'
+    plans.write_text(plans.read_text().replace("\n}\n", more + "\n}\n", 1))
     subprocess.run(["git", "apply", "-"], cwd=tmp_path, check=True, input=patch, text=True)
     told = subprocess.check_output([sys.executable, *command.split()], cwd=tmp_path, text=True)
     assert re.search(printed, told)
