@@ -1,5 +1,4 @@
-"""All ways through the layers are one function, and what a plan drops costs nothing. At the end:
-what a GPU does, as far as a machine without one can show it."""
+"""All ways through the layers are one function, what a plan drops is free; at the end, for GPUs."""
 import random
 from itertools import product
 
@@ -11,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval import answer, draw
+from data import Question, Split
+from eval import answer, answer_all, draw
 from model import (AUXILIARY_WEIGHT, PROJECTIONS, SEGMENTS, Config, Model, generation,
                    understanding)
 from probe import allocation
@@ -34,6 +34,9 @@ class Words:
 
     def string(self, ids):
         return " ".join(map(str, ids))
+
+    def encode(self, codes):
+        return codes
 
     def decode(self, codes):
         return codes.numpy()
@@ -109,9 +112,8 @@ def test_gathered_equals_reference(task, projections):
 
 
 def test_himix_sees_embeddings_also_of_tokens_that_were_updated():
-    rng = random.Random(4)
-    model = random_model(rng, layers=2)
-    batch = random_batch(rng, "und", model.config)
+    model = random_model(random.Random(4), layers=2)
+    batch = random_batch(random.Random(5), "und", model.config)
     plans = (NAIVE, HIMIX), (SHALLOW, FREEZE), (NAIVE, FREEZE)
     updated, never_updated, as_they_are = (model(batch, plan)[0] for plan in plans)
     assert (updated - never_updated).abs().max() < 1e-10 < (updated - as_they_are).abs().max()
@@ -286,10 +288,11 @@ def test_a_tiny_model_learns_both_tasks_and_knows_them_in_bfloat16():
                 assert forward(batches[task], plans[task])[1] < .1
             said = [answer(model, words, row, "99", plans["und"]) for row in codes[:5]]
             drawn = draw(model, words, names, plans["gen"], (1.5, .01))
+            split = Split(codes, None, [[Question("99", str(100 + i % 19), "")] for i in range(20)])
+            answers, _ = answer_all(model, words, split, plans["und"])
+        assert [right for ((_, _, right),) in answers] == 19 * [True] + [False]
         assert said == ["100", "101", "102", "103", "104"] and (drawn == codes.numpy()).all()
 
-
-# ---------------------------------------------------------------------- what a GPU does
 
 @pytest.mark.parametrize("task, name", TASK_PLANS)
 def test_blocks_compile_once_for_each_kind_of_layer(task, name):

@@ -170,8 +170,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(trained, number, code):
 
 
 def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(trained, tmp_path):
-    """SIGKILL while the tokenizer or the model is trained or scored; then --resume, or the same
-    command again where there is no checkpoint yet."""
+    """SIGKILL in training or scoring; then --resume, or once more if there is no checkpoint yet."""
     folder, rng, kills, done = tmp_path / "cut", random.Random(0), 0, False
     args = train_args(tmp_path, "cut", "--steps", 40, "--save-every", .01)
     while kills < 8 or not done:
@@ -230,8 +229,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, error, monkeypatch):
 
 
 def test_a_third_task_and_a_world_of_digits_take_sixty_lines(trained, tmp_path):
-    """Captions as output, with a special token of their own: in the tokenizer, the sequences, the
-    objective, the scores, the data set. Runs from before are of use all the same."""
+    """Captions as output, with a token of their own. Runs from before are of use all the same."""
     patch, out = (ROOT / "tests" / "fork.patch").read_text(), tmp_path / "run"
     assert len(re.findall(r"^[-+](?![-+]{2} )", patch, re.M)) <= 60
     for file in ROOT.glob("*.py"):
