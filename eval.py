@@ -30,8 +30,6 @@ BATCH = 64          # sequences that are scored at a time
 SHOWN = 18          # pictures of each task in samples.png
 
 
-# ---------------------------------------------------------------------- answering and drawing
-
 @torch.no_grad()
 def answer(model, tokenizer, codes, question, plan):
     """One picture's codes (M,) and a question -> the answer, a string, by greedy decoding: up to
@@ -93,8 +91,7 @@ def answer_all(model, tokenizer, split, plan):
     tells. Returns for each picture [(Question, what was answered so, is it right?)], and the mean
     loss (nats) of an output token."""
     answers, loss = [], 0.
-    longest = model.config.layout("und").after
-    batch = sequences("und", tokenizer, split, longest).to(model.device)
+    batch = sequences("und", tokenizer, split).to(model.device)
     span = predicting(batch.layout, batch.image_loss)
     for i in tqdm(range(0, len(batch.tokens), BATCH), desc="answering", leave=False):
         rows = batch.rows(slice(i, i + BATCH))
@@ -108,10 +105,9 @@ def answer_all(model, tokenizer, split, plan):
             answers.append([])
             for number, question in enumerate(questions, 1):
                 tokens = rows.is_output[row] & (rows.segment_ids[row] == number)
-                if tokens.any():                            # else the question did not fit
-                    ids = likeliest[row, tokens]
-                    right = torch.equal(ids, rows.targets[row, tokens])
-                    answers[-1].append((question, tokenizer.string(ids.tolist()).strip(), right))
+                ids = likeliest[row, tokens]
+                right = torch.equal(ids, rows.targets[row, tokens])
+                answers[-1].append((question, tokenizer.string(ids.tolist()).strip(), right))
     return answers, loss / batch.is_output.sum().item()
 
 
@@ -202,8 +198,8 @@ def evaluate(model, tokenizer, options, step, dataset, plans, folder, suffix="")
                 scores[task] = {**found, "bits_per_token": found["loss"] / math.log(2)}
                 shown += of_part
             else:                                           # held_out_accuracy, ...
-                scores[task] |= {f"{part}_{name}": found[name] for name in
-                                 ("n", "accuracy", "chance", "object_accuracy") if name in found}
+                scores[task] |= {f"{part}_{name}": value for name, value in found.items()
+                                 if isinstance(value, (int, float))}
     scores["cost"] = cost(model.config, plans, options["batch_size"])
     for part, found in scores.items():
         numbers = [f"{name} {value:.4g}" for name, value in found.items()
@@ -213,6 +209,7 @@ def evaluate(model, tokenizer, options, step, dataset, plans, folder, suffix="")
             right = of_kind["image_accuracy" if part == "gen" else "accuracy"]
             print(f"   {kind:20}{right:.1%} of {of_kind['n']}")
     config = {**options, "step": step, "examples": step * options["batch_size"],
+              "identity": dataset.identity, "sampling": dataset.sampling,
               "parameters": sum(p.numel() for p in model.parameters())}
     scores |= {"config": config, "n": {task: scores[task]["n"] for task in plans},
                "seconds": time.time() - start, "hardware": hardware(model.device)}
@@ -246,7 +243,7 @@ def main():
     plans = plans_of(checkpoint["tasks"], options, model.config.layers)
     for task, wanted in (("und", args.ask), ("gen", args.draw)):
         if wanted is not None and task not in plans:
-            fail(f"{args.run} was trained for {checkpoint['tasks'][0]} alone")
+            fail(f"{args.run} was trained for {' and '.join(checkpoint['tasks'])}, not for {task}")
     if args.ask:
         picture, question = args.ask
         pixels = open_picture(picture, tokenizer.vq.image_size, "--ask")

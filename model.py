@@ -18,7 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import read_checkpoint
-from prune import FFN, FREEZE, FULL, HIMIX, Layout, Rule, flops, masks, predicting
+from data import same_settings
+from prune import FFN, FREEZE, FULL, HIMIX, Layout, Rule, flops, masks, plans_of, predicting
 from tokenizer import FIRST_CODE, Tokenizer
 
 
@@ -443,4 +444,6 @@ def load_run(folder, device):
     tokenizer = Tokenizer.from_state(checkpoint["tokenizer"], device)
     model = Model(Config(**checkpoint["config"]))
     model.load_state_dict(checkpoint["model"])
+    plans = plans_of(checkpoint["tasks"], checkpoint["options"], model.config.layers)
+    same_settings({"plans": checkpoint.get("plans")}, {"plans": str(plans)}, "this run")
     return model.to(device).eval(), tokenizer, checkpoint

@@ -22,16 +22,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ---------------------------------------------------------------------- text
-
 # A word includes the space before it, and may have hyphens.
 PATTERN = r" ?\p{L}+(?:-\p{L}+)*| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 FIRST_CODE = 512                                # ids below it are text and special tokens
 # Counted down from there: a name that is appended moves no other.
 NAMES = "<|pad|>", "<|gen|>", "<|und|>", "<|eos|>", "<|bos|>"
 SPECIAL = {name: FIRST_CODE - 1 - i for i, name in enumerate(NAMES)}
-MAX_TEXT_IDS = FIRST_CODE - 16                  # which leaves room for more
-VOCABULARY = {"PATTERN": PATTERN, "FIRST_CODE": FIRST_CODE, **SPECIAL}      # for checkpoints
+MAX_TEXT_IDS = FIRST_CODE - max(16, len(NAMES))     # which leaves room for more
+CODE_DIM = 8            # numbers in an image's code: few, so that no code is left unused
+VOCABULARY = dict(SPECIAL, PATTERN=PATTERN, FIRST_CODE=FIRST_CODE, CODE_DIM=CODE_DIM)
 
 
 def train_bpe(texts, size=MAX_TEXT_IDS):
@@ -63,7 +62,6 @@ def train_bpe(texts, size=MAX_TEXT_IDS):
 
 # ---------------------------------------------------------------------- images
 
-CODE_DIM = 8            # numbers in a code: few, so that no code is left unused
 VQ_LEARNING_RATE = 4e-3
 COMMITMENT = 1 / 40     # weight of the commitment loss beside the squared error
 
@@ -225,14 +223,14 @@ def train_tokenizer(dataset, preset, device):
     `VQ.forward`, squared error and commitment; its codebook follows by a moving average."""
     p = PRESETS[preset]
     torch.manual_seed(0)
-    splits = [dataset.split(task, "train", p.vq_pictures // 2) for task in ("und", "gen")]
+    splits = [dataset.split(task, "train", -(-p.vq_pictures // 2)) for task in ("und", "gen")]
     pixels = torch.tensor(np.concatenate([split.pixels for split in splits])).to(device)
     texts = []
     for split in splits:
         texts += [caption.text for caption in split.captions]
         texts += [text for asked in split.questions for q in asked for text in (q.text, q.answer)]
 
-    vq = VQ(p.image_size, p.patch, p.vq_width, p.codes)
+    vq = VQ(dataset.image_size, p.patch, p.vq_width, p.codes)
     vq.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vq.parameters(), betas=(.9, .99), weight_decay=0, fused=True)
     for step in tqdm(range(p.vq_steps), desc="tokenizer", unit="step"):

@@ -73,6 +73,8 @@ def train(options, device, checkpoint=None):
     muon, adamw = optimizers = optimizers_of(model, options.lr)
     start, rows = 0, []                                     # rows: of log.jsonl
     if checkpoint:
+        had = checkpoint["config"] | {"plans": checkpoint["plans"]}
+        data.same_settings(had, asdict(config) | {"plans": str(plans)}, "this run")
         start, rows = checkpoint["step"], checkpoint["log"]
         model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
@@ -95,8 +97,8 @@ def train(options, device, checkpoint=None):
     def save(step):     # at the start, after each --save-every seconds, when stopped, at the end
         contents = {"kind": "run", "options": vars(options), "tasks": list(plans), "step": step,
                     "made_with": data.made_with(dataset, options.preset),
-                    "sampling": dataset.sampling, "tokenizer": tokenizer.state(),
-                    "config": asdict(config), "model": model.state_dict(), "log": rows,
+                    "tokenizer": tokenizer.state(), "config": asdict(config), "plans": str(plans),
+                    "sampling": dataset.sampling, "model": model.state_dict(), "log": rows,
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         save_checkpoint(contents, out / "checkpoint.pt")
 
@@ -119,7 +121,6 @@ def train(options, device, checkpoint=None):
             done = step + 1
             if done % LOG_EVERY and done < steps:
                 continue
-
             if not all(x.isfinite().all() for x in model.parameters()):
                 fail(f"weights are not finite at step {done}: begin again with a lower --lr, or go "
                      f"on from the last checkpoint with --resume {out}")
@@ -136,8 +137,8 @@ def train(options, device, checkpoint=None):
                 save(done)
                 saved_at = now
             if signals:
-                how = f"python train.py --resume {out} goes on"
-                tqdm.write(f"stopped after step {done} and saved: {how}", file=sys.stderr)
+                tqdm.write(f"stopped at step {done}: python train.py --resume {out} goes on",
+                           file=sys.stderr)
                 raise SystemExit(128 + signals[0])
 
     run_passes = None                                       # a CUDA graph holds memory
@@ -339,7 +340,7 @@ def parse_options(arguments=None):
         checkpoint = read_checkpoint(Path(given.resume, "checkpoint.pt"), "run")
         if "optimizers" not in checkpoint:
             fail(f"--resume {given.resume}: it was saved to be used, and lacks what training needs")
-        usual = checkpoint["options"] | {"out": given.resume}
+        usual = vars(parser.parse_args([])) | checkpoint["options"] | {"out": given.resume}
     else:
         name = given.preset or usual_preset(device)
         p = PRESETS[name]
