@@ -75,19 +75,19 @@ def usual_preset(device):       # GPUs from before 2020 are slow at the larger o
 
 def check_preset(name):
     """Refuses a preset that cannot work: the row of the table, and what is expected there."""
-    p = PRESETS[name]
-    rows = [(row, value > 0 or row in ("held_out", "jitter"), "at least 1")
+    p = PRESETS.get(name) or fail(f"preset {name}: expected one of {', '.join(PRESETS)}")
+    rows = [(row, value > 0 or row in ("held_out", "jitter"), "more than 0")
             for row, value in vars(p).items()]
     side, cells = p.image_size // max(1, p.patch), p.grid ** 2
     rows += [
         ("image_size", side * p.patch == p.image_size, f"a multiple of patch, {p.patch}"),
-        ("grid", p.grid in (2, 3), "2 or 3"),
+        ("grid", p.grid in (2, 3) and 6 * p.grid <= p.image_size, "2 or 3, cells of 6 pixels"),
         ("shapes", 2 <= p.shapes <= 8, "2 to 8"),
         ("colours", 3 <= p.colours <= 8, "3 to 8"),
         ("max_objects", 2 <= p.max_objects <= cells, f"2 to {cells}, the number of cells"),
         ("held_out", 0 <= p.held_out <= p.shapes, f"0 to {p.shapes}, the number of shapes"),
         ("jitter", 0 <= 8 * p.jitter * p.grid <= p.image_size, "0 to an eighth of a cell"),
-        ("codes", 1 < p.codes <= p.vq_batch_size * side ** 2, "at most the patches in a batch"),
+        ("codes", 1 < p.codes <= p.vq_batch_size * side ** 2, "2 to the patches in a batch"),
         ("vq_width", p.vq_width % 8 == 0, "a multiple of 8"),
         ("heads", p.width % max(1, 2 * p.heads) == 0, f"heads of even size in width, {p.width}")]
     for row, is_right, expected in rows:
@@ -144,8 +144,8 @@ def open_picture(path, size, where):
 
 
 def read_picture(path, size):
-    """Any image of 8 bits, or of 16 in grey -> (size, size, 3) uint8: upright, on white, cut to a
-    square. May raise any exception where it is none."""
+    """Any image of 8 bits, or of 16 in grey (PNG, TIFF) -> (size, size, 3) uint8: upright, on
+    white, cut to a square. May raise any exception where it is none."""
     with Image.open(path) as image:
         image.draft(image.mode, (4 * size, 4 * size))       # of a JPEG no more than is needed
         with suppress(Exception):                           # unreadable EXIF says nothing

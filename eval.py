@@ -108,7 +108,7 @@ def answer_all(model, tokenizer, split, plan):
                 ids = likeliest[row, tokens]
                 right = torch.equal(ids, rows.targets[row, tokens])
                 answers[-1].append((question, tokenizer.string(ids.tolist()).strip(), right))
-    return answers, loss / batch.is_output.sum().item()
+    return answers, loss / max(1, batch.is_output.sum().item())
 
 
 def score_understanding(model, tokenizer, plan, dataset, part, n, seed):
@@ -239,7 +239,7 @@ def main():
     given = {key: value for key, value in vars(args).items()
              if (key.endswith("_plan") or key == "shallow") and value is not None}
     options = checkpoint["options"] | given
-    suffix = "".join(f"-{value}" for value in given.values())
+    suffix = "".join(f"-{key[:3]}-{value}" for key, value in given.items())
     plans = plans_of(checkpoint["tasks"], options, model.config.layers)
     for task, wanted in (("und", args.ask), ("gen", args.draw)):
         if wanted is not None and task not in plans:

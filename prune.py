@@ -153,7 +153,7 @@ def main():
         for lines in zip(*(letters_of(rule, layout) for rule in NAMES)):
             print("".join(lines))
 
-    # As many questions as fit, and a caption of two fifths of that, which is longer than a run's.
+    # As many questions as fit, and a caption of two fifths of that, which is at least a run's.
     image, vocab = (p.image_size // p.patch) ** 2, FIRST_CODE + p.codes
     layouts = {"und": Layout(2, image, p.max_text), "gen": Layout(p.max_text * 2 // 5, image, 0)}
     dense = make_plan("dense", p.layers)

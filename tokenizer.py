@@ -1,6 +1,6 @@
 """Pixels <-> codes and text <-> ids: a VQ image tokenizer, a byte-pair text tokenizer.
 
-    python tokenizer.py [--data PATH]   trains both (half a minute on 2 CPU cores), shows pictures
+    python tokenizer.py [--data PATH]   trains both, if there is no such file; shows pictures
 
 Ids of the one vocabulary: bytes, from 256 merged text, up to 511 special tokens, then image codes.
 """

@@ -51,7 +51,7 @@ def train(options, device, checkpoint=None):
     plans = plans_of(OBJECTIVES[options.objective], vars(options), p.layers)
     out.mkdir(parents=True, exist_ok=True)
     if not checkpoint and any(out.iterdir()):
-        fail(f"{out} is not empty: --resume goes on with the run in it, --out PATH begins another")
+        fail(f"{out} is not empty: --resume goes on with its checkpoint.pt, --out PATH begins anew")
 
     # Data: all sequences of a task are one Batch that stays on the device.
     if checkpoint:
@@ -160,13 +160,13 @@ def forward_backward(model, plans, examples, parts, index):
     never change, and a tensor must not be looked at (print, .item(), if)."""
     losses = dict.fromkeys(plans, 0.)
     for (task, plan), chosen in zip(plans.items(), index):
-        outputs = examples[task].is_output[chosen].sum()
+        outputs = examples[task].is_output[chosen].sum().clamp(1)
         for part in chosen.chunk(parts):
             batch = examples[task].rows(part)
             # Matmuls in bfloat16 where the GPU has it, else all in float32.
             with torch.autocast("cuda", torch.bfloat16, enabled=has_bfloat16(model.device)):
                 _, loss = model(batch, plan)
-            loss = batch.is_output.sum().type_as(loss) / outputs * loss     # they add up
+            loss = batch.is_output.sum().clamp(1).type_as(loss) / outputs * loss    # they add up
             (TASK_WEIGHT[task] * loss).backward()
             losses[task] += loss.detach()
     return losses
@@ -228,7 +228,7 @@ def training_sequences(task, options, dataset, tokenizer):
         split.captions[i] = split.captions[i]._replace(text="")
     if options.practice:
         practice = dataset.split("und", "train", len(dropped), seed, questions=0)
-        split.pixels[dropped] = practice.pixels
+        split.pixels[dropped[:len(practice.pixels)]] = practice.pixels
     return sequences(task, tokenizer, split)
 
 
@@ -336,7 +336,7 @@ def parse_options(arguments=None):
     where.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
     given = parser.parse_args(arguments)
     device, checkpoint = pick_device(given.device), None
-    if given.resume:
+    if given.resume is not None:
         checkpoint = read_checkpoint(Path(given.resume, "checkpoint.pt"), "run")
         if "optimizers" not in checkpoint:
             fail(f"--resume {given.resume}: it was saved to be used, and lacks what training needs")

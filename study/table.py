@@ -194,13 +194,14 @@ def train_run(out, arguments):
     one of another length is refused: it would stand in one table with the others."""
     where = "--resume" if (out / "checkpoint.pt").exists() else "--out"
     options, device, checkpoint = parse_options([*map(str, arguments), where, str(out)])
-    if not (out / "eval.json").exists():
+    scores = out / "eval.json"
+    config = json.loads(scores.read_text())["config"] if scores.exists() else {"steps": None}
+    if config.get("step") != config["steps"] or not scores.exists():    # or scored half-way
         print(f"\n{out}", flush=True)
         torch.compiler.reset()                              # else the code of every run stays
         return train(options, device, checkpoint)
-    steps = json.loads((out / "eval.json").read_text())["config"]["steps"]
-    if steps != options.steps:
-        fail(f"{out} was trained for {steps} steps: expected {options.steps}")
+    if config["steps"] != options.steps:
+        fail(f"{out} was trained for {config['steps']} steps: expected {options.steps}")
 
 
 def train_rows(folder, rows, args, preset, arguments, score):
