@@ -165,7 +165,7 @@ def read_picture(path, size):
 
 def metadata(root):
     """What is in a folder of images: [(place for messages, line of metadata.jsonl)]. Without such
-    a file, the lines that a folder for each class stands for."""
+    a file, the lines that a folder for each class stands for, of files with these SUFFIXES."""
     file, nested = root / "metadata.jsonl", list(root.glob("*/metadata.jsonl"))
     if file.exists():
         lines = enumerate(file.read_bytes().split(b"\n"), 1)
@@ -201,8 +201,8 @@ def read_line(root, line, size, longest):
 
 
 class Folder:
-    """Images with captions, listed by `metadata`, parsed by `read_line`, checked by `read_picture`.
-    Validation: where the CRC-32 of the pixels is a multiple of 10, about a tenth."""
+    """Images with captions: listed by `metadata`, with texts and questions by `read_line`, checked
+    by `read_picture`. Validation: where the CRC-32 of the pixels is a multiple of 10."""
 
     # The model knows a folder's few pictures by heart, without captions, too: guidance does harm.
     sampling = 1., .1

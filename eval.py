@@ -55,7 +55,7 @@ def draw(model, tokenizer, captions, plan, sampling, seed=0, batch=100):
 
     Classifier-free guidance (Ho & Salimans 2022): logits of no caption + guidance * (those of the
     caption - those of no caption). 1 is the model's own distribution, more follows captions more.
-    In training, CAPTION_DROPOUT leaves captions empty for that."""
+    In training, train.CAPTION_DROPOUT leaves captions empty for that."""
     guidance, temperature = sampling
     if isinstance(captions, str):
         raise TypeError("expected a list of captions, not one string")

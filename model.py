@@ -411,7 +411,7 @@ class Model(nn.Module):
         states of the tokens from start to stop, or of all, (B, N, d). caches: one for each layer,
         keys and values of the tokens before start, without image tokens where rules drop them."""
         # Up to the first layer that updates image tokens they *are* their embeddings: HiMix can
-        # read the hidden states, as FREEZE does, and puts no two tensors together.
+        # read the hidden states, as FREEZE does, which saves a torch.cat.
         first = [rule.query for rule in (*plan, FULL)].index(True)
         plan = [FREEZE if rule == HIMIX and i < first else rule for i, rule in enumerate(plan)]
         inputs_of = {rule: self.layer_inputs(rule, batch, start, stop) for rule in set(plan)}

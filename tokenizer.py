@@ -247,7 +247,7 @@ def train_tokenizer(dataset, preset, device):
 def get_tokenizer(path, dataset, preset, device):
     """The Tokenizer in a file, by default one of the data set's name; trained and saved there if
     there is no such file. Refuses a file made with other data, other world or tokenizer rows of
-    data.COLUMNS, or another vocabulary."""
+    data.COLUMNS, or another vocabulary (`Tokenizer.from_state`)."""
     now = made_with(dataset, preset, ("world", "tokenizer"))
     path = path or f"out/tokenizer-{dataset.identity.replace(' ', '-')}-{preset}.pt"
     if not Path(path).exists():

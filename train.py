@@ -44,9 +44,9 @@ LOG_EVERY = 10          # steps: log.jsonl, a checkpoint if it is time, a look w
 def train(options, device, checkpoint=None):
     """Trains and scores one run, from its beginning or from a checkpoint: see `parse_options`.
 
-    `save` writes weights, optimizers, options, log. On resuming, `parse_options` compares options,
-    data.load_of_run data and preset. All that is random (weights, `draw_order`) is drawn from the
-    seed before the first step: so a resumed run ends as an unbroken one, bit for bit on a CPU."""
+    `save` writes weights, optimizers, tokenizer, options, log; resuming compares options (see
+    `parse_options`), data, preset, sizes, plans. All that is random (weights, empty captions,
+    `draw_order`) comes from the seed: so a resumed run ends as an unbroken one, exactly on CPUs."""
     out, steps, p = Path(options.out), options.steps, PRESETS[options.preset]
     plans = plans_of(OBJECTIVES[options.objective], vars(options), p.layers)
     out.mkdir(parents=True, exist_ok=True)
