@@ -131,7 +131,6 @@ class Split(NamedTuple):
     scenes: list = None         # what a checker needs to know about each picture
 
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
 Image.MAX_IMAGE_PIXELS = 50_000_000         # Pillow refuses a picture of twice as many
 warnings.filterwarnings("ignore", module="PIL")             # of that, and of EXIF
 PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26     # programs that draw store their whole workflow there
@@ -165,7 +164,8 @@ def read_picture(path, size):
 
 def metadata(root):
     """What is in a folder of images: [(place for messages, line of metadata.jsonl)]. Without such
-    a file, the lines that a folder for each class stands for, of files with these SUFFIXES."""
+    a file, the lines that a folder for each class stands for, of files with these suffixes."""
+    suffixes = ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"
     file, nested = root / "metadata.jsonl", list(root.glob("*/metadata.jsonl"))
     if file.exists():
         lines = enumerate(file.read_bytes().split(b"\n"), 1)
@@ -173,7 +173,7 @@ def metadata(root):
     if nested:
         fail(f"--data {root}: expected {nested[0].parent}, where there is a metadata.jsonl")
     in_classes = sorted(root.glob("[!.]*/[!.]*"))
-    pictures = [path for path in in_classes if path.suffix.lower() in SUFFIXES]
+    pictures = [path for path in in_classes if path.suffix.lower() in suffixes]
     others = {path for path in root.rglob("*") if path.is_file()} - set(pictures)
     if others:
         print(f"{root}: left out {len(others)} other files, {({path.suffix for path in others})}")
