@@ -229,7 +229,6 @@ def train_tokenizer(dataset, preset, device):
     for split in splits:
         texts += [caption.text for caption in split.captions]
         texts += [text for asked in split.questions for q in asked for text in (q.text, q.answer)]
-
     vq = VQ(dataset.image_size, p.patch, p.vq_width, p.codes)
     vq.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vq.parameters(), betas=(.9, .99), weight_decay=0, fused=True)
