@@ -40,7 +40,7 @@ COLUMNS = {
         shapes=         (2,       4,       8),      # how many of shapes.SHAPES
         colours=        (3,       6,       8),      # how many of shapes.COLOURS
         max_objects=    (2,       4,       6),      # in a scene
-        held_out=       (1,       3,       4),      # pairs that each task never sees: see Shapes
+        und_colours=    (2,       4,       4),      # of each shape, in understanding: see Shapes
         jitter=         (0,       1,       2)),     # pixels an object may lie off a cell's centre
     "tokenizer": dict(
         codes=          (32,      256,     512),    # size of the codebook
@@ -76,7 +76,7 @@ def usual_preset(device):       # GPUs from before 2020 are slow at the larger o
 def check_preset(name):
     """Refuses a preset that cannot work: the row of the table, and what is expected there."""
     p = PRESETS.get(name) or fail(f"preset {name}: expected one of {', '.join(PRESETS)}")
-    rows = [(row, value > 0 or row in ("held_out", "jitter"), "more than 0")
+    rows = [(row, value > 0 or row == "jitter", "more than 0")
             for row, value in vars(p).items()]
     side, cells = p.image_size // max(1, p.patch), p.grid ** 2
     rows += [
@@ -85,7 +85,7 @@ def check_preset(name):
         ("shapes", 2 <= p.shapes <= 8, "2 to 8"),
         ("colours", 3 <= p.colours <= 8, "3 to 8"),
         ("max_objects", 2 <= p.max_objects <= cells, f"2 to {cells}, the number of cells"),
-        ("held_out", 0 <= p.held_out <= p.shapes, f"0 to {p.shapes}, the number of shapes"),
+        ("und_colours", 2 <= p.und_colours <= p.colours, f"2 to {p.colours}, all colours"),
         ("jitter", 0 <= 8 * p.jitter * p.grid <= p.image_size, "0 to an eighth of a cell"),
         ("codes", 1 < p.codes <= p.vq_batch_size * side ** 2, "2 to the patches in a batch"),
         ("vq_width", p.vq_width % 8 == 0, "a multiple of 8"),

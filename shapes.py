@@ -3,6 +3,7 @@
 A data set like any other (see data.py): skip it on first reading, or put your own in its place.
 """
 import random
+import re
 import zlib
 from collections import Counter, defaultdict
 from functools import cache
@@ -106,14 +107,15 @@ class Shapes:
         self.image_size, self.cell_size = p.image_size, p.image_size // p.grid      # pixels
         self.names = {"size": (*SIZE_NAMES, "?"), "colour": (*COLOUR_NAMES[:p.colours], "?"),
                       "shape": (*SHAPES[:p.shapes], "?"), "cell": CELL_NAMES[p.grid ** 2]}
-        # Pairs of (colour, shape) that a task never sees in training, while the other task does:
-        # one of each of the first shapes. Red and green circle, blue and yellow square, ...
-        shapes = range(p.held_out)
-        self.held_out = {"und": {(2 * shape % p.colours, shape) for shape in shapes},
-                         "gen": {((2 * shape + 1) % p.colours, shape) for shape in shapes}}
-        # Understanding is asked about its *held-out pairs*; objects of generation's are *unseen*.
-        self.parts = {task: ["val", part] if p.held_out else ["val"]
-                      for task, part in (("und", "held_out"), ("gen", "unseen"))}
+        # Pairs of (colour, shape) that a task never sees in training, while the other task does.
+        # Understanding sees `und_colours` neighbouring colours of each shape, and no others (its
+        # *held-out pairs*); the first of these never occurs in generation (its *unseen objects*).
+        steps = {(colour, shape): (colour - shape) % p.colours
+                 for colour in range(p.colours) for shape in range(p.shapes)}
+        self.held_out = {"und": {pair for pair in steps if steps[pair] >= p.und_colours},
+                         "gen": {pair for pair in steps if steps[pair] == 0}}
+        self.parts = {"und": ["val", "held_out"] if self.held_out["und"] else ["val"],
+                      "gen": ["val", "unseen"]}
         # What a cell can show is drawn once: nothing (None), or a Thing, as if in cell 0.
         size, moves = self.cell_size, range(-p.jitter, p.jitter + 1)
         self.drawn = {None: np.full((size, size, 3), BACKGROUND, np.uint8)}
@@ -175,16 +177,14 @@ class Shapes:
         on the seed), so no picture of a training scene is ever in another part."""
         rng = random.Random(f"{seed} {task} {part}")
         question_rng = random.Random(f"{seed} {task} {part} questions")
-        held_out, every_pair = self.held_out[task], self.held_out["und"] | self.held_out["gen"]
         # Pairs never shown, those of which one always is; kinds of captions, of questions, in turn.
-        avoid, required = every_pair, None
+        avoid, required = self.held_out[task], None
         caption_kinds, question_kinds = [*CAPTIONS], [*QUESTIONS]
         if part == "train":                     # more of those that take longer to learn
-            avoid = held_out
             caption_kinds += ["scene", "scene", "two objects", "attribute binding", "position"]
             question_kinds += ["relation", "relation"]
         elif part != "val":                     # "held_out" or "unseen"
-            avoid, required = (), held_out
+            avoid, required = (), self.held_out[task]
             caption_kinds = ["scene", "colours", "attribute binding"]
             question_kinds = ["colour", "shape", "existence"]
         counts = dict.fromkeys(QUESTIONS, 0)                # of questions of each kind
@@ -248,7 +248,8 @@ class Shapes:
             relation = a.shape, r, b.shape
         *first, last = parts
         text = f"{', '.join(first)} and {last}" if first else last
-        return Caption(rng.choice(("", "draw ", "a picture of ")) + text, kind, relation)
+        text = rng.choice(("", "draw ", "a picture of ")) + text
+        return Caption(with_articles(text), kind, relation)
 
     def check(self, split, pixels):
         """Of pictures for a Split's captions: how many objects are asked for, how many of them are
@@ -284,7 +285,8 @@ class Shapes:
             answer, *parts = self.say(asked, thing), self.refer(rng, scene, thing, names)
         if None in (answer, *parts):
             return None
-        return Question(rng.choice(phrasings).format(*parts), answer, kind)
+        text = rng.choice(phrasings).format(*parts)
+        return Question(with_articles(text), answer, kind)
 
     def refer(self, rng, scene, thing, names):
         """A phrase that only `thing` fits, or None; names: templates. By its cell only if nothing
@@ -336,6 +338,10 @@ class Shapes:
         alone = [RELATIONS[r] for r in rng.sample(range(4), 4)          # with nothing else there
                  if [t for t in scene if r in self.related(t, other)] == [thing]]
         return self.say(asked, thing), alone[-1] if alone else None, second
+
+
+def with_articles(text):
+    return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 
 def plural(noun):

@@ -218,12 +218,13 @@ class Tokenizer:
         return Tokenizer(ranks, vq.to(device))
 
 
-def train_tokenizer(dataset, preset, device):
+def train_tokenizer(dataset, preset, device, seed=0):
     """A Tokenizer: byte pairs of a data set's texts, and a VQ of its pictures, whose loss is
     `VQ.forward`, squared error and commitment; its codebook follows by a moving average."""
     p = PRESETS[preset]
-    torch.manual_seed(0)
-    splits = [dataset.split(task, "train", -(-p.vq_pictures // 2)) for task in ("und", "gen")]
+    torch.manual_seed(seed)
+    half = -(-p.vq_pictures // 2)
+    splits = [dataset.split(task, "train", half, seed) for task in ("und", "gen")]
     pixels = torch.tensor(np.concatenate([split.pixels for split in splits])).to(device)
     texts = []
     for split in splits:
@@ -243,14 +244,14 @@ def train_tokenizer(dataset, preset, device):
     return Tokenizer(train_bpe(texts), vq)
 
 
-def get_tokenizer(path, dataset, preset, device):
+def get_tokenizer(path, dataset, preset, device, seed=0):
     """The Tokenizer in a file, by default one of the data set's name; trained and saved there if
     there is no such file. Refuses a file made with other data, other world or tokenizer rows of
     data.COLUMNS, or another vocabulary (`Tokenizer.from_state`)."""
     now = made_with(dataset, preset, ("world", "tokenizer"))
     path = path or f"out/tokenizer-{dataset.identity.replace(' ', '-')}-{preset}.pt"
     if not Path(path).exists():
-        state = train_tokenizer(dataset, preset, device).state()
+        state = train_tokenizer(dataset, preset, device, seed).state()
         save_checkpoint({"kind": "tokenizer", "made_with": now, **state}, path)
     checkpoint = read_checkpoint(path, "tokenizer")
     same_settings(checkpoint.get("made_with", {}), now, path)
@@ -261,12 +262,13 @@ def main():
     parser = script_parser(__doc__)
     parser.add_argument("--data", default="shapes", help="shapes, or a folder of captioned images")
     parser.add_argument("--preset", choices=PRESETS, help="default: what fits the device")
+    parser.add_argument("--seed", type=int, default=0, help="of a new one's pictures and weights")
     parser.add_argument("--out", help="default: out/tokenizer-DATA-PRESET.pt")
     args = parser.parse_args()
     device = pick_device(args.device)
     preset = args.preset or usual_preset(device)
     dataset = load(args.data, preset)
-    tokenizer = get_tokenizer(args.out, dataset, preset, device)
+    tokenizer = get_tokenizer(args.out, dataset, preset, device, args.seed)
     originals = dataset.split("gen", "val", 18, questions=0).pixels
     reconstructions = tokenizer.decode(tokenizer.encode(originals))
     pictures = [picture for pair in zip(originals, reconstructions) for picture in pair]

@@ -195,8 +195,8 @@ def main():
         tokenizer = get_tokenizer(out / "tokenizer.pt", dataset, preset, device)
         classifier = get_classifier(out / "classifier.pt", dataset, names, device)
     real, reference = score_real(split, names, tokenizer, classifier)
-    train_rows(out, ROWS, args, preset, ["--device", device.type, "--data", args.folder,
-                                         "--tokenizer", out / "tokenizer.pt"],
+    arguments = "--device", device.type, "--data", args.folder, "--tokenizer", out / "tokenizer.pt"
+    train_rows(out, ROWS, args, preset, lambda seed: arguments,
                lambda run, row: score_run(run, split, names, classifier, reference, device))
     make_table(out, real, names, preset)
 

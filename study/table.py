@@ -3,6 +3,7 @@
     python study/table.py out/table --seeds 3                   every row, seeds 1 to 3
     python study/table.py out/table --seeds 8 --rows u joint    some rows
     python study/table.py out/table --seeds 0       no training: the table of what is there
+    python study/table.py out/slow --rows u --first 10 --lr .005    options of train.py for all rows
 
 It goes on where it stopped, and may be started several times, best one process a core
 (OMP_NUM_THREADS=1): each takes rows that no other has. Settings are chosen on seeds 0 and 10 to 12,
@@ -206,9 +207,9 @@ def train_run(out, arguments):
 
 def train_rows(folder, rows, args, preset, arguments, score):
     """Trains and scores what is missing of `rows` in a folder, each with its own sizes and world.
-    arguments: of train.py, for all. score(run, row): further scores."""
+    arguments(seed): of train.py, for all. score(run, row): further scores."""
     usual_sizes, steps = dict(vars(PRESETS[preset])), args.steps or PRESETS[preset].steps
-    for seed, name in product(range(1, args.seeds + 1), args.rows):
+    for seed, name in product(range(args.first, args.first + args.seeds), args.rows):
         out = folder / f"{name}-seed{seed}"
         vars(PRESETS[preset]).update(usual_sizes | SIZES.get(name, {}))
         shapes.Shapes = WORLDS.get(name, Shapes)            # where data.load finds it
@@ -216,7 +217,7 @@ def train_rows(folder, rows, args, preset, arguments, score):
             if is_mine:
                 train_run(out, ["--preset", preset, "--seed", seed, "--steps",
                                 round(STEPS.get(name, 1) * steps), *rows[name][1].split(),
-                                *arguments])
+                                *arguments(seed)])
                 score(out, name)
 
 
@@ -397,6 +398,7 @@ def rows_parser(doc, rows, seeds):
     parser = script_parser(doc)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=seeds, help=f"so many (default: {seeds})")
+    parser.add_argument("--first", type=int, default=1, help="seed (default: 1)")
     parser.add_argument("--rows", nargs="+", choices=rows, default=list(rows), metavar="ROW",
                         help=f"some of: {', '.join(rows)}")
     parser.add_argument("--preset", choices=PRESETS, help="default: what fits the device")
@@ -406,14 +408,17 @@ def rows_parser(doc, rows, seeds):
 
 def main():
     parser = rows_parser(__doc__, ROWS, seeds=1)
-    parser.add_argument("--tokenizer", help="default: out/tokenizer-shapes-PRESET.pt")
-    args = parser.parse_args()
+    parser.add_argument("--und-colours", type=int, help="default: the preset's (data.COLUMNS)")
+    args, more = parser.parse_known_args()
     device = pick_device(args.device)
     preset = args.preset or usual_preset(device)
-    tokenizer = args.tokenizer or f"out/tokenizer-shapes-{preset}.pt"
-    if args.seeds > 0:
-        with lock(tokenizer, wait=True):                    # one for all rows
-            get_tokenizer(tokenizer, data.load("shapes", preset), preset, device)
+    PRESETS[preset].und_colours = args.und_colours or PRESETS[preset].und_colours
+
+    def arguments(seed):
+        path = args.folder / f"tokenizer-seed{seed}.pt"
+        with lock(path, wait=True):                         # one for all rows
+            get_tokenizer(path, Shapes(preset), preset, device, seed)
+        return ["--device", device.type, "--tokenizer", path, *more]
 
     def score_at_inference(out, name):
         if name in AT_INFERENCE and not (out / "eval-inference.json").exists():
@@ -423,8 +428,7 @@ def main():
             evaluate(model, tokenizer, options, checkpoint["step"], dataset, plans, out,
                      "-inference")
 
-    train_rows(args.folder, ROWS, args, preset,
-               ["--device", device.type, "--tokenizer", tokenizer], score_at_inference)
+    train_rows(args.folder, ROWS, args, preset, arguments, score_at_inference)
     make_table(args.folder)
 
 
