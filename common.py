@@ -14,8 +14,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-# Operators that Apple GPUs lack run on the CPU. PyTorch reads this when it is imported.
+# PyTorch reads these when it is imported. Operators that Apple GPUs lack run on the CPU. Threads
+# wait for each other only briefly before they sleep: beside other work that halves a step's time.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 import torch                                                # noqa: E402
 
 
@@ -146,7 +148,7 @@ def has_bfloat16(device):
 
 # ---------------------------------------------------------------------- pictures for people
 
-RED, GREY, DARK = (220, 30, 30), (200, 200, 200), (60, 60, 60)
+RED, GREEN, GREY, DARK = (220, 30, 30), (50, 150, 80), (200, 200, 200), (60, 60, 60)
 LINE_COLOURS = (40, 100, 190), (225, 120, 30), (50, 150, 80), (190, 50, 60), (150, 90, 190)
 
 
@@ -165,8 +167,8 @@ def save_picture(image, path):
     write_file(path, buffer.getvalue())
 
 
-def contact_sheet(pixels, texts, path, columns=6, size=160, wrong=()):
-    """A PNG: (N, H, W, 3) uint8 pictures over their N texts. wrong: N flags; these are red."""
+def contact_sheet(pixels, texts, path, columns=6, size=160, right=()):
+    """A PNG: (N, H, W, 3) uint8 pictures over N texts. right: N flags (green, red), or None."""
     font, gap = font_for("".join(texts)), 12
     texts = ["\n".join(textwrap.fill(line, size // 6) for line in text.split("\n"))
              for text in texts]
@@ -177,9 +179,9 @@ def contact_sheet(pixels, texts, path, columns=6, size=160, wrong=()):
     for i, (picture, text) in enumerate(zip(pixels, texts)):
         x, y = gap + i % columns * (size + gap), gap + i // columns * height
         sheet.paste(Image.fromarray(picture).resize((size, size), Image.NEAREST), (x, y))
-        frame, ink = (RED, RED) if wrong and wrong[i] else (GREY, DARK)
+        frame = {True: GREEN, False: RED}.get(right[i] if right else None, GREY)
         draw.rectangle((x - 2, y - 2, x + size + 1, y + size + 1), outline=frame, width=2)
-        draw.text((x, y + size + 4), text, ink, font)
+        draw.text((x, y + size + 4), text, DARK, font)
     save_picture(sheet, path)
 
 

@@ -5,7 +5,7 @@
 
 A data set is an object with
 
-    identity        a string that stands in checkpoints: a run goes on with the same data only
+    identity        a string for checkpoints: a run can only be resumed with the same data
     image_size      pixels, height = width
     sampling        (guidance, temperature) that suit its captions: see `eval.draw`
     parts           {task: [names of the parts that a run is scored on]}; the first is "val"
@@ -24,7 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from common import contact_sheet, fail, has_bfloat16, refuse_errors, run_script, script_parser
+from common import contact_sheet, fail, has_bfloat16, run_script, script_parser
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
@@ -45,7 +45,7 @@ COLUMNS = {
     "tokenizer": dict(
         codes=          (32,      256,     512),    # size of the codebook
         vq_width=       (32,      96,      128),    # channels of the image tokenizer
-        vq_pictures=    (500,     6000,    8000),   # that it is trained on
+        vq_pictures=    (500,     6000,    8000),   # that it is trained on, half of each task's
         vq_steps=       (150,     1200,    1500),
         vq_batch_size=  (16,      16,      128)),
     "transformer": dict(
@@ -85,7 +85,7 @@ def check_preset(name):
         ("shapes", 2 <= p.shapes <= 8, "2 to 8"),
         ("colours", 3 <= p.colours <= 8, "3 to 8"),
         ("max_objects", 2 <= p.max_objects <= cells, f"2 to {cells}, the number of cells"),
-        ("und_colours", 2 <= p.und_colours <= p.colours, f"2 to {p.colours}, all colours"),
+        ("und_colours", 2 <= p.und_colours < p.colours, f"2 to {p.colours - 1}, not all colours"),
         ("jitter", 0 <= 8 * p.jitter * p.grid <= p.image_size, "0 to an eighth of a cell"),
         ("codes", 1 < p.codes <= p.vq_batch_size * side ** 2, "2 to the patches in a batch"),
         ("vq_width", p.vq_width % 8 == 0, "a multiple of 8"),
@@ -134,12 +134,6 @@ class Split(NamedTuple):
 Image.MAX_IMAGE_PIXELS = 50_000_000         # Pillow refuses a picture of twice as many
 warnings.filterwarnings("ignore", module="PIL")             # of that, and of EXIF
 PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26     # programs that draw store their whole workflow there
-
-
-def open_picture(path, size, where):
-    """`read_picture`; what is no image ends in one line, which begins with `where`."""
-    with refuse_errors(f"{where} {path}: expected an image"):
-        return read_picture(path, size)
 
 
 def read_picture(path, size):
@@ -270,9 +264,8 @@ def main():
     parser.add_argument("--out", default="out/data.png")
     args = parser.parse_args()
     split = load(args.data, args.preset).split("und", "train", 18)
-    texts = []
-    for caption, questions in zip(split.captions, split.questions):
-        texts.append("\n".join([caption.text] + [f"{q.text} {q.answer}" for q in questions[:4]]))
+    texts = ["\n".join([caption.text] + [f"{q.text} {q.answer}" for q in questions[:4]])
+             for caption, questions in zip(split.captions, split.questions)]
     contact_sheet(split.pixels, texts, args.out)
     print(f"{args.out}: {len(texts)} pictures")
 

@@ -12,8 +12,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import fmean
 
-from common import (contact_sheet, fail, hardware, pick_device, positive, run_script, save_picture,
-                    script_parser, write_file)
+from common import (contact_sheet, fail, hardware, pick_device, positive, refuse_errors, run_script,
+                    save_picture, script_parser, write_file)
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import PRESETS, load_of_run, open_picture
+from data import PRESETS, load_of_run, read_picture
 from model import generation, load_run, sequences, understanding
 from prune import PLANS, make_plan, paper_cost, plans_of, predicting
 from tokenizer import FIRST_CODE
@@ -49,7 +49,7 @@ def answer(model, tokenizer, codes, question, plan):
 
 
 @torch.no_grad()
-def draw(model, tokenizer, captions, plan, sampling, seed=0, batch=100):
+def draw(model, tokenizer, captions, plan, sampling, seed=0, batch=None):
     """Captions (strings) -> sampled pictures (N, H, W, 3) uint8, `batch` at a time. sampling:
     (guidance, temperature), an attribute of the data set that checkpoints keep.
 
@@ -60,6 +60,9 @@ def draw(model, tokenizer, captions, plan, sampling, seed=0, batch=100):
     if isinstance(captions, str):
         raise TypeError("expected a list of captions, not one string")
     m, pictures = model.config.side ** 2, []
+    # A GPU waits for Python at each token, whatever the batch: few large ones, if there is room.
+    has_room = model.device.type == "cuda" and torch.cuda.mem_get_info()[0] > 20e9
+    batch = batch or (350 if has_room else 100)
     # Drawn at once, so that a picture does not depend on how many others are drawn beside it.
     uniform = torch.rand(len(captions), m, generator=torch.Generator().manual_seed(seed))
     for i in tqdm(range(0, len(captions), batch), desc="drawing", leave=False):
@@ -131,7 +134,7 @@ def score_understanding(model, tokenizer, plan, dataset, part, n, seed):
     for picture, of_picture in zip(split.pixels[:SHOWN], answers):
         lines = [f"{question.text} {said}" + ("" if right else f" (no: {question.answer})")
                  for question, said, right in of_picture[:4]]
-        shown.append((picture, "\n".join(lines), False))
+        shown.append((picture, "\n".join(lines), None))
     return {"n": len(rights), "accuracy": fmean(rights), "loss": loss,
             "chance": guessed / len(rights), "by_type": by_type}, shown
 
@@ -154,7 +157,7 @@ def score_generation(model, tokenizer, plan, dataset, part, n, seed):
         loss += model(rows, plan)[1].item() * len(rows.tokens)
     texts = [caption.text for caption in split.captions]
     drawn = draw(model, tokenizer, texts, plan, dataset.sampling)
-    scores, wrong = {"n": len(texts), "loss": loss / len(texts)}, [False] * len(texts)
+    scores, right = {"n": len(texts), "loss": loss / len(texts)}, [None] * len(texts)
     if hasattr(dataset, "check"):                           # else nothing reads the pictures
         checked = dataset.check(split, drawn)
         by_kind = defaultdict(list)
@@ -163,8 +166,8 @@ def score_generation(model, tokenizer, plan, dataset, part, n, seed):
         decoded = tokenizer.decode(tokenizer.encode(split.pixels))
         scores |= {**rates(checked), "ceiling": rates(dataset.check(split, decoded)),
                    "by_type": {kind: rates(rows) for kind, rows in by_kind.items()}}
-        wrong = [not right for _, _, right in checked]
-    return scores, list(zip(drawn, texts, wrong))[:SHOWN]
+        right = [is_right for *_, is_right in checked]
+    return scores, list(zip(drawn, texts, right))[:SHOWN]
 
 
 SCORES = {"und": score_understanding, "gen": score_generation}      # of each task
@@ -213,8 +216,8 @@ def evaluate(model, tokenizer, options, step, dataset, plans, folder, suffix="")
               "parameters": sum(p.numel() for p in model.parameters())}
     scores |= {"config": config, "n": {task: scores[task]["n"] for task in plans},
                "seconds": time.time() - start, "hardware": hardware(model.device)}
-    pictures, texts, wrong = zip(*shown)
-    contact_sheet(pictures, texts, Path(folder) / f"samples{suffix}.png", wrong=wrong)
+    pictures, texts, right = zip(*shown)
+    contact_sheet(pictures, texts, Path(folder) / f"samples{suffix}.png", right=right)
     # Last, because a run counts as finished where it has scores.
     write_file(Path(folder) / f"eval{suffix}.json", json.dumps(scores, indent=1))
     print(f"{folder}/eval{suffix}.json, samples{suffix}.png")
@@ -246,7 +249,8 @@ def main():
             fail(f"{args.run} was trained for {' and '.join(checkpoint['tasks'])}, not for {task}")
     if args.ask:
         picture, question = args.ask
-        pixels = open_picture(picture, tokenizer.vq.image_size, "--ask")
+        with refuse_errors(f"--ask {picture}: expected an image"):
+            pixels = read_picture(picture, tokenizer.vq.image_size)
         print(answer(model, tokenizer, tokenizer.encode(pixels[None])[0], question, plans["und"]))
     elif args.draw is not None:
         captions, sampling = [args.draw] * args.n, checkpoint["sampling"]

@@ -46,7 +46,7 @@ class Config:
 
 # ---------------------------------------------------------------------- sequences
 
-SEGMENTS = ("system", "image", "instruction", "output")
+SEGMENTS = ("system", "instruction", "output", "image")
 
 
 class Batch(NamedTuple):
@@ -83,7 +83,8 @@ class Batch(NamedTuple):
         # Output is what the token before it had to predict. The end of an answer is no token.
         output[:, 1:] = self.is_output[:, :-1] & real[:, 1:]
         image = (self.tokens >= FIRST_CODE) & ~output
-        return torch.stack([system, image, real & ~system & ~image & ~output, output], 2)
+        instruction = real & ~system & ~image & ~output
+        return torch.stack([system, instruction, output, image], 2)
 
     def attention_mask(self, queries, keys):
         """(B, 1, q, k) bool: what the tokens at the positions `queries` see of those at `keys`.

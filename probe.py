@@ -7,6 +7,7 @@ Fused attention returns no weights: this goes through `Model.reference`. One que
 picture, as in the paper's sequences.
 """
 import json
+from collections import Counter
 from pathlib import Path
 
 from common import (contact_sheet, line_chart, pick_device, positive, run_script, script_parser,
@@ -77,13 +78,16 @@ def main():
             print(title)
             for name, share in shares.items():
                 print(f"  {name:12}" + " ".join(f"{x:5.2f}" for x in share))
-            charts.append(np.array(line_chart(shares, title, 0, 1, (400, 400))))
-        real = batch.segment_ids[0] >= 0
+            lines = {name: share for name, share in shares.items() if any(share)}
+            charts.append(np.array(line_chart(lines, title, 0, 1, (400, 400))))
+        real, segments = batch.segment_ids[0] >= 0, batch.segments()[0].int()
+        names = Counter(SEGMENTS[i] for i in segments[real].argmax(1))      # in their order
+        tokens = ", ".join(f"{name} {n}" for name, n in names.items())
         for layer in np.linspace(0, len(plan) - 1, 4).round().astype(int):
             level = attention[layer][real][:, real].clamp(min=1e-4).log10() / 4 + 1     # 0 to 1
             heat = torch.stack([level ** .5, level, level ** 2], 2)     # black, orange, white
             heatmaps.append((255 * heat).byte().cpu().numpy())
-            titles.append(f"{TITLES.get(task, task)}, layer {layer + 1}")
+            titles.append(f"{TITLES.get(task, task)}, layer {layer + 1}: {tokens}")
     write_file(out / f"attention{suffix}.json", json.dumps(found, indent=1))
     contact_sheet(charts, [""] * len(charts), out / f"attention{suffix}.png", 2, 400)   # fig. 3
     contact_sheet(heatmaps, titles, out / f"heatmaps{suffix}.png", 4, 260)              # fig. 2

@@ -3,7 +3,6 @@
 A data set like any other (see data.py): skip it on first reading, or put your own in its place.
 """
 import random
-import re
 import zlib
 from collections import Counter, defaultdict
 from functools import cache
@@ -27,7 +26,7 @@ INSIDE = {"circle": lambda x, y: x ** 2 + y ** 2 < 1,
               2 * (np.arctan2(x, -y) / (2 * np.pi / 5) % 1) - 1)) < 1}
 COLOURS = {"red": (220, 40, 40), "green": (30, 160, 60), "blue": (40, 80, 220),
            "yellow": (245, 190, 0), "purple": (150, 50, 190), "cyan": (0, 190, 210),
-           "black": (40, 40, 40), "orange": (245, 120, 20)}
+           "black": (40, 40, 40), "pink": (250, 130, 180)}
 DIAMETERS = {"small": .42, "big": .75}                      # in cells
 SHAPES, COLOUR_NAMES, SIZE_NAMES = tuple(INSIDE), tuple(COLOURS), tuple(DIAMETERS)
 # A cell's name is one word, and so one token: the second of two would have to look for the object
@@ -100,6 +99,7 @@ class Shapes:
     A scene is a tuple of Things, sorted by cell. `rng`: a random.Random. `avoid`: (colour, shape)
     pairs that are not shown or named. `required`: if given, pairs that questions are about."""
     identity = "shapes"
+    parts = {"und": ["val", "held_out"], "gen": ["val", "unseen"]}
     sampling = 1.5, .7          # guidance and temperature: study/NOTES.md says what was tried
 
     def __init__(self, preset="cpu"):
@@ -110,12 +110,9 @@ class Shapes:
         # Pairs of (colour, shape) that a task never sees in training, while the other task does.
         # Understanding sees `und_colours` neighbouring colours of each shape, and no others (its
         # *held-out pairs*); the first of these never occurs in generation (its *unseen objects*).
-        steps = {(colour, shape): (colour - shape) % p.colours
-                 for colour in range(p.colours) for shape in range(p.shapes)}
-        self.held_out = {"und": {pair for pair in steps if steps[pair] >= p.und_colours},
-                         "gen": {pair for pair in steps if steps[pair] == 0}}
-        self.parts = {"und": ["val", "held_out"] if self.held_out["und"] else ["val"],
-                      "gen": ["val", "unseen"]}
+        pairs = [*product(range(p.colours), range(p.shapes))]
+        self.held_out = {"und": {(c, s) for c, s in pairs if (c - s) % p.colours >= p.und_colours},
+                         "gen": {(c, s) for c, s in pairs if (c - s) % p.colours == 0}}
         # What a cell can show is drawn once: nothing (None), or a Thing, as if in cell 0.
         size, moves = self.cell_size, range(-p.jitter, p.jitter + 1)
         self.drawn = {None: np.full((size, size, 3), BACKGROUND, np.uint8)}
@@ -221,8 +218,6 @@ class Shapes:
                     counts[kind] += 1 / question_kinds.count(kind)
         return Split(self.render(scenes), captions, asked, scenes)
 
-    # ------------------------------------------------------------------ language
-
     @cache                      # of few things, but asked for often
     def say(self, template, thing):
         """What a template says of a thing: "the {size} {shape}", "the small ring"."""
@@ -248,8 +243,7 @@ class Shapes:
             relation = a.shape, r, b.shape
         *first, last = parts
         text = f"{', '.join(first)} and {last}" if first else last
-        text = rng.choice(("", "draw ", "a picture of ")) + text
-        return Caption(with_articles(text), kind, relation)
+        return Caption(rng.choice(("", "draw ", "a picture of ")) + text, kind, relation)
 
     def check(self, split, pixels):
         """Of pictures for a Split's captions: how many objects are asked for, how many of them are
@@ -285,8 +279,7 @@ class Shapes:
             answer, *parts = self.say(asked, thing), self.refer(rng, scene, thing, names)
         if None in (answer, *parts):
             return None
-        text = rng.choice(phrasings).format(*parts)
-        return Question(with_articles(text), answer, kind)
+        return Question(rng.choice(phrasings).format(*parts), answer, kind)
 
     def refer(self, rng, scene, thing, names):
         """A phrase that only `thing` fits, or None; names: templates. By its cell only if nothing
@@ -338,10 +331,6 @@ class Shapes:
         alone = [RELATIONS[r] for r in rng.sample(range(4), 4)          # with nothing else there
                  if [t for t in scene if r in self.related(t, other)] == [thing]]
         return self.say(asked, thing), alone[-1] if alone else None, second
-
-
-def with_articles(text):
-    return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 
 def plural(noun):

@@ -223,8 +223,7 @@ def train_tokenizer(dataset, preset, device, seed=0):
     `VQ.forward`, squared error and commitment; its codebook follows by a moving average."""
     p = PRESETS[preset]
     torch.manual_seed(seed)
-    half = -(-p.vq_pictures // 2)
-    splits = [dataset.split(task, "train", half, seed) for task in ("und", "gen")]
+    splits = [dataset.split(task, "train", p.vq_pictures // 2, seed) for task in ("und", "gen")]
     pixels = torch.tensor(np.concatenate([split.pixels for split in splits])).to(device)
     texts = []
     for split in splits:

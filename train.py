@@ -4,7 +4,7 @@
     python train.py --objective und --und-plan himix --projections image    one task, accelerated
     python train.py --und-plan himix --gen-plan hmgen --projections task        share partial
     python train.py --data PATH     a folder of your own captioned images
-    python train.py --resume out/joint-cpu          goes on where that run stopped
+    python train.py --resume out/joint-cpu          continues a stopped run
     python train.py --preset tiny   every stage in a minute; too short to learn anything
 
 Leaves checkpoint.pt, log.jsonl, loss.png, eval.json and samples.png in the run's folder.
@@ -51,7 +51,7 @@ def train(options, device, checkpoint=None):
     plans = plans_of(OBJECTIVES[options.objective], vars(options), p.layers)
     out.mkdir(parents=True, exist_ok=True)
     if not checkpoint and any(out.iterdir()):
-        fail(f"{out} is not empty: --resume goes on with its checkpoint.pt, --out PATH begins anew")
+        fail(f"{out} is not empty: --resume continues that run, --out PATH starts a new one")
 
     # Data: all sequences of a task are one Batch that stays on the device.
     if checkpoint:
@@ -123,8 +123,8 @@ def train(options, device, checkpoint=None):
             if done % LOG_EVERY and done < steps:
                 continue
             if not all(x.isfinite().all() for x in model.parameters()):
-                fail(f"weights are not finite at step {done}: begin again with a lower --lr, or go "
-                     f"on from the last checkpoint with --resume {out}")
+                fail(f"weights are not finite at step {done}: start again with a lower --lr, or "
+                     f"continue from the last checkpoint with --resume {out}")
             now = time.monotonic()
             rate = (done - (rows[-1]["step"] if rows else 0)) / (now - logged_at)   # steps a second
             losses = {f"loss_{task}": loss.item() for task, loss in losses.items()}
@@ -138,12 +138,12 @@ def train(options, device, checkpoint=None):
                 save(done)
                 saved_at = now
             if signals:
-                tqdm.write(f"stopped at step {done}: python train.py --resume {out} goes on",
+                tqdm.write(f"stopped at step {done}: python train.py --resume {out} continues",
                            file=sys.stderr)
                 raise SystemExit(128 + signals[0])
 
     run_passes = None                                       # a CUDA graph holds memory
-    print(f"trained and saved; now the scores, which python eval.py {out} also gives")
+    print(f"trained and saved; scoring it, as python eval.py {out} does")
     lines = {task: [math.log10(row[f"loss_{task}"] + 1e-4) for row in rows] for task in plans}
     title = f"log10 of the loss (eq. 1) over {steps} steps"
     save_picture(line_chart(lines, title, -3, 1), out / "loss.png")
@@ -235,7 +235,7 @@ def training_sequences(task, options, dataset, tokenizer):
 
 def draw_order(examples, options):
     """Which sequences each step takes, (steps, tasks, batch_size). Drawn beforehand: no step waits
-    for it, and a resumed run needs nothing else to go on as if nothing had happened."""
+    for it, and a resumed run needs nothing else to continue as if nothing had happened."""
     order, shape = [], (options.steps, options.batch_size)
     for task, batch in examples.items():
         generator = torch.Generator().manual_seed(zlib.crc32(f"{options.seed} {task}".encode()))
@@ -270,9 +270,8 @@ class Muon(torch.optim.Optimizer):
         for (rows, columns), matrices in by_shape.items():
             state = self.state[matrices[0]]                 # the first stands for all of this shape
             gradient = torch.stack([p.grad for p in matrices])
-            if "average" not in state:
-                state["average"] = torch.zeros_like(gradient)
-            average = state["average"].lerp_(gradient, 1 - MOMENTUM)
+            average = state.setdefault("average", torch.zeros_like(gradient))
+            average.lerp_(gradient, 1 - MOMENTUM)
             update = orthogonal(gradient.lerp(average, MOMENTUM))                   # Nesterov
             # Muon's usual factor: tall matrices take larger steps.
             scale = group["lr"] * max(1, rows / columns) ** .5
@@ -284,12 +283,13 @@ def orthogonal(x, steps=5):
     whose iteration drives every singular value towards 1."""
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x, usual = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7), x.dtype
+    x = x.bfloat16() if has_bfloat16(x.device) else x
     for _ in range(steps):
         a = x @ x.mT
         b = torch.baddbmm(a, a, a, beta=-4.775, alpha=2.0315)
         x = torch.baddbmm(x, b, x, beta=3.4445)
-    return x.mT if tall else x
+    return (x.mT if tall else x).to(usual)
 
 
 def optimizers_of(model, lr):
@@ -311,7 +311,7 @@ def apply_gradients(optimizers):
 # ---------------------------------------------------------------------- options
 
 def parse_options(arguments=None):
-    """A run's options, its device, and the checkpoint that it goes on from. Options that are not
+    """A run's options, its device, and the checkpoint that it continues. Options that are not
     given come from the resumed run, else from the preset."""
     parser = script_parser(__doc__)
     add = parser.add_argument
@@ -321,26 +321,26 @@ def parse_options(arguments=None):
     add("--projections", default="shared", choices=PROJECTIONS, help="image tokens' own Q, K, V")
     add("--shallow", type=int, metavar="K", help="of hmgen and naive (default: layers / 4)")
     add("--image-loss", action="store_true", help="a control: understanding predicts its images")
-    add("--practice", action="store_true", help="pictures without caption are understanding's")
+    add("--practice", action="store_true", help="uncaptioned pictures are understanding's")
     add("--preset", choices=PRESETS, help="size of everything (default: what fits the device)")
     add("--data", default="shapes", help="shapes, or a folder of captioned images")
     add("--steps", type=positive(int))
     add("--batch-size", type=positive(int), help="pictures of each task in a step")
-    add("--parts", type=positive(int), default=1, help="of a step: less memory, the same result")
-    add("--lr", type=positive(float), default=.01, help="Muon's highest; AdamW's goes along")
-    add("--seed", type=int, default=0, help="of data, weights and order")
+    add("--parts", type=positive(int), default=1, help="of a step, computed in turn: less memory")
+    add("--lr", type=positive(float), default=.01, help="Muon's peak; AdamW's follows it")
+    add("--seed", type=int, default=0, help="of the data, weights and order")
     add("--save-every", type=float, default=120, metavar="SECONDS")
-    add("--no-compile", dest="compile", action="store_false", help="nor use a CUDA graph")
-    add("--tokenizer", metavar="PATH", help="trained if there is no such file")
+    add("--no-compile", dest="compile", action="store_false", help="no torch.compile, no graph")
+    add("--tokenizer", metavar="PATH", help="trained if the file does not exist")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--out", help="the run's folder (default: out/joint-cpu, out/und-tiny, ...)")
-    where.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    where.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     given = parser.parse_args(arguments)
     device, checkpoint = pick_device(given.device), None
     if given.resume is not None:
         checkpoint = read_checkpoint(Path(given.resume, "checkpoint.pt"), "run")
         if "optimizers" not in checkpoint:
-            fail(f"--resume {given.resume}: it was saved to be used, and lacks what training needs")
+            fail(f"--resume {given.resume}: it was saved without what training needs")
         usual = vars(parser.parse_args([])) | checkpoint["options"] | {"out": given.resume}
     else:
         name = given.preset or usual_preset(device)

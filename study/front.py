@@ -7,7 +7,7 @@
     python eval.py study/trained                    its scores, study/trained/eval.json
 
 The GIF draws the first validation caption of each kind but "scene", token by token, then asks the
-same model a question about each picture. Nothing is chosen; what has a mistake is red.
+same model a question about each picture. Nothing is chosen; green is right, red has a mistake.
 """
 import random
 from itertools import count
@@ -46,7 +46,7 @@ def animate(run, device, path):
                            scenes=[split.scenes[i] for i in first])
     captions = [caption.text for caption in split.captions]
     pictures = draw(model, tokenizer, captions, plans["gen"], world.sampling)
-    wrong = [not right for *_, right in world.check(split, pictures)]
+    right = [is_right for *_, is_right in world.check(split, pictures)]
     drawn = [f"generation: {caption}" for caption in captions]
     asked = []
     for n, seen in enumerate(world.read(pictures)):
@@ -56,14 +56,14 @@ def animate(run, device, path):
         codes = tokenizer.encode(pictures[n:n + 1])[0]
         said = answer(model, tokenizer, codes, question.text, plans["und"])
         asked.append(f"{drawn[n]}\n\nunderstanding: {question.text} {said}")
-        wrong[n] |= said != question.answer
+        right[n] &= said == question.answer
     part, frames = path.with_suffix(".png"), []
     # Complete first: many viewers show one frame only.
     for tokens in (side * side, *range(0, side * side, 2)):
         hidden = np.arange(side * side).reshape(side, side) >= tokens
         hidden = np.kron(hidden, np.ones((pictures.shape[1] // side,) * 2, bool))[..., None]
-        texts, red = (drawn, ()) if frames else (asked, wrong)
-        contact_sheet(np.where(hidden, np.uint8(225), pictures), texts, part, wrong=red)
+        texts, marks = (drawn, ()) if frames else (asked, right)
+        contact_sheet(np.where(hidden, np.uint8(225), pictures), texts, part, right=marks)
         sheet = Image.open(part)
         frames.append(Image.new("RGB", frames[0].size if frames else sheet.size, "white"))
         frames[-1].paste(sheet)
@@ -72,7 +72,7 @@ def animate(run, device, path):
     frames = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in frames]
     frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
                    duration=[5000] + [80] * (len(frames) - 1))      # milliseconds
-    print(f"{path}: {asked}, wrong: {wrong}")
+    print(f"{path}: {asked}, right: {right}")
 
 
 # ---------------------------------------------------------------------- ten-seconds.png

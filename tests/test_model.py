@@ -250,7 +250,7 @@ def test_attention_allocation_is_that_of_eq_2():
         *_, weights = model.reference(batch, plan)
         image = range(batch.layout.before, batch.layout.before + 4)
         rows = [i for i, x in enumerate(letters) if x != "." and i not in image]
-        for name, letter in zip(SEGMENTS, "sito"):
+        for name, letter in zip(SEGMENTS, "stoi"):
             keys = [i for i, x in enumerate(letters) if x == letter]
             expected = [w[0].mean(0)[rows][:, keys].sum().item() / len(rows) for w in weights]
             assert np.allclose(shares[name], expected, atol=1e-6)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import bench
+import conflict
 import depth
 import front
 import gpu
@@ -19,9 +20,8 @@ import table
 from conftest import ROOT, run, train_args
 from data import PRESETS
 from match import matching
-from prune import PLANS, can_generate, make_plan
-from readout import draw_means, means_of, study, token_labels
-from shapes import Shapes, Thing
+from model import sequences
+from prune import FREEZE, FULL, PLANS, can_generate, make_plan
 from table import (HELD_OUT, IMAGES, QUESTIONS, ROWS, UNSEEN, answer_claims, differences_of,
                    mean_std, numbers, open_run, p_value, read_runs)
 
@@ -39,8 +39,7 @@ def results(tmp_path, monkeypatch):
 
 def test_the_table_trains_what_is_missing(trained, results, monkeypatch):
     out, rows = results / "table", ("u", "joint", "joint-shuffled", "deep-leave-10", "u-describe")
-    args = (out, "--preset", "tiny", "--steps", 5, "--rows", *rows, "--tokenizer",
-            trained / "tokenizer.pt", "--device", "cpu")
+    args = (out, "--preset", "tiny", "--steps", 5, "--rows", *rows, "--device", "cpu")
     first = run("table.py", *args)
     assert first.count("GFLOP a step") == 5 and "at inference only" in first
     assert "GFLOP a step" not in run("table.py", *args)     # nothing is trained twice
@@ -61,10 +60,10 @@ def test_the_table_trains_what_is_missing(trained, results, monkeypatch):
 
 def test_a_stopped_row_goes_on_and_a_locked_one_is_left_alone(trained, results):
     out = results / "runs" / "u-seed1"
-    args = (results / "runs", "--preset", "tiny", "--rows", "u", "--tokenizer",
-            trained / "tokenizer.pt", "--device", "cpu", "--steps", 10)
+    args = (results / "runs", "--preset", "tiny", "--rows", "u", "--device", "cpu", "--steps",
+            10)
     run("train.py", *train_args(trained, "unused", "--steps", 10, "--objective", "und", "--seed", 1,
-                                "--out", out))
+                                "--out", out, "--tokenizer", out.parent / "tokenizer-seed1.pt"))
     (out / "eval.json").unlink()
     with table.lock(out):
         assert "no finished run" in run("table.py", *args, code=2)
@@ -76,12 +75,45 @@ def test_a_stopped_row_goes_on_and_a_locked_one_is_left_alone(trained, results):
 
 def test_the_tables_of_stored_results(results):
     """... are made without training, whatever the rows were when they were trained."""
-    for name in ("synergy", "deep", "scale"):
+    for name in ("deep", "scale"):
         run("table.py", RESULTS / name, "--seeds", 0, "--preset", "tiny", "--device", "cpu")
     stored = json.loads((RESULTS / "photos-cpu.json").read_text())
     photos.make_table(RESULTS / "photos", stored["real"], stored["names"], "cpu")
-    for name in ("synergy-cpu.md", "deep-cpu.md", "scale-gpu.md", "photos-cpu.md"):
+    for name in ("deep-cpu.md", "scale-gpu.md", "photos-cpu.md"):
         assert (results / name).read_text() == (RESULTS / name).read_text()
+
+
+def test_gradients_are_compared_while_rows_train(results):
+    out = results / "runs"
+    run("table.py", out, "--preset", "tiny", "--rows", "joint", "share-partial", "--device", "cpu",
+        "--steps", 20)
+    found = json.loads((out / "joint-seed1" / "gradients.json").read_text())
+    assert [*found] == [*map(str, range(1, 20, 2))] and [*map(len, found["1"].values())] == [3, 3]
+    # With projections of their own, image tokens of HiMix use no weights that generation uses.
+    found = json.loads((out / "share-partial-seed1" / "gradients.json").read_text())
+    assert all(point["image"] == [0, 0, 0] for point in found.values())
+    assert "share-partial | all tokens | 1 |" in run("conflict.py", out)
+
+
+def test_what_image_tokens_contribute_to_a_gradient(trained, monkeypatch):
+    """... is the gradient by a copy of the weights that image tokens alone use."""
+    model, tokenizer, _, dataset, _ = open_run(trained / "joint", CPU)
+    batch, plan = sequences("und", tokenizer, dataset.split("und", "val", 8)), (FULL, FREEZE, FULL)
+    found, start = conflict.gradients(model, batch, plan)["image"][1], 0
+    is_image = torch.zeros(sum(batch.layout), 1, dtype=torch.bool)
+    is_image[batch.layout.before:batch.layout.before + batch.layout.image] = True
+    for linear in model.blocks[1].modules():
+        if isinstance(linear, torch.nn.Linear):
+            copy_of, usual = linear.weight.detach().clone().requires_grad_(), linear.forward
+            with monkeypatch.context() as patch:
+                patch.setattr(linear, "forward", lambda h: usual(h) if h.size(1) < len(is_image)
+                              else torch.where(is_image, h @ copy_of.T, usual(h)))
+                model(batch, plan)[1].backward()
+            part = found[start:start + copy_of.numel()].view_as(copy_of)
+            start += copy_of.numel()
+            assert torch.allclose(part, torch.zeros_like(part) if copy_of.grad is None
+                                  else copy_of.grad, atol=1e-6)
+    assert start == len(found) and found.any()
 
 
 def test_claims_are_tested_seed_by_seed_and_corrected():
@@ -90,7 +122,7 @@ def test_claims_are_tested_seed_by_seed_and_corrected():
     assert abs(2 * p_value([4, 5, 6], 0) - .0131) < 1e-4
 
     def answer(*differences):
-        rows = ({seed: {"und": {"accuracy": .9 - x / 100}} for seed, x in enumerate(xs, 1)}
+        rows = ({seed: {"und": {HELD_OUT[1]: .9 - x / 100}} for seed, x in enumerate(xs, 1)}
                 for xs in ([0] * 20, differences))
         return answer_claims(dict(zip(("joint", "u"), rows)))[0]
 
@@ -158,22 +190,6 @@ def test_depth(results, monkeypatch):
     assert f"| {found['und']['attention'][0]:.2f} |" in depth.table_of([found, found])
 
 
-def test_readout(trained, tmp_path):
-    """Labels say what a patch shows. Places can be read from embeddings: they were put there."""
-    scenes = [(Thing(1, 2, 0, 3),), (Thing(0, 0, 1, 0),)]
-    labels, is_last = token_labels(Shapes("tiny"), scenes, side=4)
-    shown = labels[0, labels[0, :, 0] >= 0].tolist()
-    assert shown == 4 * [[1, 2, 0, 3]] and is_last.sum(1).tolist() == [1, 1] and is_last[0, -1]
-
-    found = study(trained / "joint", CPU)
-    for groups in found.values():
-        assert all(len(x["cell"]) == 5 and x["cell"][0] > .95 for x in groups.values())
-    means = means_of({tmp_path / "joint-seed1": found, tmp_path / "joint-seed2": found})
-    assert means["gen"]["joint"]["known pairs"] == {
-        "mean": found["gen"]["last token"]["shape"][:-1], "standard_deviation": 4 * [0]}
-    draw_means(means, tmp_path / "all.png")
-
-
 def test_photos(results, monkeypatch):
     """Every stage, with two classes of random pictures; its run is matched among ten, too."""
     rng = np.random.default_rng(0)
@@ -225,7 +241,7 @@ def test_what_a_gpu_measures_can_be_rehearsed(monkeypatch):
         assert np.allclose(values["float32"], values["two parts"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("script", ["readout.py", "photos.py", "depth.py", "match.py"])
+@pytest.mark.parametrize("script", ["conflict.py", "photos.py", "depth.py", "match.py"])
 def test_bad_options_are_one_line_and_status_2(script, tmp_path):
     printed = run(script, "nowhere", code=2, folder=tmp_path)
     (line,) = [line for line in printed.splitlines() if "error: " in line]
