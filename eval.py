@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import PRESETS, load_of_run, read_picture
+from data import PRESETS, load_of_run, made_with, read_picture
 from model import generation, load_run, sequences, understanding
 from prune import PLANS, make_plan, paper_cost, plans_of, predicting
 from tokenizer import FIRST_CODE
@@ -212,8 +212,8 @@ def evaluate(model, tokenizer, options, step, dataset, plans, folder, suffix="")
             right = of_kind["image_accuracy" if part == "gen" else "accuracy"]
             print(f"   {kind:20}{right:.1%} of {of_kind['n']}")
     config = {**options, "step": step, "examples": step * options["batch_size"],
-              "identity": dataset.identity, "sampling": dataset.sampling,
-              "parameters": sum(p.numel() for p in model.parameters())}
+              "identity": made_with(dataset, options["preset"], ())["data"],
+              "sampling": dataset.sampling, "parameters": sum(map(torch.numel, model.parameters()))}
     scores |= {"config": config, "n": {task: scores[task]["n"] for task in plans},
                "seconds": time.time() - start, "hardware": hardware(model.device)}
     pictures, texts, right = zip(*shown)

@@ -302,8 +302,8 @@ class Shapes:
         return NUMBERS[number], plural(rng.choice(groups[number]))
 
     def existence(self, rng, scene, thing, names, avoid, required):
-        """Is there ...? Half of the answers are no, and most of these are hard, as in POPE (Li et
-        al. 2023): one object's colour with another's shape, or a present object's companion."""
+        """Is there ...? About half of the answers are no, and most of these are hard, as in POPE
+        (Li et al. 2023): one object's colour with another's shape, or its companion."""
         name = names[0] if required or rng.random() >= .4 else rng.choice(names[1:])
         if rng.randrange(2) == 1:
             return "yes", self.say(name, thing)

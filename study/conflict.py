@@ -2,9 +2,10 @@
 
     python study/conflict.py study/results/band     table and chart of what table.py has measured
 
-Where table.py trains rows of MEASURED, `measured` writes gradients.json at POINTS of training: for
-each layer the cosine of the gradients of L_und and L_gen by all its matrices, on the same SEQUENCES
-of each task; once of all tokens, once of what image tokens contribute. Not in a CUDA graph.
+Where table.py trains rows of MEASURED with one of SEEDS, `measured` writes gradients.json at POINTS
+of training: for each layer the cosine of the gradients of L_und and L_gen by all its matrices, on
+the same SEQUENCES of each task; once of all tokens, once of what image tokens contribute. Not in a
+CUDA graph.
 """
 import json
 import sys
@@ -73,7 +74,7 @@ def measured(out, row, seed, steps):
     """Around the training of a run in the folder `out`, if it is one of these."""
     usual, path, points = train.forward_backward, out / "gradients.json", []
     if row in MEASURED and seed in SEEDS:
-        points = [round(point * steps) for point in POINTS]
+        points = [max(1, round(point * steps)) for point in POINTS]     # 0: of a CUDA graph
 
     def forward_backward(model, plans, examples, parts, index):
         step = index.storage_offset() // index.numel()          # a row of train.draw_order

@@ -91,6 +91,9 @@ def profile(preset, device):
             torch.zeros(1, device=device).item()            # waits until all is done
         times, sums = Counter(), Counter()
         for event in found.key_averages():
+            on_gpu = event.device_type != torch.autograd.DeviceType.CPU
+            if on_gpu != cuda or event.is_user_annotation:  # a launch has its kernel's time, too
+                continue
             ms = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3
             kind = next((kind for kind, words in KINDS.items()
                          if any(word in event.key.lower() for word in words)), "other")

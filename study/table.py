@@ -54,7 +54,7 @@ ROWS = {
     "u-himix": ("understanding only, HiMix",
                 "--objective und --und-plan himix --projections image"),
     "g-hmgen": ("generation only, HMGen", "--objective gen --gen-plan hmgen --projections image"),
-    "share-all": ("joint, HiMix + HMGen, share all", "--und-plan himix --gen-plan hmgen"),
+    "share-all": ("joint, HiMix + HMGen, all weights shared", "--und-plan himix --gen-plan hmgen"),
     # What is most likely the paper's share all: sec. 6.2 splits *the image projections* by task.
     "share-image": ("joint, HiMix + HMGen, one set of image projections",
                     "--und-plan himix --gen-plan hmgen --projections image"),
@@ -72,7 +72,7 @@ ROWS = {
     "u-image-loss": ("understanding only, predicts its pictures, too",
                      "--objective und --image-loss"),
     "joint-image-loss": ("joint, understanding predicts its pictures, too", "--image-loss"),
-    "share-all-practice": ("joint, HiMix + HMGen, share all, with practice",
+    "share-all-practice": ("joint, HiMix + HMGen, all weights shared, with practice",
                            "--und-plan himix --gen-plan hmgen --practice"),
     "joint-practice": ("joint, with practice", "--practice"),
     "g-practice": ("generation only, with practice", "--objective gen --practice"),
@@ -100,9 +100,10 @@ COLUMNS = [("questions right, %", QUESTIONS, 100, 1), ("held-out pairs, %", HELD
            ("images right, %", IMAGES, 100, 1), ("unseen objects, %", UNSEEN, 100, 1),
            ("FLOPs", ("cost", "flops_ratio"), 1, 2)]
 
-# The claims that the study decides, written down before their runs: (claim, score, points, rows). A
-# claim holds if the first row has more of the score than the second, less so many points. Of four
-# rows: if the first pair differs by more than the second one, a difference of differences.
+# The claims that the study decides, written down before their runs, in study/results/CLAIMED:
+# (claim, score, points, rows). A claim holds if the first row has more of the score than the other,
+# less so many points. Of four rows: if the first pair differs by more than the second one.
+CLAIMED = "band"
 SEEDS = 8       # of a claim, neither more nor fewer: else one could stop at a lucky moment
 CLAIMS = [
     ("joint training helps with held-out pairs", HELD_OUT, 0, ["joint", "u"]),
@@ -147,11 +148,16 @@ class Described(Shapes):
 
 
 class Unexposed(Shapes):
-    """Generation lacks understanding's held-out pairs, too: nothing shows them in training."""
+    """Generation lacks understanding's held-out pairs in training, too: nothing but the image
+    tokenizer, which all rows of a seed share, sees them. (Nor has it as many pairs as before.)"""
 
-    def __init__(self, preset):
-        super().__init__(preset)
-        self.held_out["gen"] |= self.held_out["und"]
+    def split(self, task, part, *more, **named):
+        usual = self.held_out["gen"]
+        if (task, part) == ("gen", "train"):
+            self.held_out["gen"] = usual | self.held_out["und"]
+        split = super().split(task, part, *more, **named)
+        self.held_out["gen"] = usual
+        return split
 
 
 class Shuffled(Shapes):
@@ -174,7 +180,7 @@ SIZES = {"g-deep": SEVEN, "g-deep-hmgen": SEVEN, "deep": TWELVE, "deep-leave-10"
          "u-describe": {"max_text": 90 + 25}}
 # Plans of this table's own. Image tokens leave after layer 10:
 PLANS["leave-10"] = lambda layers, k: ((FULL,) * 10 + (SHALLOW,) * layers)[:layers]
-# HiMix, but text reads the image as it is after layer n (0 is the paper's, 1 is freeze, 12 dense).
+# HiMix, but text reads the image as it is after layer n (0 is HiMix's plan, 1 freeze, 12 dense).
 LOOKS = 0, 1, 2, 4, 8, 12
 for n in LOOKS:
     PLANS[f"look-{n}"] = lambda layers, k, n=n: (
@@ -213,19 +219,18 @@ def open_run(folder, device, source=None):
     return model, tokenizer, checkpoint, data.load_of_run(checkpoint, source), plans
 
 
-def train_run(out, arguments):
-    """Trains and scores one run with these options of train.py, if it has no scores yet. A finished
-    one of another length is refused: it would stand in one table with the others."""
-    where = "--resume" if (out / "checkpoint.pt").exists() else "--out"
-    options, device, checkpoint = parse_options([*map(str, arguments), where, str(out)])
+def train_run(out, steps, arguments):
+    """Trains and scores one run, if it has no scores yet. arguments(): options of train.py. A
+    finished run of another length is refused: it would stand in one table with the others."""
     scores = out / "eval.json"
-    config = json.loads(scores.read_text())["config"] if scores.exists() else {"steps": None}
-    if config.get("step") != config["steps"] or not scores.exists():    # or scored half-way
+    config = json.loads(scores.read_text())["config"] if scores.exists() else {}
+    if not scores.exists() or config["step"] != config["steps"]:        # or scored half-way
         print(f"\n{out}", flush=True)
         torch.compiler.reset()                              # else the code of every run stays
-        return train(options, device, checkpoint)
-    if config["steps"] != options.steps:
-        fail(f"{out} was trained for {config['steps']} steps: expected {options.steps}")
+        where = "--resume" if (out / "checkpoint.pt").exists() else "--out"
+        train(*parse_options([*map(str, arguments()), "--steps", str(steps), where, str(out)]))
+    elif config["steps"] != steps:
+        fail(f"{out} was trained for {config['steps']} steps: expected {steps}")
 
 
 def train_rows(folder, rows, args, preset, arguments, score):
@@ -238,10 +243,10 @@ def train_rows(folder, rows, args, preset, arguments, score):
         shapes.Shapes = WORLDS.get(name, Shapes)            # where data.load finds it
         with lock(out) as is_mine:
             if is_mine:
-                with conflict.measured(out, name, seed, steps):
-                    train_run(out, ["--preset", preset, "--seed", seed, "--steps",
-                                    round(STEPS.get(name, 1) * steps), *rows[name][1].split(),
-                                    *arguments(seed)])
+                with conflict.measured(out, name if rows is ROWS else None, seed, steps):
+                    train_run(out, round(STEPS.get(name, 1) * steps), lambda: [
+                        "--preset", preset, "--seed", seed, *rows[name][1].split(),
+                        *arguments(seed)])
                 score(out, name)
 
 
@@ -290,6 +295,10 @@ def read_runs(folder, rows=tuple(ROWS)):
             found[name + file.stem.removeprefix("eval")][int(seed)] = scores
         else:
             print(f"left out, because no such row is known: {file.parent}")
+    every = [scores["config"] for runs in found.values() for scores in runs.values()]
+    worlds = {config.get("identity") for config in every}
+    if len(worlds) > 1:
+        fail(f"{folder}: expected runs on the same data, not on {worlds}")
 
     def flops(scores):
         return scores["cost"]["flops_per_step"] * scores["config"]["steps"]
@@ -393,7 +402,8 @@ def make_table(folder):
                for name, (title, _) in AT_INFERENCE.items()}
     titles = {name: title for name, title in titles.items() if name in found}
     claims = [(claim, f"{mean:+.1f} ± {std:.1f}", n, "–" if p is None else f"{p:.1g}", answer)
-              for claim, mean, std, n, p, answer in answer_claims(found)]
+              for claim, mean, std, n, p, answer in answer_claims(found)
+              if folder.resolve().name == CLAIMED]
     every = [scores for runs in found.values() for scores in runs.values()]
     machines = " / ".join(sorted({scores["hardware"] for scores in every}))
     config = every[0]["config"]
@@ -434,12 +444,16 @@ def main():
     parser = rows_parser(__doc__, ROWS, seeds=1)
     parser.add_argument("--und-colours", type=int, help="default: the preset's (data.COLUMNS)")
     args, more = parser.parse_known_args()
+    if more and not args.seeds:
+        fail(f"{' '.join(more)}: expected no options of train.py, because nothing is trained")
     device = pick_device(args.device)
     preset = args.preset or usual_preset(device)
-    PRESETS[preset].und_colours = args.und_colours or PRESETS[preset].und_colours
+    if args.und_colours is not None:
+        PRESETS[preset].und_colours = args.und_colours
+    data.check_preset(preset)
 
     def arguments(seed):
-        path = args.folder / f"tokenizer-seed{seed}.pt"
+        path = args.folder.resolve() / f"tokenizer-seed{seed}.pt"
         with lock(path, wait=True):                         # one for all rows
             get_tokenizer(path, Shapes(preset), preset, device, seed)
         return ["--device", device.type, "--tokenizer", path, *more]
