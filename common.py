@@ -29,7 +29,7 @@ def fail(message):
 
 @contextmanager
 def refuse_errors(message):
-    """Around the reading of a file that may be anyone's: what goes wrong is told in one line."""
+    """Reports any error in the block in one line. The block may read a file from anyone."""
     try:
         yield
     except Exception as error:                              # PyTorch and Pillow raise nearly all
@@ -45,7 +45,7 @@ def run_script(main):
         tqdm.write("stopped", file=sys.stderr)
         raise SystemExit(130)
     except torch.OutOfMemoryError:
-        fail("out of GPU memory: train.py takes --parts 2 or more, every script --device cpu")
+        fail("out of GPU memory: use --device cpu, or --parts 2 or more with train.py")
     except OSError as error:                                # no such file, a full disk, ...
         fail(error)
 

@@ -10,11 +10,11 @@ A data set is an object with
     sampling        (guidance, temperature) that suit its captions: see `eval.draw`
     parts           {task: [names of the parts that a run is scored on]}; the first is "val"
     split(task, part, n, seed=0, questions=10)      a Split of up to n pictures of "train" or of
-                    another part, the same for the same seed, with up to so many questions on each
-    check(split, pixels)    only where a checker reads pictures: for each caption of the split
+                    another part, the same for the same seed; each has at most `questions` questions
+    check(split, pixels)    only if a checker can read pictures: for each caption of the split
                     (objects that it asks for, how many of them are seen, is the picture right?)
 
-`load` makes it. Kinds of questions and of captions are its own: scores take them from the data.
+`load` makes it. It has its own kinds of questions and captions; scores take them from the data.
 """
 import json
 import warnings
@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-# All that has to fit together, and the machine. Options of the scripts override some of it.
+# All sizes that must fit together and fit the machine. Command-line options override some of them.
 COLUMNS = {
     "world": dict(
         #                tiny     cpu      gpu
@@ -96,8 +96,8 @@ def check_preset(name):
 
 
 def made_with(dataset, preset, sections=("world", "tokenizer", "transformer", "training")):
-    """What something depends on, besides options: its data, known by some of its content, too, and
-    what the preset has in these sections of COLUMNS. {name: value}, for its checkpoint."""
+    """What a checkpoint depends on besides options, as {name: value}: the preset's rows in these
+    sections of COLUMNS, and the data, identified by some of its content, too."""
     rows = {row: getattr(PRESETS[preset], row) for section in sections for row in COLUMNS[section]}
     some = dataset.split("und", "val", 50)
     content = zlib.crc32(repr((some.captions, some.questions)).encode(), zlib.crc32(some.pixels))
@@ -157,8 +157,8 @@ def read_picture(path, size):
 
 
 def metadata(root):
-    """What is in a folder of images: [(place for messages, line of metadata.jsonl)]. Without such
-    a file, the lines that a folder for each class stands for, of files with these suffixes."""
+    """Lists a folder of images: [(place for messages, line of metadata.jsonl)]. Without that file,
+    makes such a line for each file with one of these suffixes in the folders of the classes."""
     suffixes = ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"
     file, nested = root / "metadata.jsonl", list(root.glob("*/metadata.jsonl"))
     if file.exists():
@@ -210,8 +210,8 @@ class Folder:
             try:
                 found.append(read_line(Path(path), line, self.image_size, longest))
             except Exception as error:                      # Pillow raises nearly anything
-                broken.append(f"{where}: expected file_name, an image, and texts of 1 to {longest} "
-                              f"bytes, text (and qa) ({type(error).__name__}: {str(error)[:200]})")
+                broken.append(f"{where}: expected an image as file_name, and text (and qa) of 1 to "
+                              f"{longest} bytes ({type(error).__name__}: {str(error)[:200]})")
         if broken:
             fail("\nerror: ".join(broken[:20]))
         pixels, self.captions, self.questions = zip(*found) if found else ((), (), ())

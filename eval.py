@@ -53,14 +53,14 @@ def draw(model, tokenizer, captions, plan, sampling, seed=0, batch=None):
     """Captions (strings) -> sampled pictures (N, H, W, 3) uint8, `batch` at a time. sampling:
     (guidance, temperature), an attribute of the data set that checkpoints keep.
 
-    Classifier-free guidance (Ho & Salimans 2022): logits of no caption + guidance * (those of the
-    caption - those of no caption). 1 is the model's own distribution, more follows captions more.
-    In training, train.CAPTION_DROPOUT leaves captions empty for that."""
+    Classifier-free guidance (Ho & Salimans 2022): logits without a caption + guidance * (logits
+    with it - logits without). 1 is the model's own distribution; with more, pictures follow their
+    captions more closely. For this, train.CAPTION_DROPOUT leaves captions empty in training."""
     guidance, temperature = sampling
     if isinstance(captions, str):
         raise TypeError("expected a list of captions, not one string")
     m, pictures = model.config.side ** 2, []
-    # A GPU waits for Python at each token, whatever the batch: few large ones, if there is room.
+    # A GPU waits for Python at each token, whatever the batch size: use large ones if they fit.
     has_room = model.device.type == "cuda" and torch.cuda.mem_get_info()[0] > 20e9
     batch = batch or (350 if has_room else 100)
     # Drawn at once, so that a picture does not depend on how many others are drawn beside it.
@@ -90,9 +90,9 @@ def answer_all(model, tokenizer, split, plan):
     """Answers all questions of a split.
 
     Greedy decoding gives exactly the right answer if and only if each of its tokens, the end
-    included, is the likeliest text token after the right ones before it, so one forward pass
-    tells. Returns for each picture [(Question, what was answered so, is it right?)], and the mean
-    loss (nats) of an output token."""
+    included, is the likeliest text token after the right ones before it. So one forward pass is
+    enough. Returns, for each picture, [(Question, the answer that these likeliest tokens spell, is
+    it right?)], and the mean loss (nats) of an output token."""
     answers, loss = [], 0.
     batch = sequences("und", tokenizer, split).to(model.device)
     span = predicting(batch.layout, batch.image_loss)

@@ -1,11 +1,11 @@
 """The unified model: one causal transformer over text and image tokens, for both tasks.
 
 From top to bottom: the configuration, how sequences are built, the transformer block, the model.
-It goes through its layers in two ways, which the tests hold equal, gradients included:
+The model has two forward passes. Tests check that they agree, gradients included:
 
 `Model.reference`   computes everything and hides what the plan drops: read this one
-`Model.gathered`    takes only the plan's queries and keys into a layer: fast, used in training,
-                    and by `Model.generate`, with a KV cache
+`Model.gathered`    computes only the plan's queries and keys in each layer: fast, used in training
+                    and, with a KV cache, by `Model.generate`
 """
 import math
 from dataclasses import dataclass
@@ -50,9 +50,9 @@ SEGMENTS = ("system", "instruction", "output", "image")
 
 
 class Batch(NamedTuple):
-    """Equally long sequences of one task: those of a step, or all that a task is trained on, of
-    which `rows` selects some. What stands at position i of `targets`, `loss_weights` and
-    `is_output` is about the token that should follow position i."""
+    """Sequences of one task, all equally long: those of a step, or all that the task is trained on,
+    of which `rows` selects some. Position i of `targets`, `loss_weights` and `is_output` describes
+    the token that should follow position i."""
     task: str                       # "und" or "gen"
     layout: Layout
     image_loss: bool                # image tokens of understanding have targets
@@ -75,7 +75,7 @@ class Batch(NamedTuple):
 
     def segments(self):
         """(B, N, 4) bool: which of SEGMENTS a token belongs to. Padding belongs to none. The image
-        of generation is its output, as in the paper's fig. 3. Of understanding one question a
+        of generation is its output, as in the paper's fig. 3. Understanding needs one question per
         picture: the first token of a second one would count as output of the first."""
         real = self.segment_ids >= 0
         system = real & (real.cumsum(1) <= 2)               # bos and the task's token
@@ -170,10 +170,10 @@ def understanding(tokenizer, codes, questions, length=None, image_loss=False, mo
 
 
 def generation(tokenizer, codes, captions, length=None):
-    """[bos] [gen] caption image, where all before the image is `length` tokens long, by default the
-    least that fits: padding comes first, so that all images stand at the same place.
+    """[bos] [gen] caption image. Everything before the image takes `length` tokens, by default as
+    few as possible. Padding comes first, so that all images start at the same position.
 
-    codes: (B, M), of any value where they are still to be sampled. With a length of 5:
+    codes: (B, M), with any values if they are still to be sampled. With a length of 5:
 
         tokens         pad bos gen  a ring i0 i1 i2 i3
         position_ids     0   0   1  2    3  4  4  5  5   (rows)
@@ -210,10 +210,10 @@ def sequences(task, tokenizer, split, most=math.inf, image_loss=False):
 
 # ---------------------------------------------------------------------- the block
 
-# What is not the paper's, and was needed so that a million parameters learn this in minutes
-# (study/NOTES.md has the figures): QK norm, squared ReLU, rotary positions by row and column that
-# begin anew for each question, strong row and column embeddings, image embeddings that start from
-# the codebook, layers that start as the identity; and Muon, in train.py.
+# These are not in the paper, but a million parameters needed them to learn this in minutes (figures
+# are in study/NOTES.md): QK norm, squared ReLU, rotary positions by row and column that start again
+# for each question, strong row and column embeddings, image embeddings that start from the
+# codebook, layers that start as the identity; and Muon, in train.py.
 
 class LayerInputs(NamedTuple):
     """What all layers with one Rule have in common. It is made outside of them."""
@@ -224,8 +224,8 @@ class LayerInputs(NamedTuple):
     mask: torch.Tensor      # (B, 1, q, k) bool: what each query sees; k: with those of a cache
 
 
-# Which sets of Q, K, V weights image tokens have of their own. All tokens share the output
-# projection, QK norm and FFN. With HiMix image tokens are no queries: query weights are not used.
+# The sets of Q, K, V weights that only image tokens use. All tokens share the output projection,
+# QK norm and FFN. With HiMix, image tokens are no queries, so their query weights are not used.
 PROJECTIONS = {"shared": lambda tasks: [],              # none: they use those of text
                "image": lambda tasks: ["image"],        # one set: probably "share all" (sec. 6.1)
                "task": lambda tasks: [*tasks]}          # one each: "share partial" (sec. 6.2)
@@ -235,8 +235,8 @@ def rotate(x, cos, sin):
     """Rotary position embedding (Su et al. 2021): turns each pair (x[i], x[i + Dh / 2]) by an
     angle. x: (B, n, H, Dh); cos, sin: (B, n, 1, Dh / 2).
 
-    Pairs are turned by a token's row and by its column in turn: what an image token needs is as
-    often above it as to its left. (Qwen2-VL, Wang et al. 2024, turns blocks of pairs.)"""
+    Even pairs turn by a token's row, odd pairs by its column, because what an image token needs is
+    as often above it as to its left. (Qwen2-VL, Wang et al. 2024, turns blocks of pairs.)"""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
@@ -260,9 +260,9 @@ class Block(nn.Module):
         """One layer: x (B, N, d), the hidden states of all tokens -> the same after the layer.
         embedding: (B, N, d), what they were before the first layer.
 
-        A token that is no query skips the query projection and the FFN, one that is no key skips
-        those of key and value. cache: a list of the keys and values of earlier tokens, each
-        (B, H, n, Dh), to which those of x are added. attend: instead of PyTorch's attention."""
+        A token that is no query skips the query projection and the FFN; one that is no key skips
+        the key and value projections. cache: a list of the keys and values of earlier tokens, each
+        (B, H, n, Dh); those of x are appended. attend: replaces PyTorch's attention."""
         rule, layout = inputs.rule, inputs.layout
         before, image, after = x.split(layout, 1)
         if not rule.query or rule.keys == "none":
@@ -270,8 +270,8 @@ class Block(nn.Module):
         updated = x if rule.query else text                                 # (B, q, d)
         source = text if rule.keys == "none" else x         # of keys and values: (B, k, d)
         if rule.keys == "embedding":
-            # HiMix (sec. 5.1): each layer projects the embeddings anew. Where no layer has updated
-            # them yet, so in an all-HiMix plan, `gathered` puts FREEZE here: the same numbers.
+            # HiMix (sec. 5.1): each layer projects the embeddings again. Until one updates image
+            # tokens (none does in an all-HiMix plan), `gathered` uses FREEZE, with equal results.
             source = torch.cat([before, embedding.split(layout, 1)[1], after], 1)
         h = self.attention_norm(updated)
         h_source = h if source is updated else self.attention_norm(source)
@@ -313,8 +313,8 @@ class Model(nn.Module):
         super().__init__()
         self.config = c
         self.token_embedding = nn.Embedding(c.vocab, c.width)
-        # Twice the size of token embeddings: else a place cannot be read any more in the late
-        # layers, where a token knows which shape it belongs to ("where is the circle?").
+        # Twice the size of token embeddings. Otherwise late layers, in which a token knows which
+        # shape it belongs to, can no longer read its place ("where is the circle?").
         self.row = nn.Parameter(2 * torch.randn(c.side, c.width))
         self.column = nn.Parameter(2 * torch.randn(c.side, c.width))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
@@ -408,11 +408,11 @@ class Model(nn.Module):
         return *self.loss(x, batch), all_weights
 
     def gathered(self, batch, plan, start=0, stop=None, caches=None):
-        """The same, but each layer takes in only its queries and keys. Returns the last hidden
-        states of the tokens from start to stop, or of all, (B, N, d). caches: one for each layer,
-        keys and values of the tokens before start, without image tokens where rules drop them."""
-        # Up to the first layer that updates image tokens they *are* their embeddings: HiMix can
-        # read the hidden states, as FREEZE does, which saves a torch.cat.
+        """The same layers, but each computes only its queries and keys. Returns the last hidden
+        states of the tokens from start to stop (default: all), (B, N, d). caches: for each layer,
+        keys and values of the tokens before start, without image tokens that its rule drops."""
+        # Until a layer updates image tokens, their hidden states *are* their embeddings. HiMix can
+        # read the hidden states there, as FREEZE does, which saves a torch.cat.
         first = [rule.query for rule in (*plan, FULL)].index(True)
         plan = [FREEZE if rule == HIMIX and i < first else rule for i, rule in enumerate(plan)]
         inputs_of = {rule: self.layer_inputs(rule, batch, start, stop) for rule in set(plan)}
@@ -428,10 +428,10 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def generate(self, batch, plan, start, choose):
-        """Fills in batch.tokens from position `start` on, one by one: a layer reads new tokens only
-        and caches their keys and values, of an image token none where the rule's keys are "none".
+        """Fills in batch.tokens one by one, from position `start` on. Each layer reads only the new
+        tokens and caches their keys and values (not of image tokens if its rule's keys are "none").
         choose: a function, logits (B, vocab) -> ids (B,). Returns batch.tokens."""
-        caches, read = [[] for _ in plan], 0                # so many tokens have been read
+        caches, read = [[] for _ in plan], 0                # read: how many tokens have been read
         for write in range(start, sum(batch.layout)):
             x = self.gathered(batch, plan, read, write, caches)     # the prompt, then one by one
             batch.tokens[:, write] = choose(self.head(self.norm(x[:, -1])))

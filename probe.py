@@ -30,8 +30,8 @@ def allocation(model, batch, plan, chunk=16):
     pooled over all sequences, without padding. (Eq. 2 as printed sums over queries; fig. 3 shows
     shares that sum to 1, so we read it as a mean.)
 
-    Returns {segment: [per layer]} of all queries; the same of those alone that predict output; and
-    the attention of the first sequence, a mean over heads, (layers, N, N)."""
+    Returns {segment: [share in each layer]} for all queries; the same for only those that predict
+    output; and the attention of the first sequence, averaged over heads, (layers, N, N)."""
     queries, _ = zip(*(masks(rule, batch.layout) for rule in plan))
     updated = torch.tensor(queries, device=model.device)                # (layers, N)
     sums = torch.zeros(2, len(SEGMENTS), len(plan), device=model.device)

@@ -35,7 +35,7 @@ def alternating(rule, layers, k):
     layer are full (sec. 5.2). 1 of 4: FsFF; 2 of 6: FsFsFF; 3 of 12: FFFsFsFsFFFF."""
     most = (layers - 1) // 2
     if not 0 <= k <= most:
-        fail(f"--shallow {k}: expected 0 to {most}, so many of {layers} layers can alternate")
+        fail(f"--shallow {k}: expected 0 to {most}, the most that can alternate in {layers} layers")
     first = (layers - 2 * k + 1) // 2
     chosen = range(first, first + 2 * k, 2)
     return tuple(rule if layer in chosen else FULL for layer in range(layers))
@@ -107,8 +107,8 @@ FFN = 4         # width of the feed-forward network, as a multiple of the model'
 
 
 def flops(plan, layout, width, vocab, image_loss=False):
-    """Floating-point operations of forward and backward for one sequence: every matmul, of padding
-    and masked scores, too, and nothing else. test_flops_are_exact holds it to PyTorch's counter.
+    """Floating-point operations of forward and backward for one sequence: every matmul, including
+    padding and masked scores, and nothing else. PyTorch's counter agrees (test_flops_are_exact).
 
     In a layer with q queries and k keys, d = width, these are the multiply-adds:
         query and output projections    2 q d^2
@@ -153,7 +153,7 @@ def main():
         for lines in zip(*(letters_of(rule, layout) for rule in NAMES)):
             print("".join(lines))
 
-    # As many questions as fit, and a caption of two fifths of that, which is at least a run's.
+    # Questions take all the text that fits, captions two fifths of that: no less than in a run.
     image, vocab = (p.image_size // p.patch) ** 2, FIRST_CODE + p.codes
     layouts = {"und": Layout(2, image, p.max_text), "gen": Layout(p.max_text * 2 // 5, image, 0)}
     dense = make_plan("dense", p.layers)

@@ -29,8 +29,8 @@ COLOURS = {"red": (220, 40, 40), "green": (30, 160, 60), "blue": (40, 80, 220),
            "black": (40, 40, 40), "pink": (250, 130, 180)}
 DIAMETERS = {"small": .42, "big": .75}                      # in cells
 SHAPES, COLOUR_NAMES, SIZE_NAMES = tuple(INSIDE), tuple(COLOURS), tuple(DIAMETERS)
-# A cell's name is one word, and so one token: the second of two would have to look for the object
-# once more. By the number of cells.
+# {number of cells: their names}. Each name is one word, and so one token: the second of two tokens
+# would have to look for the object again.
 CELL_NAMES = {4: ("top-left", "top-right", "bottom-left", "bottom-right"),
               9: ("top-left", "top-middle", "top-right", "middle-left", "middle", "middle-right",
                   "bottom-left", "bottom-middle", "bottom-right")}
@@ -168,13 +168,13 @@ class Shapes:
         return scenes
 
     def split(self, task, part, n, seed=0, questions=10):
-        """n scenes for a task ("und" or "gen") of a part, with up to so many questions on each.
+        """n scenes of a part for a task ("und" or "gen"), each with at most `questions` questions.
 
-        A scene's part depends on what it shows alone (not on where in the cell an object lies, nor
+        A scene's part depends only on what it shows (not on where in its cell an object lies, nor
         on the seed), so no picture of a training scene is ever in another part."""
         rng = random.Random(f"{seed} {task} {part}")
         question_rng = random.Random(f"{seed} {task} {part} questions")
-        # Pairs never shown, those of which one always is; kinds of captions, of questions, in turn.
+        # Pairs in `avoid` are never shown, one in `required` always is. Kinds of text take turns.
         avoid, required = self.held_out[task], None
         caption_kinds, question_kinds = [*CAPTIONS], [*QUESTIONS]
         if part == "train":                     # more of those that take longer to learn
@@ -246,9 +246,9 @@ class Shapes:
         return Caption(rng.choice(("", "draw ", "a picture of ")) + text, kind, relation)
 
     def check(self, split, pixels):
-        """Of pictures for a Split's captions: how many objects are asked for, how many of them are
-        there, and is the caption true of exactly what is seen, its relation included? Where pairs
-        are held out from generation, their objects alone are counted."""
+        """For each picture drawn for a Split's captions: how many objects are asked for, how many
+        of them are there, and does the caption fit exactly what is seen, its relation included? If
+        a scene has pairs that are held out from generation, only their objects are counted."""
         rows = []
         for caption, scene, seen in zip(split.captions, split.scenes, self.read(pixels)):
             template, _ = CAPTIONS[caption.kind]

@@ -1,8 +1,8 @@
 """Pixels <-> codes and text <-> ids: a VQ image tokenizer, a byte-pair text tokenizer.
 
-    python tokenizer.py [--data PATH]   trains both, if there is no such file; shows pictures
+    python tokenizer.py [--data PATH]   trains both unless the file exists; saves pictures
 
-Ids of the one vocabulary: bytes, from 256 merged text, up to 511 special tokens, then image codes.
+Ids: bytes come first, merged text starts at 256, special tokens end at 511, image codes follow.
 """
 import unicodedata
 from collections import Counter
@@ -173,8 +173,8 @@ class Tokenizer:
 
     @cache                      # of few texts, but asked for often
     def ids(self, text):
-        """Text -> ids. What looks like a special token is text like any other, and what looks alike
-        is the same text, however its accents are stored."""
+        """Text -> ids. The name of a special token is text like any other. Texts that look alike
+        get the same ids, however their accents are stored."""
         return self.text.encode_ordinary(unicodedata.normalize("NFC", text))
 
     def string(self, ids):
@@ -244,9 +244,9 @@ def train_tokenizer(dataset, preset, device, seed=0):
 
 
 def get_tokenizer(path, dataset, preset, device, seed=0):
-    """The Tokenizer in a file, by default one of the data set's name; trained and saved there if
-    there is no such file. Refuses a file made with other data, other world or tokenizer rows of
-    data.COLUMNS, or another vocabulary (`Tokenizer.from_state`)."""
+    """Reads the Tokenizer in a file, by default one named after the data set. If there is no such
+    file, trains and saves it first. Refuses a file made with other data, other world or tokenizer
+    rows of data.COLUMNS, or another vocabulary (`Tokenizer.from_state`)."""
     now = made_with(dataset, preset, ("world", "tokenizer"))
     path = path or f"out/tokenizer-{dataset.identity.replace(' ', '-')}-{preset}.pt"
     if not Path(path).exists():

@@ -38,15 +38,15 @@ TASK_WEIGHT = {"und": 1., "gen": 2.}
 OBJECTIVES = {"joint": [*TASK_WEIGHT], **{task: [task] for task in TASK_WEIGHT}}
 WARM_UP = 50            # steps in which the learning rate rises
 DECAY = .7              # the last part of training, in which it falls to nearly nothing
-LOG_EVERY = 10          # steps: log.jsonl, a checkpoint if it is time, a look whether to stop
+LOG_EVERY = 10          # steps, after which a run logs, saves if that is due, and stops if asked
 
 
 def train(options, device, checkpoint=None):
     """Trains and scores one run, from its beginning or from a checkpoint: see `parse_options`.
 
-    `save` writes weights, optimizers, tokenizer, options, log; resuming compares options (see
-    `parse_options`), data, preset, sizes, plans. All that is random (weights, empty captions,
-    `draw_order`) comes from the seed: so a resumed run ends as an unbroken one, exactly on CPUs."""
+    `save` writes weights, optimizers, tokenizer, options and log. Resuming compares options (see
+    `parse_options`), data, preset, sizes and plans. Everything random (weights, empty captions,
+    `draw_order`) comes from the seed, so a resumed run ends as an unbroken one, on CPUs exactly."""
     out, steps, p = Path(options.out), options.steps, PRESETS[options.preset]
     plans = plans_of(OBJECTIVES[options.objective], vars(options), p.layers)
     out.mkdir(parents=True, exist_ok=True)
@@ -81,11 +81,11 @@ def train(options, device, checkpoint=None):
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
 
-    # A step's forward and backward passes. On a GPU, one CUDA graph of compiled blocks: all that
-    # changes from step to step is which of the examples are taken.
+    # A step's forward and backward passes. On a GPU, they form one CUDA graph of compiled blocks:
+    # from step to step, only the choice of examples changes.
     run_passes = partial(forward_backward, model, plans, examples, options.parts)
     if options.compile and has_bfloat16(device) and start < steps:
-        torch._dynamo.config.suppress_errors = True         # what cannot be compiled, runs as it is
+        torch._dynamo.config.suppress_errors = True         # what cannot be compiled runs as it is
         for block in model.blocks:
             block.compile(dynamic=False)
         run_passes = cuda_graph(run_passes, model, order[0])
@@ -103,9 +103,9 @@ def train(options, device, checkpoint=None):
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         save_checkpoint(contents, out / "checkpoint.pt")
 
-    # A new run's log must not exist yet ("x"): of two that begin in one folder, one ends here.
+    # A new run's log must not exist yet ("x"): if two runs start in one folder, one ends here.
     log = (out / "log.jsonl").open("w" if checkpoint else "x", buffering=1)
-    for row in rows:                                        # what came after the checkpoint goes
+    for row in rows:                                        # rows after the checkpoint are dropped
         print(json.dumps(row), file=log)
     save(start)
     saved_at = logged_at = time.monotonic()
@@ -174,14 +174,14 @@ def forward_backward(model, plans, examples, parts, index):
 
 
 def cuda_graph(function, model, index):
-    """A function of `index` that leaves gradients in `model`, as one CUDA graph: a GPU gets all its
-    kernels at once, instead of waiting for Python to launch them one by one. Without it, dropped
-    tokens save no time. Returns a function to call instead. Its result is overwritten by the next
-    call; nothing but the content of `index` changes: see `forward_backward`."""
+    """Records a function of `index` that leaves gradients in `model` as one CUDA graph. A GPU then
+    gets all kernels at once, instead of waiting for Python to launch them one by one. Without it,
+    dropped tokens save no time. Returns a function to call instead. The next call overwrites its
+    result; nothing but the content of `index` changes: see `forward_backward`."""
     index = index.clone()               # where each replay reads it
     torch.cuda.empty_cache()            # a graph has a pool of its own: nothing is held twice
-    # What happens only once, like the choice of kernels, must not become part of the graph: warm
-    # up, on the stream that is recorded then.
+    # Warm up on the stream that will be recorded, because what happens only once, like the choice
+    # of kernels, must not become part of the graph.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -319,16 +319,16 @@ def parse_options(arguments=None):
     for task in TASK_WEIGHT:
         add(f"--{task}-plan", default="dense", choices=PLANS, help="what image tokens do there")
     add("--projections", default="shared", choices=PROJECTIONS, help="image tokens' own Q, K, V")
-    add("--shallow", type=int, metavar="K", help="of hmgen and naive (default: layers / 4)")
+    add("--shallow", type=int, metavar="K", help="K of hmgen and naive (default: layers / 4)")
     add("--image-loss", action="store_true", help="a control: understanding predicts its images")
-    add("--practice", action="store_true", help="uncaptioned pictures are understanding's")
+    add("--practice", action="store_true", help="uncaptioned examples use understanding's pictures")
     add("--preset", choices=PRESETS, help="size of everything (default: what fits the device)")
     add("--data", default="shapes", help="shapes, or a folder of captioned images")
     add("--steps", type=positive(int))
     add("--batch-size", type=positive(int), help="pictures of each task in a step")
-    add("--parts", type=positive(int), default=1, help="of a step, computed in turn: less memory")
+    add("--parts", type=positive(int), default=1, help="split each step to use less memory")
     add("--lr", type=positive(float), default=.01, help="Muon's peak; AdamW's follows it")
-    add("--seed", type=int, default=0, help="of the data, weights and order")
+    add("--seed", type=int, default=0, help="seed of the data, weights and order")
     add("--save-every", type=float, default=120, metavar="SECONDS")
     add("--no-compile", dest="compile", action="store_false", help="no torch.compile, no graph")
     add("--tokenizer", metavar="PATH", help="trained if the file does not exist")
@@ -340,7 +340,7 @@ def parse_options(arguments=None):
     if given.resume is not None:
         checkpoint = read_checkpoint(Path(given.resume, "checkpoint.pt"), "run")
         if "optimizers" not in checkpoint:
-            fail(f"--resume {given.resume}: it was saved without what training needs")
+            fail(f"--resume {given.resume}: it has no optimizers, which training needs")
         usual = vars(parser.parse_args([])) | checkpoint["options"] | {"out": given.resume}
     else:
         name = given.preset or usual_preset(device)

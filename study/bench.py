@@ -27,8 +27,8 @@ from train import apply_gradients, cuda_graph, optimizers_of
 
 
 def bench_config(preset, side=None):
-    """The Config of a preset, with as many text tokens as it may have at most, before the image two
-    fifths of that: a run measures its own."""
+    """The Config of a preset, with as many text tokens as it allows, and captions two fifths as
+    long. (A run takes both lengths from its data.)"""
     p = PRESETS[preset]
     side = side or p.image_size // p.patch
     layouts = {"und": (2, side ** 2, p.max_text), "gen": (p.max_text * 2 // 5, side ** 2, 0)}

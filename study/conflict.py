@@ -2,10 +2,10 @@
 
     python study/conflict.py study/results/band     table and chart of what table.py has measured
 
-Where table.py trains rows of MEASURED with one of SEEDS, `measured` writes gradients.json at POINTS
-of training: for each layer the cosine of the gradients of L_und and L_gen by all its matrices, on
-the same SEQUENCES of each task; once of all tokens, once of what image tokens contribute. Not in a
-CUDA graph.
+When table.py trains a row of MEASURED with one of SEEDS, `measured` writes gradients.json at POINTS
+of training. It has, for each layer, the cosine of the gradients of L_und and L_gen with respect to
+all its matrices, on the same SEQUENCES sequences of each task: once for all tokens, once for what
+image tokens contribute. In a CUDA graph, nothing is measured.
 """
 import json
 import sys

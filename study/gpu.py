@@ -104,7 +104,7 @@ def profile(preset, device):
 
 
 def steps(preset, device):
-    """Training steps as train.py takes them: CUDA graphs, one at a time."""
+    """Training steps as train.py takes them, CUDA graphs, and kernel by kernel; one at a time."""
     c, rows, compiled = bench_config(preset), PRESETS[preset].batch_size, device.type == "cuda"
     every = [(case, rows, {}) for case in CASES]
     every += [(CASES[0], rows, {"muon": False}), (CASES[0], rows, {"usual": True})]

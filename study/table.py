@@ -101,8 +101,8 @@ COLUMNS = [("questions right, %", QUESTIONS, 100, 1), ("held-out pairs, %", HELD
            ("FLOPs", ("cost", "flops_ratio"), 1, 2)]
 
 # The claims that the study decides, written down before their runs, in study/results/CLAIMED:
-# (claim, score, points, rows). A claim holds if the first row has more of the score than the other,
-# less so many points. Of four rows: if the first pair differs by more than the second one.
+# (claim, score, points, rows). A claim holds if the first row scores more than the second minus
+# these points. With four rows, it holds if the first pair differs by more than the second.
 CLAIMED = "band"
 SEEDS = 8       # of a claim, neither more nor fewer: else one could stop at a lucky moment
 CLAIMS = [
@@ -431,8 +431,8 @@ def rows_parser(doc, rows, seeds):
     """For the options of a script that trains rows with seeds 1, 2, ..."""
     parser = script_parser(doc)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, default=seeds, help=f"so many (default: {seeds})")
-    parser.add_argument("--first", type=int, default=1, help="seed (default: 1)")
+    parser.add_argument("--seeds", type=int, default=seeds, help=f"how many (default: {seeds})")
+    parser.add_argument("--first", type=int, default=1, help="first seed (default: 1)")
     parser.add_argument("--rows", nargs="+", choices=rows, default=list(rows), metavar="ROW",
                         help=f"some of: {', '.join(rows)}")
     parser.add_argument("--preset", choices=PRESETS, help="default: what fits the device")
