@@ -266,7 +266,7 @@ class Block(nn.Module):
         rule, layout = inputs.rule, inputs.layout
         before, image, after = x.split(layout, 1)
         if not rule.query or rule.keys == "none":
-            text = torch.cat([before, after], 1)
+            text = torch.cat([before, after], 1)    # all that HMGen's shallow layers use (sec. 5.2)
         updated = x if rule.query else text                                 # (B, q, d)
         source = text if rule.keys == "none" else x         # of keys and values: (B, k, d)
         if rule.keys == "embedding":

@@ -75,10 +75,10 @@ def main():
         found[task] = {**of_all, "output_queries": of_output}
         for kind, shares in (("all queries", of_all), ("queries that predict output", of_output)):
             title = f"{TITLES.get(task, task)}: attention by layer, {kind}"
-            print(title)
-            for name, share in shares.items():
-                print(f"  {name:12}" + " ".join(f"{x:5.2f}" for x in share))
             lines = {name: share for name, share in shares.items() if any(share)}
+            print(title)
+            for name, share in lines.items():
+                print(f"  {name:12}" + " ".join(f"{x:5.2f}" for x in share))
             charts.append(np.array(line_chart(lines, title, 0, 1, (400, 400))))
         real, segments = batch.segment_ids[0] >= 0, batch.segments()[0].int()
         names = Counter(SEGMENTS[i] for i in segments[real].argmax(1))      # in their order

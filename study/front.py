@@ -91,7 +91,7 @@ LEGEND = [("text: updated", BLUE, True, True), ("image: updated", ORANGE, True, 
 BARS = [("understanding only", "u", GREY), ("joint training", "joint", BLUE),
         ("joint, HiMix + HMGen, all weights shared", "share-all", DARK_RED),
         ("joint, HiMix + HMGen, image projections for each task", "share-partial", ORANGE),
-        ("joint, freeze + HMGen, with practice", "freeze-hmgen-practice", GREEN)]
+        ("joint, freeze + HMGen (our plan)", "freeze-hmgen-practice", GREEN)]
 
 
 def draw_ten_seconds(found, path):
@@ -140,7 +140,7 @@ def draw_ten_seconds(found, path):
     write(20, 436, "Held-out pairs: questions about combinations of colour and shape that "
           "understanding never sees in training,\nwhile generation draws them. % right, mean over "
           "8 seeds; lines: one standard deviation", "la", 18)
-    write(440, 502, "FLOPs", "rm")
+    write(440, 502, "FLOPs, of dense", "rm")
     for y, (title, row, colour) in zip(count(514, 24), BARS):
         right = numbers({seed: found[row][seed] for seed in range(1, SEEDS + 1)}, HELD_OUT, 100)
         mean, deviation = fmean(right), stdev(right)

@@ -24,9 +24,10 @@ from model import sequences
 from prune import FREEZE, FULL, PLANS, can_generate, make_plan
 from shapes import Shapes
 from table import (HELD_OUT, IMAGES, QUESTIONS, ROWS, UNSEEN, answer_claims, differences_of,
-                   mean_std, numbers, open_run, p_value, read_runs)
+                   mean_std, numbers, open_run, p_value, read_runs, value)
 
 CPU, STUDY = torch.device("cpu"), (ROOT / "study" / "README.md").read_text()
+NOTES = (ROOT / "study" / "NOTES.md").read_text()
 RESULTS = ROOT / "study" / "results"
 
 
@@ -76,11 +77,11 @@ def test_a_stopped_row_goes_on_and_a_locked_one_is_left_alone(trained, results):
 
 def test_the_tables_of_stored_results(results):
     """... are made without training, whatever the rows were when they were trained."""
-    for name in ("deep", "scale"):
+    for name in ("synergy", "deep", "scale"):
         run("table.py", RESULTS / name, "--seeds", 0, "--preset", "tiny", "--device", "cpu")
     stored = json.loads((RESULTS / "photos-cpu.json").read_text())
     photos.make_table(RESULTS / "photos", stored["real"], stored["names"], "cpu")
-    for name in ("deep-cpu.md", "scale-gpu.md", "photos-cpu.md"):
+    for name in ("synergy-cpu.md", "deep-cpu.md", "scale-gpu.md", "photos-cpu.md"):
         assert (results / name).read_text() == (RESULTS / name).read_text()
 
 
@@ -298,8 +299,19 @@ def test_rows_are_those_of_the_committed_runs():
         assert len(runs) == int(seeds)
 
 
+def test_the_world_was_chosen_by_these_runs():
+    rows = re.findall(r"^\| (\d), (\.\d+) \|(.*)\|$", NOTES, re.M)
+    for k, rate, cells in rows:
+        found = read_runs(RESULTS / f"pilot-k{k}-lr{rate}")
+        columns = ("u", HELD_OUT), ("joint", HELD_OUT), ("joint", IMAGES)
+        for cell, (row, path) in zip(cells.split("|"), columns):
+            runs = [found[row][seed] for seed in sorted(found.get(row, {}))]
+            assert cell.strip() == " / ".join(f"{100 * value(run, path):.1f}" for run in runs)
+    assert len(rows) == 5
+
+
 def test_links_and_commands():
-    for text in (STUDY, (ROOT / "study" / "NOTES.md").read_text()):
+    for text in (STUDY, NOTES):
         for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
             assert link.startswith("http") or (ROOT / "study" / link).exists(), link
         for script, rest in re.findall(r"python (?:study/)?(\w+\.py)([^`\n]*)", text):

@@ -74,7 +74,8 @@ def test_a_run_leaves_what_the_contract_promises_and_is_of_use(trained, tmp_path
         assert {*names.split()} <= found.keys()
     here = "--device", "cpu", "--out", tmp_path                 # results can go elsewhere
     run("eval.py", folder, "--gen-plan", "hmgen", "--und-plan", "himix", *here)
-    assert json.loads((tmp_path / "eval-und-himix-gen-hmgen.json").read_text())["cost"]["flops_ratio"] < 1
+    reduced = json.loads((tmp_path / "eval-und-himix-gen-hmgen.json").read_text())
+    assert reduced["cost"]["flops_ratio"] < 1
     run("probe.py", folder, "--n", 4, "--untrained", *here)
     run("data.py", "--preset", "tiny", "--out", tmp_path / "data.png")
     assert {*os.listdir(tmp_path)} > {"data.png", "heatmaps-untrained.png"}
@@ -83,7 +84,8 @@ def test_a_run_leaves_what_the_contract_promises_and_is_of_use(trained, tmp_path
 
 
 @pytest.mark.parametrize("edits, extra", [
-    ({"und_colours": 2, "shapes": 3}, []), ({"layers": 1, "gen_val": 1}, []), ({"layers": 2}, ["--image-loss"])])
+    ({"und_colours": 2, "shapes": 3}, []), ({"layers": 1, "gen_val": 1}, []),
+    ({"layers": 2}, ["--image-loss"])])
 def test_edited_presets_train_and_are_scored(edits, extra, tiny, monkeypatch, tmp_path):
     """On few pictures if the run is short; scores say how many. The image loss is the run's."""
     for row, value in edits.items():
