@@ -200,7 +200,7 @@ def generation(tokenizer, codes, captions, length=None):
 
 
 def sequences(task, tokenizer, split, most=math.inf, image_loss=False):
-    """All of a data.Split as one Batch, as long as its longest text needs, or `most`."""
+    """A whole data.Split as one Batch. most: text tokens of all questions on a picture."""
     codes = tokenizer.encode(split.pixels)
     if task == "gen":
         return generation(tokenizer, codes, [caption.text for caption in split.captions])

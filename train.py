@@ -312,7 +312,7 @@ def apply_gradients(optimizers):
 
 def parse_options(arguments=None):
     """A run's options, its device, and the checkpoint that it continues. Options that are not
-    given come from the resumed run, else from the preset."""
+    given come from the resumed run, else from the preset or the defaults below."""
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--objective", default="joint", choices=OBJECTIVES, help="which tasks are trained")
