@@ -24,7 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from common import contact_sheet, fail, has_bfloat16, run_script, script_parser
+from common import contact_sheet, fail, has_bfloat16, refuse_errors, run_script, script_parser
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
@@ -134,6 +134,11 @@ class Split(NamedTuple):
 Image.MAX_IMAGE_PIXELS = 50_000_000         # Pillow refuses a picture of twice as many
 warnings.filterwarnings("ignore", module="PIL")             # of that, and of EXIF
 PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26     # programs that draw store their whole workflow there
+
+
+def open_picture(path, size, where):
+    with refuse_errors(f"{where} {path}: expected an image"):       # in one line
+        return read_picture(path, size)
 
 
 def read_picture(path, size):

@@ -12,8 +12,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import fmean
 
-from common import (contact_sheet, fail, hardware, pick_device, positive, refuse_errors, run_script,
-                    save_picture, script_parser, write_file)
+from common import (contact_sheet, fail, hardware, pick_device, positive, run_script, save_picture,
+                    script_parser, write_file)
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import PRESETS, load_of_run, made_with, read_picture
+from data import PRESETS, load_of_run, made_with, open_picture
 from model import generation, load_run, sequences, understanding
 from prune import PLANS, make_plan, paper_cost, plans_of, predicting
 from tokenizer import FIRST_CODE
@@ -248,10 +248,8 @@ def main():
         if wanted is not None and task not in plans:
             fail(f"{args.run} was trained for {' and '.join(checkpoint['tasks'])}, not for {task}")
     if args.ask:
-        picture, question = args.ask
-        with refuse_errors(f"--ask {picture}: expected an image"):
-            pixels = read_picture(picture, tokenizer.vq.image_size)
-        print(answer(model, tokenizer, tokenizer.encode(pixels[None])[0], question, plans["und"]))
+        pixels = open_picture(args.ask[0], tokenizer.vq.image_size, "--ask")[None]
+        print(answer(model, tokenizer, tokenizer.encode(pixels)[0], args.ask[1], plans["und"]))
     elif args.draw is not None:
         captions, sampling = [args.draw] * args.n, checkpoint["sampling"]
         pixels = draw(model, tokenizer, captions, plans["gen"], sampling, args.seed)

@@ -137,9 +137,8 @@ def letters_of(rule, layout):
     """What each token sees in a layer: a line for each query, a letter for each key."""
     image = {"hidden": "i", "embedding": "e", "none": " "}[rule.keys]
     letters = "t" * layout.before + image * layout.image + "t" * layout.after
-    queries, _ = masks(rule, layout)
     return [(letters[:i + 1] if is_query else "-" * sum(layout)).ljust(17)                 # causal
-            for i, is_query in enumerate(queries)]
+            for i, is_query in enumerate(masks(rule, layout)[0])]
 
 
 def main():

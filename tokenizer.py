@@ -60,8 +60,6 @@ def train_bpe(texts, size=MAX_TEXT_IDS):
     return ranks
 
 
-# ---------------------------------------------------------------------- images
-
 VQ_LEARNING_RATE = 4e-3
 COMMITMENT = 1 / 40     # weight of the commitment loss beside the squared error
 
