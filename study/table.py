@@ -61,9 +61,6 @@ ROWS = {
     "share-partial": ("joint, HiMix + HMGen, share partial",
                       "--und-plan himix --gen-plan hmgen --projections task"),
     "g-naive": ("generation only, naive control in the middle", "--objective gen --gen-plan naive"),
-    "g-deep": ("generation only, 7 layers, own projections", "--objective gen --projections image"),
-    "g-deep-hmgen": ("generation only, 7 layers, HMGen in one",     # the paper's lower K / L
-                     "--objective gen --gen-plan hmgen --shallow 1 --projections image"),
     # controls
     "u-describe": ("understanding only, describes its pictures", "--objective und"),
     "u-long": ("understanding only, as many FLOPs as joint", "--objective und"),
@@ -175,9 +172,8 @@ WORLDS = {"u-describe": Described, "joint-shuffled": Shuffled, "joint-unexposed"
 # understanding .94.
 STEPS = {"u-long": 1.56}
 # Sizes other than the cpu preset's. A description has room of its own: no question gives way.
-SEVEN, TWELVE = {"layers": 7}, {"layers": 12, "width": 96, "heads": 3}
-SIZES = {"g-deep": SEVEN, "g-deep-hmgen": SEVEN, "deep": TWELVE, "deep-leave-10": TWELVE,
-         "u-describe": {"max_text": 90 + 25}}
+TWELVE = {"layers": 12, "width": 96, "heads": 3}
+SIZES = {"deep": TWELVE, "deep-leave-10": TWELVE, "u-describe": {"max_text": 90 + 25}}
 # Plans of this table's own. Image tokens leave after layer 10:
 PLANS["leave-10"] = lambda layers, k: ((FULL,) * 10 + (SHALLOW,) * layers)[:layers]
 # HiMix, but text reads the image as it is after layer n (0 is HiMix's plan, 1 freeze, 12 dense).
