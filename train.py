@@ -270,11 +270,11 @@ class Muon(torch.optim.Optimizer):
         for (rows, columns), matrices in by_shape.items():
             state = self.state[matrices[0]]                 # the first stands for all of this shape
             gradient = torch.stack([p.grad for p in matrices])
-            average = state.setdefault("average", torch.zeros_like(gradient))
-            average.lerp_(gradient, 1 - MOMENTUM)
+            if "average" not in state:
+                state["average"] = torch.zeros_like(gradient)
+            average = state["average"].lerp_(gradient, 1 - MOMENTUM)
             update = orthogonal(gradient.lerp(average, MOMENTUM))                   # Nesterov
-            # Muon's usual factor: tall matrices take larger steps.
-            scale = group["lr"] * max(1, rows / columns) ** .5
+            scale = group["lr"] * max(1, rows / columns) ** .5      # as usual: tall ones take more
             torch._foreach_add_(matrices, list(update.unbind()), alpha=-scale)
 
 

@@ -122,12 +122,13 @@ CLAIMS = [
 COMPARED = {
     "joint": "u g u-image-loss", "u-himix": "u u-image", "g-hmgen": "g g-image", "g-naive": "g",
     "share-all": "joint u-himix g-hmgen", "share-image": "joint u-himix g-hmgen",
-    "share-partial": "joint u-himix g-hmgen share-image", "joint-unexposed": "joint u",
+    "share-partial": "joint u-himix g-hmgen share-all share-image", "joint-unexposed": "joint u",
     "deep-leave-10": "deep", "u-long": "u joint", "u-describe": "u", "u-image": "u",
     "u-image-loss": "u", "joint-image-loss": "joint u-image-loss", "joint-shuffled": "u joint",
     "g-practice": "g", "joint-practice": "joint u g-practice", "share-all-practice": "share-all",
     "u-freeze": "u u-himix",
-    "freeze-hmgen-practice": "joint joint-practice share-all share-image u u-freeze"}
+    "freeze-hmgen-practice": "joint joint-practice share-all share-all-practice share-image u "
+                             "u-freeze"}
 
 
 # ---------------------------------------------------------------------- what some rows have alone
@@ -177,8 +178,7 @@ SIZES = {"deep": TWELVE, "deep-leave-10": TWELVE, "u-describe": {"max_text": 90 
 # Plans of this table's own. Image tokens leave after layer 10:
 PLANS["leave-10"] = lambda layers, k: ((FULL,) * 10 + (SHALLOW,) * layers)[:layers]
 # HiMix, but text reads the image as it is after layer n (0 is HiMix's plan, 1 freeze, 12 dense).
-LOOKS = 0, 1, 2, 4, 8, 12
-for n in LOOKS:
+for n in (0, 1, 2, 4, 8, 12):
     PLANS[f"look-{n}"] = lambda layers, k, n=n: (
         (FULL,) * n + (FREEZE if n else HIMIX,) * layers)[:layers]
     for task, objective in (("u", "--objective und"), ("joint", "")):
@@ -397,9 +397,9 @@ def make_table(folder):
     titles |= {f"{name}-inference": f"{titles[name]}, {title}"
                for name, (title, _) in AT_INFERENCE.items()}
     titles = {name: title for name, title in titles.items() if name in found}
+    answers = answer_claims(found) if folder.resolve().name == CLAIMED else []
     claims = [(claim, f"{mean:+.1f} ± {std:.1f}", n, "–" if p is None else f"{p:.1g}", answer)
-              for claim, mean, std, n, p, answer in answer_claims(found)
-              if folder.resolve().name == CLAIMED]
+              for claim, mean, std, n, p, answer in answers]
     every = [scores for runs in found.values() for scores in runs.values()]
     machines = " / ".join(sorted({scores["hardware"] for scores in every}))
     config = every[0]["config"]
