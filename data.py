@@ -58,7 +58,7 @@ COLUMNS = {
         questions=      (6,       12,      24),     # on each of them, at most
         gen_scenes=     (300,     20_000,  40_000)),    # pictures with captions (generation)
     "usual": dict(                                  # options, and how much is scored
-        steps=          (100,     1500,    3000),
+        steps=          (100,     2000,    3000),
         batch_size=     (8,       16,      64),     # pictures of each task in a step
         und_val=        (40,      1000,    1000),   # pictures with questions, of each part
         gen_val=        (21,      700,     700)),   # captions to draw; of other parts half

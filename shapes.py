@@ -100,7 +100,7 @@ class Shapes:
     pairs that are not shown or named. `required`: if given, pairs that questions are about."""
     identity = "shapes"
     parts = {"und": ["val", "held_out"], "gen": ["val", "unseen"]}
-    sampling = 1.5, .7          # guidance and temperature: study/NOTES.md says what was tried
+    sampling = 1.5, .5          # guidance and temperature: study/NOTES.md says what was tried
 
     def __init__(self, preset="cpu"):
         p = self.preset = PRESETS[preset]
@@ -178,7 +178,7 @@ class Shapes:
         avoid, required = self.held_out[task], None
         caption_kinds, question_kinds = [*CAPTIONS], [*QUESTIONS]
         if part == "train":                     # more of those that take longer to learn
-            caption_kinds += ["scene", "scene", "two objects", "attribute binding", "position"]
+            caption_kinds += ["scene", "two objects", "attribute binding", "position"] * 2
             question_kinds += ["relation", "relation"]
         elif part != "val":                     # "held_out" or "unseen"
             avoid, required = (), self.held_out[task]
