@@ -71,12 +71,12 @@ def positive(kind):
 
 @contextmanager
 def noted_signals(bar):
-    """Collects Ctrl-C and SIGTERM in a list inside of the block; then restores what they did."""
+    """Collects Ctrl-C and SIGTERM in a list inside the block, then restores their handlers."""
     signals, before = [], {}
 
     def note(number, frame):
         signals.append(number)
-        bar.disable = True              # of `2>&1 | tee`, Ctrl-C ends tee: writing would fail
+        bar.disable = True              # with `2>&1 | tee`, Ctrl-C ends tee, too: writing fails
 
     try:
         with suppress(ValueError):                          # outside of the main thread

@@ -36,7 +36,7 @@ COLUMNS = {
         #                tiny     cpu      gpu
         image_size=     (16,      32,      64),     # pixels, height = width (folders', too)
         patch=          (4,       4,       4),      # pixels that an image token covers, likewise
-        grid=           (2,       2,       3),      # x grid cells: one object in each, at most
+        grid=           (2,       2,       3),      # grid x grid cells, an object in each at most
         shapes=         (2,       4,       8),      # how many of shapes.SHAPES
         colours=        (3,       6,       8),      # how many of shapes.COLOURS
         max_objects=    (2,       4,       6),      # in a scene
@@ -45,7 +45,7 @@ COLUMNS = {
     "tokenizer": dict(
         codes=          (32,      256,     512),    # size of the codebook
         vq_width=       (32,      96,      128),    # channels of the image tokenizer
-        vq_pictures=    (500,     6000,    8000),   # that it is trained on, half of each task's
+        vq_pictures=    (500,     6000,    8000),   # that it is trained on: half of each task's
         vq_steps=       (150,     1200,    1500),
         vq_batch_size=  (16,      16,      128)),
     "transformer": dict(
@@ -81,7 +81,7 @@ def check_preset(name):
     side, cells = p.image_size // max(1, p.patch), p.grid ** 2
     rows += [
         ("image_size", side * p.patch == p.image_size, f"a multiple of patch, {p.patch}"),
-        ("grid", p.grid in (2, 3) and 6 * p.grid <= p.image_size, "2 or 3, cells of 6 pixels"),
+        ("grid", p.grid in (2, 3) and 6 * p.grid <= p.image_size, "2 or 3, cells of >= 6 pixels"),
         ("shapes", 2 <= p.shapes <= 8, "2 to 8"),
         ("colours", 3 <= p.colours <= 8, "3 to 8"),
         ("max_objects", 2 <= p.max_objects <= cells, f"2 to {cells}, the number of cells"),

@@ -204,12 +204,12 @@ def evaluate(model, tokenizer, options, step, dataset, plans, folder, suffix="")
                 scores[task] |= {f"{part}_{name}": value for name, value in found.items()
                                  if isinstance(value, (int, float))}
     scores["cost"] = cost(model.config, plans, options["batch_size"])
-    for part, found in scores.items():
+    for section, found in scores.items():
         numbers = [f"{name} {value:.4g}" for name, value in found.items()
                    if isinstance(value, (int, float))]
-        print(f"{part}: {', '.join(numbers)}")
+        print(f"{section}: {', '.join(numbers)}")
         for kind, of_kind in found.get("by_type", {}).items():
-            right = of_kind["image_accuracy" if part == "gen" else "accuracy"]
+            right = of_kind["image_accuracy" if section == "gen" else "accuracy"]
             print(f"   {kind:20}{right:.1%} of {of_kind['n']}")
     config = {**options, "step": step, "examples": step * options["batch_size"],
               "identity": made_with(dataset, options["preset"], ())["data"],
@@ -231,8 +231,9 @@ def main():
     for task in SCORES:
         parser.add_argument(f"--{task}-plan", choices=PLANS, help="default: as it was trained")
     parser.add_argument("--shallow", type=int, metavar="K", help="of hmgen and naive")
-    parser.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"))
-    parser.add_argument("--draw", metavar="CAPTION")
+    what = parser.add_mutually_exclusive_group()            # without both: scores
+    what.add_argument("--ask", nargs=2, metavar=("IMAGE", "QUESTION"))
+    what.add_argument("--draw", metavar="CAPTION")
     parser.add_argument("--n", type=positive(int), default=8, help="how many pictures --draw draws")
     parser.add_argument("--seed", type=int, default=0, help="of what --draw draws")
     parser.add_argument("--out", type=Path, help="folder of the results (default: the run's)")

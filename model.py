@@ -90,8 +90,8 @@ class Batch(NamedTuple):
         """(B, 1, q, k) bool: what the tokens at the positions `queries` see of those at `keys`.
 
         Causal. Several questions share one picture, which saves computing it again; they do not
-        see each other, so that each is answered as if it were asked alone. No token sees padding,
-        but padding itself does: a query without any key has no softmax."""
+        see each other, so that each is answered as if it were asked alone. Only padding sees
+        padding, because a query without any key has no softmax."""
         asker, seen = self.segment_ids[:, queries, None], self.segment_ids[:, None, keys]
         causal = keys <= queries[:, None]
         return (causal & ((seen == 0) | (seen == asker)))[:, None]
@@ -200,18 +200,18 @@ def generation(tokenizer, codes, captions, length=None):
 
 
 def sequences(task, tokenizer, split, most=math.inf, image_loss=False):
-    """A whole data.Split as one Batch. most: text tokens of all questions on a picture."""
+    """A whole data.Split as one Batch. most: text tokens on one picture, of all its questions."""
     codes = tokenizer.encode(split.pixels)
     if task == "gen":
         return generation(tokenizer, codes, [caption.text for caption in split.captions])
     pairs = [[(q.text, q.answer) for q in questions] for questions in split.questions]
-    return understanding(tokenizer, codes, pairs, None, image_loss, most)
+    return understanding(tokenizer, codes, pairs, image_loss=image_loss, most=most)
 
 
 # ---------------------------------------------------------------------- the block
 
-# These are not in the paper, but a million parameters needed them to learn this in minutes (figures
-# are in study/NOTES.md): QK norm, squared ReLU, rotary positions by row and column that start again
+# These are not in the paper; with them a million parameters learn this in minutes (study/NOTES.md
+# has figures for some): QK norm, squared ReLU, rotary positions by row and column that start again
 # for each question, strong row and column embeddings, image embeddings that start from the
 # codebook, layers that start as the identity; and Muon, in train.py.
 

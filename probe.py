@@ -32,8 +32,8 @@ def allocation(model, batch, plan, chunk=16):
 
     Returns {segment: [share in each layer]} for all queries; the same for only those that predict
     output; and the attention of the first sequence, averaged over heads, (layers, N, N)."""
-    queries, _ = zip(*(masks(rule, batch.layout) for rule in plan))
-    updated = torch.tensor(queries, device=model.device)                # (layers, N)
+    is_query, _ = zip(*(masks(rule, batch.layout) for rule in plan))
+    updated = torch.tensor(is_query, device=model.device)               # (layers, N)
     sums = torch.zeros(2, len(SEGMENTS), len(plan), device=model.device)
     counts = torch.zeros(2, 1, len(plan), device=model.device)
     for i in range(0, len(batch.tokens), chunk):

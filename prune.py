@@ -152,7 +152,7 @@ def main():
         for lines in zip(*(letters_of(rule, layout) for rule in NAMES)):
             print("".join(lines))
 
-    # Questions take all the text that fits, captions two fifths of that: no less than in a run.
+    # Questions take all of max_text, captions two fifths of it: no run on shapes has longer ones.
     image, vocab = (p.image_size // p.patch) ** 2, FIRST_CODE + p.codes
     layouts = {"und": Layout(2, image, p.max_text), "gen": Layout(p.max_text * 2 // 5, image, 0)}
     dense = make_plan("dense", p.layers)

@@ -320,7 +320,7 @@ class Shapes:
         return None, None
 
     def relation(self, rng, scene, thing, names, asked):
-        """What (as the template `asked` says it) is left of another thing? Without: is this one?"""
+        """Which thing is left of (above, ...) another? If asked is None: is `thing`, yes or no?"""
         other = rng.choice([t for t in scene if t is not thing])
         first, second = (self.refer(rng, scene, t, names) for t in (thing, other))
         if asked is None:

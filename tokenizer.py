@@ -34,7 +34,7 @@ VOCABULARY = dict(SPECIAL, PATTERN=PATTERN, FIRST_CODE=FIRST_CODE, CODE_DIM=CODE
 
 
 def train_bpe(texts, size=MAX_TEXT_IDS):
-    """Byte-pair encoding (Sennrich et al. 2016): {bytes: rank}, at most `size`, first 256 bytes.
+    """Byte-pair encoding (Sennrich et al. 2016): {bytes: rank}, at most `size`, single bytes first.
     Again and again the most frequent pair of neighbours becomes one token."""
     ranks = {bytes([b]): b for b in range(256)}
     counts = Counter()
@@ -147,7 +147,7 @@ class VQ(nn.Module):
         self.counts.lerp_(counts, 1 - decay)
         self.sums.lerp_(sums, 1 - decay)
         self.codebook.copy_(F.normalize(self.sums, dim=1))
-        # A code that is hardly used moves to a feature, likelier one that is far from its code.
+        # A code that is hardly used moves to a feature, more likely to one far from its code.
         even_share = len(z) / len(self.codebook)
         unused = self.counts < .03 * even_share
         if unused.any():
@@ -217,8 +217,7 @@ class Tokenizer:
 
 
 def train_tokenizer(dataset, preset, device, seed=0):
-    """A Tokenizer: byte pairs of a data set's texts, and a VQ of its pictures, whose loss is
-    `VQ.forward`, squared error and commitment; its codebook follows by a moving average."""
+    """A Tokenizer: byte pairs of a data set's texts, and a VQ of its pictures: see `VQ.forward`."""
     p = PRESETS[preset]
     torch.manual_seed(seed)
     splits = [dataset.split(task, "train", p.vq_pictures // 2, seed) for task in ("und", "gen")]

@@ -123,8 +123,8 @@ def train(options, device, checkpoint=None):
             if done % LOG_EVERY and done < steps:
                 continue
             if not all(x.isfinite().all() for x in model.parameters()):
-                fail(f"weights are not finite at step {done}: start again with a lower --lr, or "
-                     f"continue from the last checkpoint with --resume {out}")
+                fail(f"weights are not finite at step {done}: start again with a lower --lr and "
+                     f"another --out; {out} keeps the last good checkpoint, for eval.py")
             now = time.monotonic()
             rate = (done - (rows[-1]["step"] if rows else 0)) / (now - logged_at)   # steps a second
             losses = {f"loss_{task}": loss.item() for task, loss in losses.items()}
@@ -133,7 +133,6 @@ def train(options, device, checkpoint=None):
                          "gpu_memory_mb": torch.cuda.max_memory_allocated() / 2 ** 20})
             print(json.dumps(rows[-1]), file=log)
             bar.set_postfix_str(f"loss {rows[-1]['loss']:.3f}, {tokens * rate / 1e3:.1f}k tokens/s")
-            logged_at = now
             if signals or done == steps or now - saved_at >= options.save_every:
                 save(done)
                 saved_at = now
@@ -141,6 +140,7 @@ def train(options, device, checkpoint=None):
                 tqdm.write(f"stopped at step {done}: python train.py --resume {out} continues",
                            file=sys.stderr)
                 raise SystemExit(128 + signals[0])
+            logged_at = time.monotonic()                    # not when it began to save
 
     run_passes = None                                       # a CUDA graph holds memory
     print(f"trained and saved; scoring it, as python eval.py {out} does")

@@ -91,7 +91,7 @@ LEGEND = [("text: updated", BLUE, True, True), ("image: updated", ORANGE, True, 
 BARS = [("understanding only", "u", GREY), ("joint training", "joint", BLUE),
         ("joint, HiMix + HMGen, all weights shared", "share-all", DARK_RED),
         ("joint, HiMix + HMGen, image projections for each task", "share-partial", ORANGE),
-        ("joint, freeze + HMGen (our plan)", "freeze-hmgen-practice", GREEN)]
+        ("joint, freeze + HMGen, with practice (ours)", "freeze-hmgen-practice", GREEN)]
 
 
 def draw_ten_seconds(found, path):

@@ -6,9 +6,9 @@
     python study/table.py out/slow --rows u --first 10 --lr .005    options of train.py for all rows
 
 It continues where it stopped, and may run in several processes, best one a core
-(OMP_NUM_THREADS=1): each takes rows that no other has. Settings are chosen on seeds 0 and 10 to 12,
-so seeds count from 1. To resume a stopped run, start this again: train.py knows nothing of the
-rows' own worlds and sizes. Writes study/results/FOLDER-PRESET.md, from each run's eval.json.
+(OMP_NUM_THREADS=1): each takes rows that no other has. Settings are chosen on seeds 0 and 10 to 12
+(the number of steps on 2, too), so seeds count from 1. To resume a run, start this again: train.py
+knows nothing of rows' own worlds and sizes. Writes study/results/FOLDER-PRESET.md from eval.json.
 """
 import json
 import math

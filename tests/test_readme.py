@@ -85,8 +85,10 @@ def test_the_default_run_is_that_of_the_committed_scores():
     ("4-weights", "train.py --preset tiny --objective und --steps 3 --device cpu", "und: n"),
     ("5-plan", "prune.py --preset tiny", r"(?m)^rest "),
     ("6-question", "train.py --preset tiny --objective und --steps 3 --device cpu", r"last +\d"),
-    ("7-fastv", "train.py --preset tiny --objective und --steps 3 --device cpu", "und: n")])
-def test_exercises_have_solutions(name, command, printed, tmp_path):
+    ("7-fastv", "train.py --preset tiny --objective und --steps 3 --device cpu", "und: n"),
+    ("8-start", "train.py --preset tiny --start RUN --projections task --steps 3 --device cpu",
+     "und: n")])
+def test_exercises_have_solutions(name, command, printed, trained, tmp_path):
     """... which still apply if someone has added a plan."""
     patch = (ROOT / "study" / "exercises" / f"{name}.patch").read_text()
     assert 0 < len(re.findall(r"^[-+][^-+].*$", patch, re.M)) <= 15
@@ -95,7 +97,8 @@ def test_exercises_have_solutions(name, command, printed, tmp_path):
     plans, more = tmp_path / "prune.py", '\n    "more": lambda layers, k: (FULL,) * layers,'
     plans.write_text(plans.read_text().replace("\n}\n", more + "\n}\n", 1))
     subprocess.run(["git", "apply", "-"], cwd=tmp_path, check=True, input=patch, text=True)
-    told = subprocess.check_output([sys.executable, *command.split()], cwd=tmp_path, text=True)
+    command = command.replace("RUN", str(trained / "joint")).split()
+    told = subprocess.check_output([sys.executable, *command], cwd=tmp_path, text=True)
     assert re.search(printed, told)
 
 
