@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 from importlib import import_module
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -18,6 +19,7 @@ sys.path[:0] = str(ROOT), str(ROOT / "study")
 torch.set_num_threads(1)                # more do not survive a fork, and nothing here needs them
 os.environ["OMP_NUM_THREADS"] = "1"
 tqdm.monitor_interval = 0               # no thread that may hold a lock at the moment of a fork
+tqdm.set_lock(threading.RLock())        # the usual one is shared: who is killed keeps it
 
 
 class Script(ForkProcess):
