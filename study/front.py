@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from eval import answer, draw
+from model import Config
 from prune import Layout, make_plan, masks
 from shapes import QUESTIONS
 
@@ -80,10 +81,10 @@ def animate(run, device, path):
 BLUE, ORANGE, GREEN, DARK_RED, _ = LINE_COLOURS
 TOKEN = 17                                                  # pixels of a square
 LAYOUTS = {"und": Layout(2, 9, 5), "gen": Layout(6, 9, 0)}
-# Of each grid: x, title, the row of table.py whose plan it shows.
-GRIDS = [(110, "dense", "u"), (250, "HiMix", "u-himix"),
-         (390, "freeze (not in the paper)", "u-freeze"), (730, "dense", "g"),
-         (870, "HMGen", "g-hmgen")]
+# Of each grid: x, title, task, plan.
+GRIDS = [(110, "dense", "und", "dense"), (250, "HiMix", "und", "himix"),
+         (390, "freeze (not in the paper)", "und", "freeze"), (730, "dense", "gen", "dense"),
+         (870, "HMGen", "gen", "hmgen")]
 LEGEND = [("text: updated", BLUE, True, True), ("image: updated", ORANGE, True, True),
           ("image: only seen", ORANGE, False, True),
           ("image: only its input\nembedding is seen", GREEN, False, True),
@@ -111,18 +112,16 @@ def draw_ten_seconds(found, path):
         else:
             draw.line((x, y + 8, x + TOKEN, y + 8), GREY, 2)
 
-    def cost(row):
-        return f"{fmean(numbers(found[row], ('cost', 'flops_ratio'), 1)):.2f}"
-
+    config = Config(**read_checkpoint(ROOT / "study/trained/checkpoint.pt", "run")["config"])
     write(20, 20, "What each token (row) does in each of the 4 layers (column)", size=18)
     write(110, 54, "Understanding: picture and question in, answer out", size=16)
     write(730, 54, "Generation: caption in, picture out", size=16)
-    for x, title, row in GRIDS:
-        config = found[row][1]["config"]
-        layout = LAYOUTS[config["objective"]]
+    for x, title, task, name in GRIDS:
+        layout, plan = LAYOUTS[task], make_plan(name, config.layers)
+        of_dense = config.flops(task, plan) / config.flops(task, make_plan("dense", config.layers))
         write(x, 80, title, size=16)
-        write(x, 100, f"FLOPs {cost(row)}")
-        for i, rule in enumerate(make_plan(config[f"{config['objective']}_plan"], 4)):
+        write(x, 100, f"FLOPs {of_dense:.2f}")
+        for i, rule in enumerate(plan):
             left, image = x + 24 * i, GREEN if rule.keys == "embedding" else ORANGE
             colours = [BLUE] * layout.before + [image] * layout.image + [BLUE] * layout.after
             for y, *what in zip(count(116, TOKEN + 1), colours, *masks(rule, layout)):
@@ -150,7 +149,8 @@ def draw_ten_seconds(found, path):
         draw.line((low, y + 8, high, y + 8), "black", 1)
         write(high + 10, y + 9, f"{mean:.0f}")
         write(395, y + 9, title, "rm")
-        write(440, y + 9, cost(row), "rm")
+        cost = fmean(numbers(found[row], ("cost", "flops_ratio"), 1))
+        write(440, y + 9, f"{cost:.2f}", "rm")
     draw.line((alone, 508, alone, 632), "black", 1)
     save_picture(sheet, path)
     print(path)
