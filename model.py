@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from common import read_checkpoint
 from data import same_settings
-from prune import FFN, FREEZE, FULL, HIMIX, Layout, Rule, flops, masks, plans_of, predicting
+from prune import FFN, FULL, Layout, Rule, flops, masks, plans_of, predicting
 from tokenizer import FIRST_CODE, Tokenizer
 
 
@@ -46,9 +46,6 @@ class Config:
 
 # ---------------------------------------------------------------------- sequences
 
-SEGMENTS = ("system", "instruction", "output", "image")
-
-
 class Batch(NamedTuple):
     """Sequences of one task, all equally long: those of a step, or all that the task is trained on,
     of which `rows` selects some. Position i of `targets`, `loss_weights` and `is_output` describes
@@ -72,19 +69,6 @@ class Batch(NamedTuple):
 
     def to(self, device):
         return self.map(lambda x: x.to(device))
-
-    def segments(self):
-        """(B, N, 4) bool: which of SEGMENTS a token belongs to. Padding belongs to none. The image
-        of generation is its output, as in the paper's fig. 3. Understanding needs one question per
-        picture: the first token of a second one would count as output of the first."""
-        real = self.segment_ids >= 0
-        system = real & (real.cumsum(1) <= 2)               # bos and the task's token
-        output = torch.zeros_like(real)
-        # Output is what the token before it had to predict. The end of an answer is no token.
-        output[:, 1:] = self.is_output[:, :-1] & real[:, 1:]
-        image = (self.tokens >= FIRST_CODE) & ~output
-        instruction = real & ~system & ~image & ~output
-        return torch.stack([system, instruction, output, image], 2)
 
     def attention_mask(self, queries, keys):
         """(B, 1, q, k) bool: what the tokens at the positions `queries` see of those at `keys`.
@@ -161,10 +145,10 @@ def understanding(tokenizer, codes, questions, length=None, image_loss=False, mo
             batch.position_ids[row, start:stop] = np.arange(first, first + len(ids))[:, None]
             batch.segment_ids[row, start:stop] = number
             batch.targets[row, start:stop] = ids[1:] + [tokenizer.eos]
-            answer = stop - 1 - len(answer_ids)     # the position before the answer's first token
-            batch.is_output[row, answer:stop] = True
+            asked = stop - 1 - len(answer_ids)      # the position before the answer's first token
+            batch.is_output[row, asked:stop] = True
             batch.loss_weights[row, start:stop] = AUXILIARY_WEIGHT
-            batch.loss_weights[row, answer:stop - 1] = 1
+            batch.loss_weights[row, asked:stop - 1] = 1
             start = stop
     return batch.map(torch.from_numpy)
 
@@ -265,14 +249,13 @@ class Block(nn.Module):
         (B, H, n, Dh); those of x are appended. attend: replaces PyTorch's attention."""
         rule, layout = inputs.rule, inputs.layout
         before, image, after = x.split(layout, 1)
-        if not rule.query or rule.keys == "none":
-            text = torch.cat([before, after], 1)    # all that HMGen's shallow layers use (sec. 5.2)
-        updated = x if rule.query else text                                 # (B, q, d)
-        source = text if rule.keys == "none" else x         # of keys and values: (B, k, d)
-        if rule.keys == "embedding":
-            # HiMix (sec. 5.1): each layer projects the embeddings again. Until one updates image
-            # tokens (none does in an all-HiMix plan), `gathered` uses FREEZE, with equal results.
+        updated = x if rule.query else torch.cat([before, after], 1)        # (B, q, d)
+        if rule.keys == "hidden":                           # source of keys and values: (B, k, d)
+            source = x
+        elif rule.keys == "embedding":                      # HiMix (sec. 5.1)
             source = torch.cat([before, embedding.split(layout, 1)[1], after], 1)
+        else:                                               # HMGen's shallow layers (sec. 5.2)
+            source = torch.cat([before, after], 1)
         h = self.attention_norm(updated)
         h_source = h if source is updated else self.attention_norm(source)
         q = self.project(self.query, h, layout, task)
@@ -411,10 +394,6 @@ class Model(nn.Module):
         """The same layers, but each computes only its queries and keys. Returns the last hidden
         states of the tokens from start to stop (default: all), (B, N, d). caches: for each layer,
         keys and values of the tokens before start, without image tokens that its rule drops."""
-        # Until a layer updates image tokens, their hidden states *are* their embeddings. HiMix can
-        # read the hidden states there, as FREEZE does, which saves a torch.cat.
-        first = [rule.query for rule in (*plan, FULL)].index(True)
-        plan = [FREEZE if rule == HIMIX and i < first else rule for i, rule in enumerate(plan)]
         inputs_of = {rule: self.layer_inputs(rule, batch, start, stop) for rule in set(plan)}
         embedding = self.embed(batch, start, stop)
         x = embedding.clone()       # passing one tensor twice would compile another variant

@@ -17,10 +17,25 @@ import numpy as np
 import torch
 
 from data import load_of_run
-from model import SEGMENTS, Model, load_run, sequences
+from model import Model, load_run, sequences
 from prune import masks, plans_of
+from tokenizer import FIRST_CODE
 
 TITLES = {"und": "understanding", "gen": "generation"}
+SEGMENTS = ("system", "instruction", "output", "image")     # of a sequence (sec. 4.1)
+
+
+def segments(batch):
+    """(B, N, 4) bool: which of SEGMENTS a token belongs to. Padding belongs to none. The image
+    of generation is its output, as in the paper's fig. 3. Understanding needs one question per
+    picture: the first token of a second one would count as output of the first."""
+    real = batch.segment_ids >= 0
+    system = real & (real.cumsum(1) <= 2)                   # bos and the task's token
+    output = torch.zeros_like(real)
+    output[:, 1:] = batch.is_output[:, :-1] & real[:, 1:]   # what the token before had to predict
+    image = (batch.tokens >= FIRST_CODE) & ~output
+    instruction = real & ~system & ~image & ~output
+    return torch.stack([system, instruction, output, image], 2)
 
 
 @torch.no_grad()
@@ -40,7 +55,7 @@ def allocation(model, batch, plan, chunk=16):
         rows = batch.rows(slice(i, i + chunk))
         _, _, weights = model.reference(rows, plan)
         attention = torch.stack([w.mean(1) for w in weights], 1)        # (B, layers, N, N)
-        paid = attention @ rows.segments()[:, None].type_as(attention)   # (B, layers, N, segments)
+        paid = attention @ segments(rows)[:, None].type_as(attention)     # (B, layers, N, segments)
         queries = updated & (rows.segment_ids >= 0)[:, None]            # (B, layers, N)
         for which, chosen in enumerate((queries, queries & rows.is_output[:, None])):
             sums[which] += torch.einsum("blns,bln->sl", paid, chosen.type_as(paid))
@@ -80,8 +95,8 @@ def main():
             for name, share in lines.items():
                 print(f"  {name:12}" + " ".join(f"{x:5.2f}" for x in share))
             charts.append(np.array(line_chart(lines, title, 0, 1, (400, 400))))
-        real, segments = batch.segment_ids[0] >= 0, batch.segments()[0].int()
-        names = Counter(SEGMENTS[i] for i in segments[real].argmax(1))      # in their order
+        real, first = batch.segment_ids[0] >= 0, segments(batch.rows(slice(1)))[0].int()
+        names = Counter(SEGMENTS[i] for i in first[real].argmax(1))         # in their order
         tokens = ", ".join(f"{name} {n}" for name, n in names.items())
         for layer in np.linspace(0, len(plan) - 1, 4).round().astype(int):
             level = attention[layer][real][:, real].clamp(min=1e-4).log10() / 4 + 1     # 0 to 1

@@ -27,12 +27,13 @@ SHALLOW = Rule(query=False, keys="none")        # sec. 5.2: HMGen's shallow laye
 NAIVE = Rule(query=True, keys="none")           # sec. 5.2: the control, updated but never seen
 FREEZE = Rule(query=False, keys="hidden")       # seen as they are: ShortV (Yuan et al. 2025)
 
+# Printed plans have the first letter of each layer's name.
 NAMES = {FULL: "Full", HIMIX: "himix", SHALLOW: "shallow", NAIVE: "naive", FREEZE: "freeze"}
 
 
 def alternating(rule, layers, k):
     """k layers in the middle have this rule and alternate with full ones; the first and the last
-    layer are full (sec. 5.2). 1 of 4: FsFF; 2 of 6: FsFsFF; 3 of 12: FFFsFsFsFFFF."""
+    layer are full (sec. 5.2). 1 of 4: FsFF; 2 of 6: FsFsFF; 3 of 12: FFFsFsFsFFFF (F: full)."""
     most = (layers - 1) // 2
     if not 0 <= k <= most:
         fail(f"--shallow {k}: expected 0 to {most}, the most that can alternate in {layers} layers")
@@ -53,7 +54,8 @@ PLANS = {
 
 
 def make_plan(name, layers, shallow=None):
-    """The plan of that name. shallow: HMGen's K, by default the paper's higher K / L, a quarter."""
+    """The plan of that name. shallow: HMGen's K. By default a quarter of the layers, the larger of
+    the paper's two shares."""
     usual = min(max(1, layers // 4), (layers - 1) // 2)
     return PLANS[name](layers, usual if shallow is None else shallow)
 
@@ -79,7 +81,7 @@ class Layout(NamedTuple):
     after: int      # 0 in generation, where the image is the output
 
     def window(self, start, stop):
-        """The Layout of the tokens from start to stop."""
+        """The Layout of the tokens from start to stop: all that decoding with a cache reads."""
         edges = 0, self.before, self.before + self.image, sum(self)
         edges = [min(max(edge, start), stop) for edge in edges]
         return Layout(*(end - begin for begin, end in zip(edges, edges[1:])))
@@ -121,7 +123,7 @@ def flops(plan, layout, width, vocab, image_loss=False):
     d, span = width, predicting(layout, image_loss)
     multiply_adds = (span.stop - span.start) * d * vocab
     for rule in plan:
-        q, k = map(sum, masks(rule, layout))
+        q, k = map(sum, masks(rule, layout))                # how many tokens are queries, keys
         multiply_adds += 2 * q * d * d + 2 * k * d * d + 2 * q * k * d + 2 * FFN * q * d * d
     return 6 * multiply_adds
 

@@ -12,9 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import Question, Split
 from eval import answer, answer_all, draw
-from model import (AUXILIARY_WEIGHT, PROJECTIONS, SEGMENTS, Config, Model, generation,
-                   understanding)
-from probe import allocation
+from model import AUXILIARY_WEIGHT, PROJECTIONS, Config, Model, generation, understanding
+from probe import SEGMENTS, allocation
 from prune import (FREEZE, FULL, HIMIX, NAIVE, PLANS, SHALLOW, Layout, Rule, can_generate, flops,
                    make_plan, paper_cost, predicting)
 from tokenizer import FIRST_CODE
