@@ -82,11 +82,11 @@ def test_the_default_run_is_that_of_the_committed_scores():
 
 
 @pytest.mark.parametrize("name, command, printed", [
-    ("4-weights", "train.py --preset tiny --objective und --steps 3 --device cpu", "und: n"),
-    ("5-plan", "prune.py --preset tiny", r"(?m)^rest "),
-    ("6-question", "train.py --preset tiny --objective und --steps 3 --device cpu", r"last +\d"),
-    ("7-fastv", "train.py --preset tiny --objective und --steps 3 --device cpu", "und: n"),
-    ("8-start", "train.py --preset tiny --start RUN --projections task --steps 3 --device cpu",
+    ("weights", "train.py --preset tiny --objective und --steps 3 --device cpu", "und: n"),
+    ("plan", "prune.py --preset tiny", r"(?m)^rest "),
+    ("question", "train.py --preset tiny --objective und --steps 3 --device cpu", r"last +\d"),
+    ("fastv", "train.py --preset tiny --objective und --steps 3 --device cpu", "und: n"),
+    ("start", "train.py --preset tiny --start RUN --projections task --steps 3 --device cpu",
      "und: n")])
 def test_exercises_have_solutions(name, command, printed, trained, tmp_path):
     """... which still apply if someone has added a plan."""
