@@ -31,7 +31,7 @@ class Config:
     width: int                      # d
     heads: int
     side: int                       # a picture has side x side image tokens
-    layouts: dict                   # {task: how many tokens before, in and after the image}
+    layouts: dict                   # {task: a Layout as a plain tuple, for checkpoints}
     projections: str = "shared"
     image_loss: bool = False        # a control: understanding predicts its image tokens, too
 
@@ -61,7 +61,7 @@ class Batch(NamedTuple):
     is_output: torch.Tensor         # (B, N) bool: the target is output (an answer, a drawn image)
 
     def map(self, function):
-        """The same with the function applied to each tensor."""
+        """The same with the function applied to each tensor: to all but the first three fields."""
         return Batch(*self[:3], *map(function, self[3:]))
 
     def rows(self, index):
@@ -280,7 +280,7 @@ class Block(nn.Module):
 
     def project(self, linears, h, layout, task):
         """(B, n, d) -> (B, n, out): text by its own weights, image tokens, if any, by theirs."""
-        if self.projections == "shared" or h.size(1) < sum(layout):     # h has no image tokens
+        if self.projections == "shared" or h.size(1) < sum(layout):     # without image tokens
             return linears["text"](h)
         image_linear = linears["image" if self.projections == "image" else task]
         before, image, after = h.split(layout, 1)
@@ -335,7 +335,8 @@ class Model(nn.Module):
 
     def layer_inputs(self, rule, batch, start=0, stop=None):
         """The LayerInputs of all layers with this Rule, for the tokens from start to stop. They
-        also see the keys before start, which are in a cache."""
+        also see the keys before start, which are in a cache: decoding the image token at position
+        70, one query sees 71 keys. A shallow layer of HMGen has no query then."""
         stop = stop or sum(batch.layout)
 
         def positions(first, with_image):
@@ -384,6 +385,7 @@ class Model(nn.Module):
         x = embedding = self.embed(batch)                                       # (B, N, d)
         for block, rule in zip(self.blocks, plan):
             is_query, is_key = torch.tensor(masks(rule, batch.layout), device=x.device)     # (N,)
+            # The rule of a block that skips nothing: what this one drops, `mask` and `where` hide.
             of_all = FULL._replace(keys="embedding") if rule.keys == "embedding" else FULL
             inputs = full._replace(rule=of_all, mask=full.mask & is_key)
             updated = block(x, embedding, inputs, batch.task, attend=attend)

@@ -63,7 +63,6 @@ def train(options, device, checkpoint=None):
     examples = {task: training_sequences(task, options, dataset, tokenizer).to(device)
                 for task in plans}
     order = draw_order(examples, options)
-    made_with = data.made_with(dataset, options.preset)
 
     # The model and its optimizers.
     layouts = {task: tuple(batch.layout) for task, batch in examples.items()}
@@ -97,7 +96,8 @@ def train(options, device, checkpoint=None):
 
     def save(step):     # at the start, after each --save-every seconds, when stopped, at the end
         contents = {"kind": "run", "options": vars(options), "tasks": list(plans), "step": step,
-                    "made_with": made_with, "config": asdict(config), "plans": str(plans),
+                    "made_with": data.made_with(dataset, options.preset),
+                    "config": asdict(config), "plans": str(plans),
                     "tokenizer": tokenizer.state(), "sampling": dataset.sampling, "log": rows,
                     "model": model.state_dict(),
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
@@ -295,7 +295,7 @@ def orthogonal(x, steps=5):
 def optimizers_of(model, lr):
     """Muon for the matrices of the layers, AdamW for embeddings, head, norms and positions."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    rest = [p for p in model.parameters() if p not in set(matrices)]
     adamw = torch.optim.AdamW(rest, ADAMW_RATIO * lr, BETAS, weight_decay=0, fused=True)
     return Muon(matrices, {"lr": lr}), adamw
 
@@ -350,9 +350,9 @@ def parse_options(arguments=None):
     parser.set_defaults(**usual)
     options = parser.parse_args(arguments)                  # now with these defaults
     del options.device, options.resume
-    for key, value in vars(options).items() if checkpoint else ():
-        does_not_matter = key in ("out", "data", "parts", "compile", "save_every")
-        if value != usual[key] and not does_not_matter:
+    may_change = "out", "data", "parts", "compile", "save_every"    # load_of_run compares the data
+    for key, value in vars(options).items():
+        if checkpoint and key not in may_change and value != usual[key]:
             fail(f"--{key.replace('_', '-')} {value}: the run in {given.resume} has {usual[key]}")
     return options, device, checkpoint
 
