@@ -90,9 +90,9 @@ LEGEND = [("text: updated", BLUE, True, True), ("image: updated", ORANGE, True, 
           ("image: only its input\nembedding is seen", GREEN, False, True),
           ("image: skips the layer", GREY, False, False)]
 BARS = [("understanding only", "u", GREY), ("joint training", "joint", BLUE),
-        ("understanding only, HiMix", "u-himix", GREY),
-        ("joint, HiMix + HMGen (share all)", "share-image", DARK_RED),
-        ("the same, image projections for each task (share partial)", "share-partial", ORANGE)]
+        ("joint, HiMix + HMGen, all weights shared", "share-all", DARK_RED),
+        ("joint, HiMix + HMGen, image projections for each task", "share-partial", ORANGE),
+        ("joint, freeze + HMGen, with practice (ours)", "freeze-hmgen-practice", GREEN)]
 
 
 def draw_ten_seconds(found, path):
