@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 # PyTorch reads these when it is imported. Operators that Apple GPUs lack run on the CPU. Threads
-# wait for each other only briefly before they sleep: beside other work that halves a step's time.
+# wait for each other only briefly before they sleep: under other load that halves a step's time.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 import torch                                                # noqa: E402
@@ -89,7 +89,7 @@ def noted_signals(bar):
 
 
 def write_file(path, content):
-    """Write bytes or text; whatever happens, `path` holds either all of the old or of the new."""
+    """Write bytes or text atomically: `path` holds all of the old content or all of the new."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The process id, because two runs may want to write the same tokenizer.
@@ -113,7 +113,7 @@ def save_checkpoint(contents, path):
 
 def read_checkpoint(path, kind):
     """Read a checkpoint of this project, whose "kind" is `kind`; refuse anything else. It may be
-    anyone's: weights_only runs no code of it."""
+    untrusted: weights_only runs no code."""
     with refuse_errors(f"{path} is not a {kind} checkpoint of this project"):
         contents = torch.load(path, map_location="cpu", weights_only=True)
         if contents["kind"] != kind:

@@ -105,7 +105,7 @@ def made_with(dataset, preset, sections=("world", "tokenizer", "transformer", "t
 
 
 def same_settings(had, now, what):
-    """Refuses other settings ({name: value}) than something was made with, in one line."""
+    """Refuses, in one line, settings ({name: value}) that `what` was not made with."""
     for name in {**had, **now}:
         if had.get(name) != now.get(name):
             fail(f"{what} was made with {name} = {had.get(name)}, and now it is {now.get(name)}: "

@@ -174,8 +174,8 @@ SCORES = {"und": score_understanding, "gen": score_generation}      # of each ta
 
 
 def cost(c, plans, batch_size):
-    """What a training step costs, forward and backward, by exact FLOPs and by the paper's formula,
-    beside the dense plan's. plans: {task: plan}."""
+    """FLOPs of a training step, forward and backward, and their ratio to dense, exact and by the
+    paper's formula. plans: {task: plan}."""
     both = plans, dict.fromkeys(plans, make_plan("dense", c.layers))
     exact, of_dense = (sum(c.flops(task, plan) for task, plan in each.items()) for each in both)
     by_paper, of_dense_by_paper = (sum(paper_cost(plan, c.layout(task), c.width)

@@ -114,7 +114,7 @@ def understanding(tokenizer, codes, questions, length=None, image_loss=False, mo
         loss_weights     0   0  0  0  0  0     w     w   1    w     w   1   w    0
         is_output        .   .  .  .  .  .     .     .   x    x     .   x   x    .
 
-    The end of an answer, eos, is a target, but no token: nothing follows it. With image_loss, i0 to
+    The end of an answer, eos, is a target, not an input: nothing follows it. With image_loss, i0 to
     i3 are targets of weight w, too."""
     encoded = [[(tokenizer.ids(question), tokenizer.ids(answer)) for question, answer in pairs]
                for pairs in questions]
@@ -194,7 +194,7 @@ def sequences(task, tokenizer, split, most=math.inf, image_loss=False):
 
 # ---------------------------------------------------------------------- the block
 
-# These are not in the paper; with them a million parameters learn this in minutes (study/NOTES.md
+# Not in the paper, but these let a million parameters learn this in minutes (study/NOTES.md
 # has figures for some): QK norm, squared ReLU, rotary positions by row and column that start again
 # for each question, strong row and column embeddings, image embeddings that start from the
 # codebook, layers that start as the identity; and Muon, in train.py.
@@ -244,8 +244,8 @@ class Block(nn.Module):
         """One layer: x (B, N, d), the hidden states of all tokens -> the same after the layer.
         embedding: (B, N, d), what they were before the first layer.
 
-        A token that is no query skips the query projection and the FFN; one that is no key skips
-        the key and value projections. cache: a list of the keys and values of earlier tokens, each
+        Non-query tokens skip the query projection and the FFN; non-key tokens skip the key and
+        value projections. cache: a list of the keys and values of earlier tokens, each
         (B, H, n, Dh); those of x are appended. attend: replaces PyTorch's attention."""
         rule, layout = inputs.rule, inputs.layout
         before, image, after = x.split(layout, 1)
@@ -335,8 +335,8 @@ class Model(nn.Module):
 
     def layer_inputs(self, rule, batch, start=0, stop=None):
         """The LayerInputs of all layers with this Rule, for the tokens from start to stop. They
-        also see the keys before start, which are in a cache: decoding the image token at position
-        70, one query sees 71 keys. A shallow layer of HMGen has no query then."""
+        also see the cached keys before start: when the image token at position 70 is decoded, one
+        query sees 71 keys. In a shallow layer of HMGen there is then no query."""
         stop = stop or sum(batch.layout)
 
         def positions(first, with_image):
@@ -385,7 +385,7 @@ class Model(nn.Module):
         x = embedding = self.embed(batch)                                       # (B, N, d)
         for block, rule in zip(self.blocks, plan):
             is_query, is_key = torch.tensor(masks(rule, batch.layout), device=x.device)     # (N,)
-            # The rule of a block that skips nothing: what this one drops, `mask` and `where` hide.
+            # The block skips nothing; `mask` and `where` hide what the rule drops.
             of_all = FULL._replace(keys="embedding") if rule.keys == "embedding" else FULL
             inputs = full._replace(rule=of_all, mask=full.mask & is_key)
             updated = block(x, embedding, inputs, batch.task, attend=attend)

@@ -115,7 +115,7 @@ def flops(plan, layout, width, vocab, image_loss=False):
     In a layer with q queries and k keys, d = width, these are the multiply-adds:
         query and output projections    2 q d^2
         key and value projections       2 k d^2
-        scores, and their use           2 q k d
+        scores, weighted values         2 q k d
         feed-forward network            2 FFN q d^2
     The head takes d * vocab for each position that logits are computed for. A multiply-add is two
     operations. The backward pass costs twice the forward pass: one product for the gradient of the
@@ -130,7 +130,7 @@ def flops(plan, layout, width, vocab, image_loss=False):
 
 def paper_cost(plan, layout, width):
     """The paper's formula (sec. 5): q k d + 8 q d^2, where 8 is 2 FFN. It leaves out the four
-    projections, and counts q k d once, for the scores; their use takes as much again."""
+    projections and counts q k d once, for scores; weighted values take as much again."""
     sizes = (map(sum, masks(rule, layout)) for rule in plan)
     return sum(q * k * width + 2 * FFN * q * width ** 2 for q, k in sizes)
 

@@ -65,7 +65,7 @@ QUESTIONS = {"colour": ("{colour}", ("the {shape}", "the {size} {shape}", BY_CEL
                        ("how many {} are there?", "what is the number of {}?")),
              "place": ("{cell}", BY_LOOKS, ("where is {}?", "in which place is {}?")),
              "relation": (None, BY_LOOKS, ("is {} {} {}?", "does {} lie {} {}?")),
-             # Its words are learned here, and then "relation", which is yes or no, succeeds.
+             # Teaches the words that "relation", which only asks yes or no, needs.
              "neighbour": ("{shape}", BY_LOOKS,
                            ("what shape is {} {}?", "which shape lies {} {}?"))}
 
@@ -291,7 +291,7 @@ class Shapes:
         return self.say(rng.choice(unique), thing) if unique else None
 
     def count(self, rng, scene, names):
-        """How many ...? First the number is drawn, then what there is that number of."""
+        """How many ...? Draws the number, then something that occurs that often."""
         groups = defaultdict(list, {len(scene): ["object"]})        # number -> phrases
         for field, name in zip(("colour", "shape", "size"), names):
             present = [self.say(name, thing) for thing in scene]

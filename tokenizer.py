@@ -123,7 +123,7 @@ class VQ(nn.Module):
         quantized = self.codebook[codes].view_as(z)
         self.move_codebook(flat, codes)
         commitment = (z - quantized).square().sum(-1).mean()
-        # In value `quantized`, in gradient `z`: choosing a code has no gradient of its own.
+        # Straight-through: the value of `quantized`, the gradient of `z` (argmax has none).
         z = z + (quantized - z).detach()
         reconstruction = self.decoder(z.permute(0, 3, 1, 2))
         error = (reconstruction - to_images(pixels)).square().mean()
@@ -147,7 +147,7 @@ class VQ(nn.Module):
         self.counts.lerp_(counts, 1 - decay)
         self.sums.lerp_(sums, 1 - decay)
         self.codebook.copy_(F.normalize(self.sums, dim=1))
-        # A code that is hardly used moves to a feature, more likely to one far from its code.
+        # A rarely used code moves to a random feature, preferably one far from its code.
         even_share = len(z) / len(self.codebook)
         unused = self.counts < .03 * even_share
         if unused.any():
@@ -206,7 +206,7 @@ class Tokenizer:
 
     @staticmethod
     def from_state(state, device="cpu"):
-        """From what `state` gave. Refused if its ids have changed their meaning."""
+        """The inverse of `state`. Refused if its ids have changed their meaning."""
         had = state.get("vocabulary", {})
         now = {name: x for name, x in VOCABULARY.items() if name in had or name not in SPECIAL}
         same_settings(had, now, "the tokenizer of this checkpoint")

@@ -32,7 +32,7 @@ from model import PROJECTIONS, Config, Model, sequences
 from prune import PLANS, plans_of
 from tokenizer import Tokenizer, get_tokenizer
 
-# What a task's loss is multiplied by, even if it is the only task. Logged losses are without it.
+# Weight of each task's loss, even if the task is trained alone. Logged losses are unweighted.
 TASK_WEIGHT = {"und": 1., "gen": 2.}
 # The switch between joint and isolated training. A step takes one batch of each task.
 OBJECTIVES = {"joint": [*TASK_WEIGHT], **{task: [task] for task in TASK_WEIGHT}}
@@ -46,7 +46,7 @@ def train(options, device, checkpoint=None):
 
     `save` writes weights, optimizers, tokenizer, options and log. Resuming compares options (see
     `parse_options`), data, preset, sizes and plans. Everything random (weights, empty captions,
-    `draw_order`) comes from the seed, so a resumed run ends as an unbroken one, on CPUs exactly."""
+    `draw_order`) comes from the seed, so a resumed run equals an unbroken one, on CPUs exactly."""
     out, steps, p = Path(options.out), options.steps, PRESETS[options.preset]
     plans = plans_of(OBJECTIVES[options.objective], vars(options), p.layers)
     out.mkdir(parents=True, exist_ok=True)
@@ -155,10 +155,10 @@ def train(options, device, checkpoint=None):
 def forward_backward(model, plans, examples, parts, index):
     """Forward and backward pass of a step: adds to the gradients and returns {task: loss}. plans,
     examples: {task: plan}, {task: Batch}. index: (tasks, batch_size), which of the examples, in the
-    order of `plans`. In several parts it takes less memory for the same gradients.
+    order of `plans`. Several parts need less memory for the same gradients.
 
-    As a CUDA graph, this Python runs once: a rate, a random number or a step count in it would
-    never change, and a tensor must not be looked at (print, .item(), if)."""
+    In a CUDA graph, this Python runs once: a rate, a random number or a step count in it would
+    never change, and no tensor's value may be read (print, .item(), if)."""
     losses = dict.fromkeys(plans, 0.)
     for (task, plan), chosen in zip(plans.items(), index):
         outputs = examples[task].is_output[chosen].sum().clamp(1)
@@ -174,10 +174,10 @@ def forward_backward(model, plans, examples, parts, index):
 
 
 def cuda_graph(function, model, index):
-    """Records a function of `index` that leaves gradients in `model` as one CUDA graph. A GPU then
-    gets all kernels at once, instead of waiting for Python to launch them one by one. Without it,
-    dropped tokens save no time. Returns a function to call instead. The next call overwrites its
-    result; nothing but the content of `index` changes: see `forward_backward`."""
+    """Captures in one CUDA graph a function of `index` that leaves gradients in `model`. A GPU then
+    gets all kernels at once, instead of waiting for Python to launch them one by one; otherwise,
+    dropped tokens save no time. Returns a function to call instead. Each call overwrites the last
+    result; only the content of `index` changes: see `forward_backward`."""
     index = index.clone()               # where each replay reads it
     torch.cuda.empty_cache()            # a graph has a pool of its own: nothing is held twice
     # Warm up on the stream that will be recorded, because what happens only once, like the choice
@@ -213,7 +213,7 @@ def cuda_graph(function, model, index):
     return replay
 
 
-CAPTION_DROPOUT = .1    # of captions are empty in training, which classifier-free guidance needs
+CAPTION_DROPOUT = .1    # share of captions emptied in training, for classifier-free guidance
 
 
 def training_sequences(task, options, dataset, tokenizer):
@@ -340,7 +340,7 @@ def parse_options(arguments=None):
     if given.resume is not None:
         checkpoint = read_checkpoint(Path(given.resume, "checkpoint.pt"), "run")
         if "optimizers" not in checkpoint:
-            fail(f"--resume {given.resume}: it has no optimizers, which training needs")
+            fail(f"--resume {given.resume}: it has no optimizer state to continue from")
         usual = vars(parser.parse_args([])) | checkpoint["options"] | {"out": given.resume}
     else:
         name = given.preset or usual_preset(device)

@@ -127,7 +127,7 @@ def time_each(work, device, repeats):
 
 
 def clean_up():
-    """Before the next steps: compiled code, and graphs with all that they hold, go."""
+    """Frees compiled code, and graphs with all they hold, before the next steps."""
     torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():

@@ -71,7 +71,7 @@ def gradients(model, batch, plan):
 
 @contextmanager
 def measured(out, row, seed, steps):
-    """Around the training of a run in the folder `out`, if it is one of these."""
+    """Measures the run that is trained in the block, if MEASURED and SEEDS include it."""
     usual, path, points = train.forward_backward, out / "gradients.json", []
     if row in MEASURED and seed in SEEDS:
         points = [max(1, round(point * steps)) for point in POINTS]     # 0: of a CUDA graph

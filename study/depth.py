@@ -4,7 +4,7 @@ measure: what is still right if no token sees the image from a layer on.
     python study/depth.py RUN [RUN ...]             trained runs; study/results/depth.json and .png
 
 The image is hidden at inference only, by the rule of the naive control: in these layers image
-tokens are updated, but are no keys of any token.
+tokens are updated, but no token attends to them.
 """
 import json
 from pathlib import Path

@@ -144,7 +144,7 @@ def name_likelihoods(model, tokenizer, plan, pixels, question, names):
 
 
 def score_run(folder, split, names, classifier, reference, device):
-    """Writes photos.json, what eval.json does not tell of a run, if it is not there."""
+    """Writes photos.json, the scores that eval.json lacks, unless it exists."""
     if (folder / "photos.json").exists():
         return
     (model, tokenizer, _, _, plans), scores = open_run(folder, device), {}

@@ -5,7 +5,7 @@
     python study/table.py out/table --seeds 0       no training: the table of what is there
     python study/table.py out/slow --rows u --first 10 --lr .005    options of train.py for all rows
 
-It continues where it stopped, and may run in several processes, best one a core
+It continues where it stopped, and may run in several processes, one per core
 (OMP_NUM_THREADS=1): each takes rows that no other has. Settings are chosen on seeds 0 and 10 to 12
 (the number of steps on 2, too), so seeds count from 1. To resume a run, start this again: train.py
 knows nothing of rows' own worlds and sizes. Writes study/results/FOLDER-PRESET.md from eval.json.
@@ -206,7 +206,7 @@ def lock(path, wait=False):
 
 def open_run(folder, device, source=None):
     """A trained run: model, tokenizer, checkpoint, its data set (source: where that is now, if it
-    has been moved), its plans. Its sizes become those of its preset, where data sets look."""
+    has been moved), its plans. Writes its sizes into its preset, where data sets look."""
     model, tokenizer, checkpoint = load_run(folder, device)
     options = checkpoint["options"]
     made_with = {row: size for row, size in checkpoint["made_with"].items() if row != "data"}
@@ -313,9 +313,9 @@ def read_runs(folder, rows=tuple(ROWS)):
 # ---------------------------------------------------------------------- claims
 
 def differences_of(found, path, row, other_row, *two_more, factor=100):
-    """Row less other row, in points (times `factor`), of one seed after the other: runs of one
-    seed share data and order. Of the first SEEDS that all have. Four rows: less the difference of
-    the last two."""
+    """Row minus other row, in points (times `factor`), seed by seed: runs of one seed share data
+    and order. Only the first SEEDS that all have. Four rows: minus the difference of the last
+    two."""
     rows = [found.get(name, {}) for name in (row, other_row, *two_more)]
     seeds = sorted(set.intersection(*map(set, rows)))[:SEEDS]
     values = [[value(runs[seed], path) for runs in rows] for seed in seeds]
@@ -325,7 +325,7 @@ def differences_of(found, path, row, other_row, *two_more, factor=100):
 
 def p_value(differences, points):
     """One-sided p of a claim: small if it holds, nearly 1 if it does not. It is P(T > t) of
-    Student's t, whose angle has a density that is a power of its cosine: integrated here."""
+    Student's t, integrated over an angle whose density is a power of its cosine."""
     n, deviation = len(differences), max(stdev(differences), 1e-9)
     t = (fmean(differences) + points) / deviation * n ** .5
     angle = np.linspace(math.atan(t / (n - 1) ** .5), math.pi / 2, 20_001)
@@ -336,8 +336,8 @@ def p_value(differences, points):
 
 def answer_claims(found):
     """[[claim, mean difference in points, its standard deviation, seeds, p, answer]] of the claims
-    that have two seeds. p is two-sided and corrected by Holm over all CLAIMS; a claim that has not
-    all SEEDS yet counts there as the last, and has neither p nor answer."""
+    that have two seeds. p is two-sided and corrected by Holm over all CLAIMS; a claim with fewer
+    than SEEDS counts last there, and has neither p nor answer."""
     answers = []
     for claim, path, points, rows in CLAIMS:
         differences = differences_of(found, path, *rows)
