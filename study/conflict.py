@@ -113,8 +113,8 @@ def main():
         fail(f"{folder}: no gradients.json in it, which table.py writes")
     sheet = Image.new("RGB", (520 * len(PARTS), 360), "white")
     for column, (part, words) in enumerate(PARTS.items()):
-        title = f"cosine of the tasks' gradients, mean of layers: {words}"
-        sheet.paste(line_chart(lines[part], title, -.25, .75, (520, 360)), (520 * column, 0))
+        title = f"cosine of the tasks' gradients over training: {words}"    # mean of layers
+        sheet.paste(line_chart(lines[part], title, -.1, .1, (520, 360)), (520 * column, 0))
     path = RESULTS / "conflict.png"
     save_picture(sheet, path)
     layers = [f"layer {i}" for i in range(1, len(rows[0]) - 2)]

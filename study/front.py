@@ -90,9 +90,8 @@ LEGEND = [("text: updated", BLUE, True, True), ("image: updated", ORANGE, True, 
           ("image: only its input\nembedding is seen", GREEN, False, True),
           ("image: skips the layer", GREY, False, False)]
 BARS = [("understanding only", "u", GREY), ("joint training", "joint", BLUE),
-        ("joint, HiMix + HMGen, all weights shared", "share-all", DARK_RED),
-        ("joint, HiMix + HMGen, image projections for each task", "share-partial", ORANGE),
-        ("joint, freeze + HMGen, with practice (ours)", "freeze-hmgen-practice", GREEN)]
+        ("understanding only, HiMix", "u-himix", GREY),
+        ("joint, HiMix + HMGen (share all)", "share-image", DARK_RED)]
 
 
 def draw_ten_seconds(found, path):
@@ -162,7 +161,7 @@ def main():
     parser.add_argument("--trained", action="store_true", help="make study/trained of the run")
     args = parser.parse_args()
     if not args.run:
-        draw_ten_seconds(read_runs(RESULTS / "synergy"), RESULTS / "ten-seconds.png")
+        draw_ten_seconds(read_runs(RESULTS / "band"), RESULTS / "ten-seconds.png")
     elif args.trained:
         shrink(args.run, ROOT / "study" / "trained")
     else:

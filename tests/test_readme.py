@@ -62,7 +62,7 @@ def test_commands_have_the_options_that_they_use():
 
 def test_results_are_those_of_the_committed_runs():
     from table import COLUMNS, ROWS, numbers, read_runs
-    found = read_runs(ROOT / "study" / "results" / "synergy")
+    found = read_runs(ROOT / "study" / "results" / "band")
     row_of = {title: row for row, (title, *_) in ROWS.items()}
     for title, *cells, seeds in table_under("run"):
         runs = {seed: found[row_of[title]][seed] for seed in range(1, int(seeds) + 1)}

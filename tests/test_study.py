@@ -227,7 +227,7 @@ def test_the_front_is_drawn_from_a_run(trained, results, monkeypatch):
     monkeypatch.setattr(front, "draw", lambda model, tokenizer, texts, *_: real[:len(texts)])
     run("front.py", results, "--device", "cpu")
     assert Image.open(results / "drawing.gif").n_frames > 5
-    front.draw_ten_seconds(read_runs(RESULTS / "synergy"), results / "ten-seconds.png")
+    front.draw_ten_seconds(read_runs(RESULTS / "band"), results / "ten-seconds.png")
     drawn, committed = (np.array(Image.open(folder / "ten-seconds.png"), float)
                         for folder in (results, RESULTS))
     assert abs(drawn - committed).mean() < 2                # other versions' letters differ a bit
@@ -257,20 +257,21 @@ def table_under(first_cell):
 
 def test_differences_are_those_of_the_committed_runs():
     """... which the tables of the paper's claims, of controls and of freeze have."""
-    found = read_runs(RESULTS / "synergy")
+    found, earlier = read_runs(RESULTS / "band"), read_runs(RESULTS / "synergy")
     expected = [
-        [(HELD_OUT, "joint", "u"), (HELD_OUT, "joint", "u-long"), (QUESTIONS, "joint", "u")],
+        [(HELD_OUT, "joint", "u"), (QUESTIONS, "joint", "u")],
         [(IMAGES, "joint", "g"), (UNSEEN, "joint", "g")],
         [(QUESTIONS, "u-himix", "u"), (HELD_OUT, "u-himix", "u")],
         [(IMAGES, "g-hmgen", "g"), (UNSEEN, "g-hmgen", "g")],
-        [(HELD_OUT, "share-all", "joint"), (HELD_OUT, "joint", "u", "share-all", "u-himix")],
-        [(HELD_OUT, "share-partial", "share-all"),
+        [(HELD_OUT, "share-image", "joint"), (HELD_OUT, "joint", "u", "share-image", "u-himix")],
+        [(HELD_OUT, "share-partial", "share-image"),
          (HELD_OUT, "joint", "u", "share-partial", "u-himix")]]
     rows = table_under("the paper says")
     for row, differences in zip(rows, expected):
         shown = re.findall(r"[-+]?[\d.]+ ± [\d.]+", " ".join(row))
-        values = [mean_std(differences_of(found, *which), 1, "+") for which in differences]
-        assert [x.lstrip("+") for x in shown] == [x.lstrip("+") for x in values], row
+        runs = earlier if "earlier world" in row[2] else found
+        values = [mean_std(differences_of(runs, *which), 1, "+") for which in differences]
+        assert shown == [x for x in values if "±" in x], row
     runs = json.loads((RESULTS / "depth-cpu.json").read_text())["runs"].values()
     for layer, task in ((7, "und"), (7, "gen"), (11, "und"), (11, "gen")):
         right = [100 * run[task]["right"][layer - 1] for run in runs]
@@ -278,25 +279,33 @@ def test_differences_are_those_of_the_committed_runs():
     row_of = {title: row for row, (title, _) in ROWS.items()}
     for title, rate, difference, seeds in table_under(
             "run | held-out pairs | minus understanding only | seeds"):
-        runs = {seed: found[row_of[title]][seed] for seed in range(1, int(seeds) + 1)}
+        runs = {seed: earlier[row_of[title]][seed] for seed in range(1, int(seeds) + 1)}
         assert rate == mean_std(numbers(runs, HELD_OUT, 100), 1), title
-        differences = differences_of(found, HELD_OUT, row_of[title], "u")[:int(seeds)]
+        differences = differences_of(earlier, HELD_OUT, row_of[title], "u")[:int(seeds)]
         assert difference == mean_std(differences, 1, "+"), title
     others = "share-all", "joint", "joint-practice", "share-all-practice"
     for other, row in zip(others, table_under("minus"), strict=True):
-        each = [differences_of(found, score, "freeze-hmgen-practice", other)
+        each = [differences_of(earlier, score, "freeze-hmgen-practice", other)
                 for score in (HELD_OUT, QUESTIONS, IMAGES, UNSEEN)]
         assert row[1:] == [mean_std(differences, 1, "+") for differences in each]
 
 
-def test_rows_are_those_of_the_committed_runs():
-    found = read_runs(RESULTS / "synergy")
+def test_rows_and_claims_are_those_of_the_committed_runs():
+    found = read_runs(RESULTS / "band")
     for title, *cells, seeds in table_under("run | questions | held-out pairs | images"):
         runs = found[re.search(r"\(`(.+)`\)", title)[1]]
         for cell, (_, path, factor, digits) in zip(cells, table.COLUMNS):
             values = numbers(runs, path, factor)
             assert cell == (mean_std(values, digits) if values else ""), title
         assert len(runs) == int(seeds)
+    answers = {claim: answer for claim, *answer in answer_claims(found)}
+    shown = table_under("claim")
+    assert [claim for claim, *_ in shown] == [claim for claim, *_ in table.CLAIMS]
+    for claim, points, seeds, p, answer in shown:
+        mean, deviation, n, exact_p, expected = answers.get(claim, [0, 0, 0, None, answer])
+        assert (int(seeds), answer) == (n, expected)
+        assert points == (f"{mean:+.1f} ± {deviation:.1f}" if n else "–")
+        assert p == "–" if exact_p is None else float(p) == float(f"{exact_p:.1g}")
 
 
 def test_the_world_was_chosen_by_these_runs():
