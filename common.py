@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 # PyTorch reads these when it is imported. Operators that Apple GPUs lack run on the CPU. Threads
-# wait for each other only briefly before they sleep: under other load that halves a step's time.
+# wait for each other only briefly before they sleep, which halves a step's time under other load.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 import torch                                                # noqa: E402

@@ -255,7 +255,7 @@ class Block(nn.Module):
         elif rule.keys == "embedding":                      # HiMix (sec. 5.1)
             source = torch.cat([before, embedding.split(layout, 1)[1], after], 1)
         else:                                               # HMGen's shallow layers (sec. 5.2)
-            source = torch.cat([before, after], 1)
+            source = torch.cat([before, after], 1) if rule.query else updated
         h = self.attention_norm(updated)
         h_source = h if source is updated else self.attention_norm(source)
         q = self.project(self.query, h, layout, task)

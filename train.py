@@ -63,6 +63,7 @@ def train(options, device, checkpoint=None):
     examples = {task: training_sequences(task, options, dataset, tokenizer).to(device)
                 for task in plans}
     order = draw_order(examples, options)
+    made_with = data.made_with(dataset, options.preset)
 
     # The model and its optimizers.
     layouts = {task: tuple(batch.layout) for task, batch in examples.items()}
@@ -96,8 +97,7 @@ def train(options, device, checkpoint=None):
 
     def save(step):     # at the start, after each --save-every seconds, when stopped, at the end
         contents = {"kind": "run", "options": vars(options), "tasks": list(plans), "step": step,
-                    "made_with": data.made_with(dataset, options.preset),
-                    "config": asdict(config), "plans": str(plans),
+                    "made_with": made_with, "config": asdict(config), "plans": str(plans),
                     "tokenizer": tokenizer.state(), "sampling": dataset.sampling, "log": rows,
                     "model": model.state_dict(),
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers]}

@@ -1,4 +1,4 @@
-"""Do the tasks fight, as the paper supposes (sec. 6.3)? Cosines of their gradients, in training.
+"""Do the tasks' gradients conflict? The paper supposes something like it (sec. 6.3).
 
     python study/conflict.py study/results/band     table and chart of what table.py has measured
 
@@ -26,7 +26,7 @@ MEASURED = "joint", "share-image", "share-partial", "freeze-hmgen-practice"
 SEEDS = 1, 2, 3
 POINTS = [(i + .5) / 10 for i in range(10)]         # in training, whose end is 1
 SEQUENCES, AT_ONCE = 256, 64
-PARTS = {"all": "all tokens", "image": "what image tokens contribute"}
+PARTS = {"all": "all tokens", "image": "image tokens' part"}
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def main():
         fail(f"{folder}: no gradients.json in it, which table.py writes")
     sheet = Image.new("RGB", (520 * len(PARTS), 360), "white")
     for column, (part, words) in enumerate(PARTS.items()):
-        title = f"cosine of the tasks' gradients over training: {words}"    # mean of layers
+        title = f"cosine of gradients over training, mean of layers, seeds: {words}"
         sheet.paste(line_chart(lines[part], title, -.1, .1, (520, 360)), (520 * column, 0))
     path = RESULTS / "conflict.png"
     save_picture(sheet, path)

@@ -137,7 +137,7 @@ def draw_ten_seconds(found, path):
 
     write(20, 436, "Held-out pairs: questions about combinations of colour and shape that "
           "understanding never sees in training,\nwhile generation draws them. % right, mean over "
-          "8 seeds; lines: one standard deviation", "la", 18)
+          f"{SEEDS} seeds; lines: one standard deviation", "la", 18)
     write(440, 502, "FLOPs, of dense", "rm")
     for y, (title, row, colour) in zip(count(514, 24), BARS):
         right = numbers({seed: found[row][seed] for seed in range(1, SEEDS + 1)}, HELD_OUT, 100)

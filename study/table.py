@@ -6,8 +6,8 @@
     python study/table.py out/slow --rows u --first 10 --lr .005    options of train.py for all rows
 
 It continues where it stopped, and may run in several processes, one per core
-(OMP_NUM_THREADS=1): each takes rows that no other has. Settings are chosen on seeds 0 and 10 to 12
-(the number of steps on 2, too), so seeds count from 1. To resume a run, start this again: train.py
+(OMP_NUM_THREADS=1): each takes rows that no other has. Seeds count from 1: settings are chosen on
+0 and 10 to 12 (captions, steps, temperature on 2, too). To resume a run, start this again: train.py
 knows nothing of rows' own worlds and sizes. Writes study/results/FOLDER-PRESET.md from eval.json.
 """
 import json
@@ -47,7 +47,7 @@ RESULTS = ROOT / "study" / "results"
 
 # Each row: its title, and the options of train.py by which it differs from joint dense training.
 ROWS = {
-    # the paper's
+    # the paper's, and one with all weights shared
     "u": ("understanding only", "--objective und"),
     "g": ("generation only", "--objective gen"),
     "joint": ("joint", ""),
