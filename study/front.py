@@ -91,7 +91,8 @@ LEGEND = [("text: updated", BLUE, True, True), ("image: updated", ORANGE, True, 
           ("image: skips the layer", GREY, False, False)]
 BARS = [("understanding only", "u", GREY), ("joint training", "joint", BLUE),
         ("understanding only, HiMix", "u-himix", GREY),
-        ("joint, HiMix + HMGen (share all)", "share-image", DARK_RED)]
+        ("joint, HiMix + HMGen (share all)", "share-image", DARK_RED),
+        ("the same, image projections for each task (share partial)", "share-partial", ORANGE)]
 
 
 def draw_ten_seconds(found, path):
