@@ -295,7 +295,8 @@ def orthogonal(x, steps=5):
 def optimizers_of(model, lr):
     """Muon for the matrices of the layers, AdamW for embeddings, head, norms and positions."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if p not in set(matrices)]
+    theirs = set(matrices)
+    rest = [p for p in model.parameters() if p not in theirs]
     adamw = torch.optim.AdamW(rest, ADAMW_RATIO * lr, BETAS, weight_decay=0, fused=True)
     return Muon(matrices, {"lr": lr}), adamw
 

@@ -21,7 +21,7 @@ from common import (DARK, GREY, LINE_COLOURS, contact_sheet, font_for, pick_devi
 import numpy as np
 from PIL import Image, ImageDraw
 
-from eval import answer, draw
+from eval import answer, cost, draw
 from model import Config
 from prune import Layout, make_plan, masks
 from shapes import QUESTIONS
@@ -118,9 +118,8 @@ def draw_ten_seconds(found, path):
     write(730, 54, "Generation: caption in, picture out", size=16)
     for x, title, task, name in GRIDS:
         layout, plan = LAYOUTS[task], make_plan(name, config.layers)
-        of_dense = config.flops(task, plan) / config.flops(task, make_plan("dense", config.layers))
         write(x, 80, title, size=16)
-        write(x, 100, f"FLOPs {of_dense:.2f}")
+        write(x, 100, f"FLOPs {cost(config, {task: plan}, 1)['flops_ratio']:.2f}")
         for i, rule in enumerate(plan):
             left, image = x + 24 * i, GREEN if rule.keys == "embedding" else ORANGE
             colours = [BLUE] * layout.before + [image] * layout.image + [BLUE] * layout.after
@@ -149,8 +148,8 @@ def draw_ten_seconds(found, path):
         draw.line((low, y + 8, high, y + 8), "black", 1)
         write(high + 10, y + 9, f"{mean:.0f}")
         write(395, y + 9, title, "rm")
-        cost = fmean(numbers(found[row], ("cost", "flops_ratio"), 1))
-        write(440, y + 9, f"{cost:.2f}", "rm")
+        of_dense = fmean(numbers(found[row], ("cost", "flops_ratio"), 1))
+        write(440, y + 9, f"{of_dense:.2f}", "rm")
     draw.line((alone, 508, alone, 632), "black", 1)
     save_picture(sheet, path)
     print(path)
