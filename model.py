@@ -102,7 +102,7 @@ def understanding(tokenizer, codes, questions, length=None, image_loss=False, mo
     """[bos] [und] image, then questions with answers, up to the first that does not fit into
     `length` tokens. codes: (B, M). questions: for each picture a list of (question, answer)
     strings. image_loss: also predict the image tokens. By default `length` is what all questions
-    need, but at most `most`, unless a single one is longer.
+    need, or `most` if that is less, or what the longest one needs if that is more.
 
     A picture of 4 tokens, two questions, a length of 8; `-` is a target of -1, w is .05:
 
@@ -205,7 +205,7 @@ class LayerInputs(NamedTuple):
     layout: Layout          # of the tokens that a layer is given
     query_rotary: tuple     # (cos, sin) of those that it updates, each (B, q, 1, Dh / 2)
     key_rotary: tuple       # (cos, sin) of those that they attend to, each (B, k, 1, Dh / 2)
-    mask: torch.Tensor      # (B, 1, q, k) bool: what each query sees; k: with those of a cache
+    mask: torch.Tensor      # (B, 1 or H, q, k) bool: what queries see; k: with those of a cache
 
 
 # The sets of Q, K, V weights that only image tokens use. All tokens share the output projection,
@@ -268,6 +268,8 @@ class Block(nn.Module):
         if cache is not None:
             cache.append((k, v))
             k, v = (torch.cat(parts, 2) for parts in zip(*cache))
+        if q.size(2) == 0:      # decoding an image token that skips this layer: MPS needs a query
+            return x
         attended = (attend or F.scaled_dot_product_attention)(q, k, v, inputs.mask)
         updated = updated + self.out(attended.transpose(1, 2).flatten(2))
         # In place, and no .square(): on a CPU that saves a quarter of the FFN's time.
