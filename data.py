@@ -17,6 +17,7 @@ A data set is an object with
 `load` makes it. It has its own kinds of questions and captions; scores take them from the data.
 """
 import json
+import random
 import warnings
 import zlib
 from contextlib import suppress
@@ -45,7 +46,7 @@ COLUMNS = {
     "tokenizer": dict(
         codes=          (32,      256,     512),    # size of the codebook
         vq_width=       (32,      96,      128),    # channels of the image tokenizer
-        vq_pictures=    (500,     6000,    8000),   # that it is trained on: half of each task's
+        vq_pictures=    (500,     6000,    8000),   # that it is trained on: half from each task
         vq_steps=       (150,     1200,    1500),
         vq_batch_size=  (16,      16,      128)),
     "transformer": dict(
@@ -55,7 +56,7 @@ COLUMNS = {
         max_text=       (40,      90,      192)),   # tokens of all questions on a picture
     "training": dict(
         und_scenes=     (300,     8000,    20_000), # pictures with questions (understanding)
-        questions=      (6,       12,      24),     # on each of them, at most
+        questions=      (6,       12,      24),     # on each at most, if they fit in max_text
         gen_scenes=     (300,     20_000,  40_000)),    # pictures with captions (generation)
     "usual": dict(                                  # options, and how much is scored
         steps=          (100,     2000,    3000),
@@ -234,10 +235,9 @@ class Folder:
         print(f"{path}: {len(pixels)} images, with captions like {str(examples)[1:-1][:300]}")
 
     def split(self, task, part, n, seed=0, questions=10):
-        """Up to n pictures of a part ("train" or "val"), shuffled: for each task in another order,
-        so that the tokenizer, which takes some of each task's, sees as many pictures as it can."""
-        indices = sorted(self.indices[part],
-                         key=lambda i: zlib.crc32(f"{seed} {task} {i}".encode()))[:n]
+        """Up to n pictures of a part ("train" or "val"), others for each task and seed."""
+        rng, every = random.Random(f"{seed} {task} {part}"), [*self.indices[part]]
+        indices = rng.sample(every, min(n, len(every)))
         return Split(self.pixels[indices], [self.captions[i] for i in indices],
                      [self.questions[i][:questions] for i in indices])
 

@@ -241,9 +241,8 @@ def train_tokenizer(dataset, preset, device, seed=0):
 
 
 def get_tokenizer(path, dataset, preset, device, seed=0):
-    """Reads the Tokenizer in a file, by default one named after data set and preset. If there is no
-    such file, trains and saves it first. Refuses a file made with other data, other world or
-    tokenizer rows of data.COLUMNS, or another vocabulary (`Tokenizer.from_state`)."""
+    """The Tokenizer in a file, by default one named after data set and preset; trained first if
+    there is none. Refuses one made with other data, data.COLUMNS or vocabulary."""
     now = made_with(dataset, preset, ("world", "tokenizer"))
     path = path or f"out/tokenizer-{dataset.identity.replace(' ', '-')}-{preset}.pt"
     if not Path(path).exists():
