@@ -245,8 +245,8 @@ def main():
     options = checkpoint["options"] | given
     suffix = "".join(f"-{key[:3]}-{value}" for key, value in given.items())
     plans = plans_of(checkpoint["tasks"], options, model.config.layers)
-    for task, wanted in (("und", args.ask), ("gen", args.draw)):
-        if wanted is not None and task not in plans:
+    for task, *wanted in (("und", args.ask, args.und_plan), ("gen", args.draw, args.gen_plan)):
+        if wanted != [None, None] and task not in plans:
             fail(f"{args.run} was trained for {' and '.join(checkpoint['tasks'])}, not for {task}")
     if args.ask:
         pixels = open_picture(args.ask[0], tokenizer.vq.image_size, "--ask")[None]

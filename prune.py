@@ -81,14 +81,14 @@ class Layout(NamedTuple):
     after: int      # 0 in generation, where the image is the output
 
     def window(self, start, stop):
-        """The Layout of the tokens from start to stop: all that decoding with a cache reads."""
+        """The tokens from start to stop by kind: with a cache, decoding reads no others."""
         edges = 0, self.before, self.before + self.image, sum(self)
         edges = [min(max(edge, start), stop) for edge in edges]
         return Layout(*(end - begin for begin, end in zip(edges, edges[1:])))
 
 
 def masks(rule, layout):
-    """The token-drop masks of a layer: is a token a query, is it a key? Two lists of N bools."""
+    """Token-drop masks of a layer: which tokens are queries, which are keys? Two lists of bools."""
     before, image, after = layout
     return ([True] * before + [rule.query] * image + [True] * after,
             [True] * before + [rule.keys != "none"] * image + [True] * after)
@@ -154,7 +154,7 @@ def main():
         for lines in zip(*(letters_of(rule, layout) for rule in NAMES)):
             print("".join(lines))
 
-    # Questions take all of max_text, captions two fifths of it: no run on shapes has longer ones.
+    # Questions take all of max_text, captions two fifths of it; those of a run are shorter.
     image, vocab = (p.image_size // p.patch) ** 2, FIRST_CODE + p.codes
     layouts = {"und": Layout(2, image, p.max_text), "gen": Layout(p.max_text * 2 // 5, image, 0)}
     dense = make_plan("dense", p.layers)

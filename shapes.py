@@ -328,7 +328,7 @@ class Shapes:
             answer = rng.choice(("no", "yes"))
             # The opposite of something true: knowing which two are meant is not enough.
             return answer, first, RELATIONS[r if answer == "yes" else OPPOSITE[r]], second
-        alone = [RELATIONS[r] for r in rng.sample(range(4), 4)          # with nothing else there
+        alone = [RELATIONS[r] for r in rng.sample(range(4), 4)          # only `thing` stands there
                  if [t for t in scene if r in self.related(t, other)] == [thing]]
         return self.say(asked, thing), alone[-1] if alone else None, second
 

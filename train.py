@@ -45,8 +45,8 @@ def train(options, device, checkpoint=None):
     """Trains and scores one run, from its beginning or from a checkpoint: see `parse_options`.
 
     `save` writes weights, optimizers, tokenizer, options and log. Resuming compares options (see
-    `parse_options`), data, preset, sizes and plans. Everything random (weights, empty captions,
-    `draw_order`) comes from the seed, so a resumed run equals an unbroken one, on CPUs exactly."""
+    `parse_options`), data, preset, sizes and plans. Pictures, weights, empty captions, `draw_order`
+    depend on the seed alone, so a resumed run equals an unbroken one, on CPUs exactly."""
     out, steps, p = Path(options.out), options.steps, PRESETS[options.preset]
     plans = plans_of(OBJECTIVES[options.objective], vars(options), p.layers)
     out.mkdir(parents=True, exist_ok=True)
@@ -167,9 +167,9 @@ def forward_backward(model, plans, examples, parts, index):
             # Matmuls in bfloat16 where the GPU has it, else all in float32.
             with torch.autocast("cuda", torch.bfloat16, enabled=has_bfloat16(model.device)):
                 _, loss = model(batch, plan)
-            loss = batch.is_output.sum().clamp(1).type_as(loss) / outputs * loss    # they add up
-            (TASK_WEIGHT[task] * loss).backward()
-            losses[task] += loss.detach()
+            share = batch.is_output.sum().clamp(1).type_as(loss) / outputs      # of the outputs
+            (TASK_WEIGHT[task] * share * loss).backward()
+            losses[task] += share * loss.detach()
     return losses
 
 
