@@ -78,7 +78,7 @@ def animate(run, device, path):
 
 # ---------------------------------------------------------------------- ten-seconds.png
 
-BLUE, ORANGE, GREEN, DARK_RED, _ = LINE_COLOURS
+BLUE, ORANGE, GREEN, DARK_RED, PURPLE = LINE_COLOURS
 TOKEN = 17                                                  # pixels of a square
 LAYOUTS = {"und": Layout(2, 9, 5), "gen": Layout(6, 9, 0)}
 # Of each grid: x, title, task, plan.
@@ -92,12 +92,13 @@ LEGEND = [("text: updated", BLUE, True, True), ("image: updated", ORANGE, True, 
 BARS = [("understanding only", "u", GREY), ("joint training", "joint", BLUE),
         ("understanding only, HiMix", "u-himix", GREY),
         ("joint, HiMix + HMGen (share all)", "share-image", DARK_RED),
-        ("the same, image projections for each task (share partial)", "share-partial", ORANGE)]
+        ("the same, image projections for each task (share partial)", "share-partial", ORANGE),
+        ("joint, freeze + HMGen, with practice (ours)", "freeze-hmgen-practice", PURPLE)]
 
 
 def draw_ten_seconds(found, path):
     """What tokens do in each layer, and what that does to held-out pairs. found: of read_runs."""
-    sheet = Image.new("RGB", (1180, 640), "white")
+    sheet = Image.new("RGB", (1180, 666), "white")
     draw = ImageDraw.Draw(sheet)
 
     def write(x, y, text, anchor="lm", size=14):
@@ -135,10 +136,11 @@ def draw_ten_seconds(found, path):
         token(1000, y, *what)
         write(1026, y, words, "la")
 
+    chance = fmean(numbers(found["u"], ("und", "held_out_chance"), 100))
     write(20, 436, "Held-out pairs: questions about combinations of colour and shape that "
-          "understanding never sees in training,\nwhile generation draws them. % right, mean over "
-          f"{SEEDS} seeds; lines: one standard deviation", "la", 18)
-    write(440, 502, "FLOPs, of dense", "rm")
+          "understanding never sees in training,\nwhile generation draws them. % right (chance "
+          f"{chance:.0f}), mean over {SEEDS} seeds; lines: one standard deviation", "la", 18)
+    write(440, 502, "FLOPs, of dense, same tasks", "rm")
     for y, (title, row, colour) in zip(count(514, 24), BARS):
         right = numbers({seed: found[row][seed] for seed in range(1, SEEDS + 1)}, HELD_OUT, 100)
         mean, deviation = fmean(right), stdev(right)
@@ -150,7 +152,7 @@ def draw_ten_seconds(found, path):
         write(395, y + 9, title, "rm")
         of_dense = fmean(numbers(found[row], ("cost", "flops_ratio"), 1))
         write(440, y + 9, f"{of_dense:.2f}", "rm")
-    draw.line((alone, 508, alone, 632), "black", 1)
+    draw.line((alone, 508, alone, 656), "black", 1)
     save_picture(sheet, path)
     print(path)
 

@@ -35,7 +35,7 @@ import torch
 import conflict
 import data
 import shapes
-from data import PRESETS, Question, usual_preset
+from data import PRESETS, usual_preset
 from eval import evaluate
 from model import load_run
 from prune import FREEZE, FULL, HIMIX, PLANS, SHALLOW, plans_of
@@ -62,7 +62,6 @@ ROWS = {
                       "--und-plan himix --gen-plan hmgen --projections task"),
     "g-naive": ("generation only, naive control in the middle", "--objective gen --gen-plan naive"),
     # controls
-    "u-describe": ("understanding only, describes its pictures", "--objective und"),
     "u-long": ("understanding only, as many FLOPs as joint", "--objective und"),
     "joint-unexposed": ("joint, generation lacks understanding's held-out pairs, too", ""),
     "joint-shuffled": ("joint, captions shuffled", ""),
@@ -123,7 +122,7 @@ COMPARED = {
     "joint": "u g u-image-loss", "u-himix": "u u-image", "g-hmgen": "g g-image", "g-naive": "g",
     "share-all": "joint u-himix g-hmgen", "share-image": "joint u-himix g-hmgen",
     "share-partial": "joint u-himix g-hmgen share-all share-image", "joint-unexposed": "joint u",
-    "deep-leave-10": "deep", "u-long": "u joint", "u-describe": "u", "u-image": "u",
+    "deep-leave-10": "deep", "u-long": "u joint", "u-image": "u",
     "u-image-loss": "u", "joint-image-loss": "joint u-image-loss", "joint-shuffled": "u joint",
     "g-practice": "g", "joint-practice": "joint u g-practice", "share-all-practice": "share-all",
     "u-freeze": "u u-himix",
@@ -132,18 +131,6 @@ COMPARED = {
 
 
 # ---------------------------------------------------------------------- what some rows have alone
-
-class Described(Shapes):
-    """Understanding's first question on each training picture asks for all that is in it."""
-
-    def split(self, task, part, *more, **named):
-        split = super().split(task, part, *more, **named)
-        for caption, asked in zip(split.captions, split.questions):
-            if (task, part) == ("und", "train"):
-                text = caption.text.removeprefix("draw ").removeprefix("a picture of ")
-                asked.insert(0, Question("describe it", text, "question"))
-        return split
-
 
 class Unexposed(Shapes):
     """Generation lacks understanding's held-out pairs in training, too: nothing but the image
@@ -168,13 +155,13 @@ class Shuffled(Shapes):
         return split
 
 
-WORLDS = {"u-describe": Described, "joint-shuffled": Shuffled, "joint-unexposed": Unexposed}
+WORLDS = {"joint-shuffled": Shuffled, "joint-unexposed": Unexposed}
 # Steps, as a multiple of the others': a joint step costs .94 + .52 GFLOP a picture, one of
 # understanding .94.
 STEPS = {"u-long": 1.56}
-# Sizes other than the cpu preset's. A description has room of its own: no question gives way.
+# Sizes other than the cpu preset's.
 TWELVE = {"layers": 12, "width": 96, "heads": 3}
-SIZES = {"deep": TWELVE, "deep-leave-10": TWELVE, "u-describe": {"max_text": 90 + 25}}
+SIZES = {"deep": TWELVE, "deep-leave-10": TWELVE}
 # Plans of this table's own. Image tokens leave after layer 10:
 PLANS["leave-10"] = lambda layers, k: ((FULL,) * 10 + (SHALLOW,) * layers)[:layers]
 # HiMix, but text reads the image as it is after layer n (0 is HiMix's plan, 1 freeze, 12 dense).
