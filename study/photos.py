@@ -36,7 +36,7 @@ from tokenizer import get_tokenizer
 SAMPLING = 1.5, 1.
 DRAWN = 100             # pictures of each class
 
-ROWS = {name: table.ROWS[name] for name in ("u", "g", "joint", "share-all", "freeze-hmgen")}
+ROWS = {name: table.ROWS[name] for name in ("u", "g", "joint", "share-weights", "freeze-hmgen")}
 ROWS |= {"u-few": ("understanding only, few labels", "--objective und"),
          "joint-few": ("joint, few labels in understanding", "")}
 SIZES |= {"u-few": {"und_scenes": 1000}, "joint-few": {"und_scenes": 1000}}
@@ -46,7 +46,7 @@ COLUMNS = [("named, %", ("photos", "named"), 100, 1),
            ("Fréchet distance ↓", ("photos", "frechet"), 1, 2),
            ("FLOPs", ("cost", "flops_ratio"), 1, 2)]
 # Differences that the table shows: {row: other rows}.
-COMPARED = {"joint": "u g", "joint-few": "u-few", "share-all": "joint u",
+COMPARED = {"joint": "u g", "joint-few": "u-few", "share-weights": "joint u",
             "freeze-hmgen": "joint u g"}
 
 

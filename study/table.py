@@ -54,7 +54,8 @@ ROWS = {
     "u-himix": ("understanding only, HiMix",
                 "--objective und --und-plan himix --projections image"),
     "g-hmgen": ("generation only, HMGen", "--objective gen --gen-plan hmgen --projections image"),
-    "share-all": ("joint, HiMix + HMGen, all weights shared", "--und-plan himix --gen-plan hmgen"),
+    "share-weights": ("joint, HiMix + HMGen, all weights shared",
+                      "--und-plan himix --gen-plan hmgen"),
     # What is most likely the paper's share all: sec. 6.2 splits *the image projections* by task.
     "share-image": ("joint, HiMix + HMGen, one set of image projections",
                     "--und-plan himix --gen-plan hmgen --projections image"),
@@ -68,8 +69,8 @@ ROWS = {
     "u-image-loss": ("understanding only, predicts its pictures, too",
                      "--objective und --image-loss"),
     "joint-image-loss": ("joint, understanding predicts its pictures, too", "--image-loss"),
-    "share-all-practice": ("joint, HiMix + HMGen, all weights shared, with practice",
-                           "--und-plan himix --gen-plan hmgen --practice"),
+    "share-weights-practice": ("joint, HiMix + HMGen, all weights shared, with practice",
+                               "--und-plan himix --gen-plan hmgen --practice"),
     "joint-practice": ("joint, with practice", "--practice"),
     "g-practice": ("generation only, with practice", "--objective gen --practice"),
     "u-image": ("understanding only, own projections", "--objective und --projections image"),
@@ -120,14 +121,14 @@ CLAIMS = [
 # Differences that the table shows beside those of the claims: {row: other rows}.
 COMPARED = {
     "joint": "u g u-image-loss", "u-himix": "u u-image", "g-hmgen": "g g-image", "g-naive": "g",
-    "share-all": "joint u-himix g-hmgen", "share-image": "joint u-himix g-hmgen",
-    "share-partial": "joint u-himix g-hmgen share-all share-image", "joint-unexposed": "joint u",
-    "deep-leave-10": "deep", "u-long": "u joint", "u-image": "u",
+    "share-weights": "joint u-himix g-hmgen", "share-image": "joint u-himix g-hmgen",
+    "share-partial": "joint u-himix g-hmgen share-weights share-image",
+    "joint-unexposed": "joint u", "deep-leave-10": "deep", "u-long": "u joint", "u-image": "u",
     "u-image-loss": "u", "joint-image-loss": "joint u-image-loss", "joint-shuffled": "u joint",
-    "g-practice": "g", "joint-practice": "joint u g-practice", "share-all-practice": "share-all",
-    "u-freeze": "u u-himix",
-    "freeze-hmgen-practice": "joint joint-practice share-all share-all-practice share-image u "
-                             "u-freeze"}
+    "g-practice": "g", "joint-practice": "joint u g-practice",
+    "share-weights-practice": "share-weights", "u-freeze": "u u-himix",
+    "freeze-hmgen-practice": "joint joint-practice share-weights share-weights-practice "
+                             "share-image u u-freeze"}
 
 
 # ---------------------------------------------------------------------- what some rows have alone

@@ -153,7 +153,7 @@ def test_keeping_is_not_the_lack_of_a_difference():
 
 def test_synergy_is_compared_as_a_difference_of_differences():
     """Joint training adds 20 points without reduction, and 5 with it: 15 in between."""
-    accuracy = {"joint": .9, "u": .7, "share-all": .6, "u-himix": .55}
+    accuracy = {"joint": .9, "u": .7, "share-weights": .6, "u-himix": .55}
     found = {row: {seed: {"und": {HELD_OUT[1]: x + seed / 100}} for seed in (1, 2)}
              for row, x in accuracy.items()}
     assert np.allclose(differences_of(found, HELD_OUT, *accuracy), [15, 15])
