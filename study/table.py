@@ -386,7 +386,7 @@ def make_table(folder):
                for name, (title, _) in AT_INFERENCE.items()}
     titles = {name: title for name, title in titles.items() if name in found}
     answers = answer_claims(found) if folder.resolve().name == CLAIMED else []
-    claims = [(claim, f"{mean:+.1f} ± {std:.1f}", n, "–" if p is None else f"{p:.1g}", answer)
+    claims = [(claim, f"{mean:+.1f} ± {std:.1f}", n, "–" if p is None else f"{p:.2g}", answer)
               for claim, mean, std, n, p, answer in answers]
     every = [scores for runs in found.values() for scores in runs.values()]
     machines = " / ".join(sorted({scores["hardware"] for scores in every}))

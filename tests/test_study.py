@@ -309,7 +309,7 @@ def test_rows_and_claims_are_those_of_the_committed_runs():
             claim, [0, 0, 0, None, "its runs are to come"])
         assert (int(seeds), answer) == (n, expected)
         assert points == (f"{mean:+.1f} ± {deviation:.1f}" if n else "–")
-        assert p == "–" if exact_p is None else float(p) == float(f"{exact_p:.1g}")
+        assert p == "–" if exact_p is None else float(p) == float(f"{exact_p:.2g}")
 
 
 def test_figures_that_no_script_prints():
@@ -322,7 +322,7 @@ def test_figures_that_no_script_prints():
     assert f"{mean_std(gain, 1, '+')} (7 seeds, p = {p:.3f} without correction)" in STUDY
     files = (RESULTS / "band").glob("joint-seed*/gradients.json")
     cosines = [cosine for file in files for point in json.loads(file.read_text()).values()
-               for part in point.values() for cosine in part]
+               for cosine in point["all"]]
     shown = f"points lie between {min(cosines):.2f} and {max(cosines):+.2f}".replace("0.", ".")
     assert shown in STUDY.replace("\n  ", " ")
     model, tokenizer, checkpoint, dataset, plans = open_run(ROOT / "study" / "trained", CPU)
