@@ -235,7 +235,7 @@ class Folder:
         print(f"{path}: {len(pixels)} images, with captions like {str(examples)[1:-1][:300]}")
 
     def split(self, task, part, n, seed=0, questions=10):
-        """A random sample of up to n pictures of a part ("train" or "val") for a task and a seed."""
+        """A random sample of up to n pictures of a part ("train" or "val") for a task and seed."""
         rng, every = random.Random(f"{seed} {task} {part}"), [*self.indices[part]]
         indices = rng.sample(every, min(n, len(every)))
         return Split(self.pixels[indices], [self.captions[i] for i in indices],
