@@ -4,18 +4,21 @@
 
 When table.py trains a row of MEASURED with one of SEEDS, `measured` writes gradients.json at POINTS
 of training. It has, for each layer, the cosine of the gradients of L_und and L_gen with respect to
-all its matrices, on the same SEQUENCES sequences of each task: once for all tokens, once for what
-image tokens contribute. In a CUDA graph, nothing is measured.
+all its matrices, each on SEQUENCES sequences: once for all tokens, once for what image tokens
+contribute. Beside it stands the cosine of two gradients of one task, on other sequences each. Noise
+alone keeps that below 1, and a cosine between tasks as well. In a CUDA graph, nothing is measured.
 """
 import json
 import sys
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import fail, line_chart, run_script, save_picture, script_parser, write_file
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -27,6 +30,7 @@ SEEDS = 1, 2, 3
 POINTS = [(i + .5) / 10 for i in range(10)]         # in training, whose end is 1
 SEQUENCES, AT_ONCE = 256, 64
 PARTS = {"all": "all tokens", "image": "image tokens' part"}
+PAIRS = {"between": "both tasks", "und": "understanding, twice", "gen": "generation, twice"}
 
 
 @contextmanager
@@ -69,6 +73,22 @@ def gradients(model, batch, plan):
             for part, layers in (("all", of_all), ("image", of_image))}
 
 
+def cosines(model, plans, examples):
+    """{part: {pair: [of each layer]}}, the cosine of two gradients of PAIRS. Each task has two, so
+    there are four pairs of both tasks, whose mean this is."""
+    n = min(SEQUENCES, *(len(batch.tokens) // 2 for batch in examples.values()))
+    of_task = {task: [gradients(model, examples[task].rows(slice(start, start + n)), plan)
+                      for start in (0, n)] for task, plan in plans.items()}
+    pairs = {"between": [*product(*of_task.values())], "und": [of_task["und"]],
+             "gen": [of_task["gen"]]}
+    found = {part: {} for part in PARTS}
+    for part, pair in product(PARTS, PAIRS):
+        of_layers = [[F.cosine_similarity(a, b, 0).item() for a, b in zip(one[part], other[part])]
+                     for one, other in pairs[pair]]
+        found[part][pair] = np.mean(of_layers, 0).tolist()
+    return found
+
+
 @contextmanager
 def measured(out, row, seed, steps):
     """Measures the run that is trained in the block, if MEASURED and SEEDS include it."""
@@ -79,12 +99,8 @@ def measured(out, row, seed, steps):
     def forward_backward(model, plans, examples, parts, index):
         step = index.storage_offset() // index.numel()          # a row of train.draw_order
         if step in points:
-            of_task = [gradients(model, examples[task].rows(slice(SEQUENCES)), plan)
-                       for task, plan in plans.items()]
             found = json.loads(path.read_text()) if path.exists() else {}
-            found[step] = {part: [F.cosine_similarity(a, b, 0).item()
-                                  for a, b in zip(*(each[part] for each in of_task))]
-                           for part in PARTS}
+            found[step] = cosines(model, plans, examples)
             write_file(path, json.dumps(found))
         return usual(model, plans, examples, parts, index)
 
@@ -99,26 +115,26 @@ def main():
     from table import RESULTS, markdown, mean_std
     parser = script_parser(__doc__, device=False)
     parser.add_argument("folder", type=Path)
-    folder, lines, rows = parser.parse_args().folder, {part: {} for part in PARTS}, []
+    folder, lines, rows = parser.parse_args().folder, {pair: {} for pair in PAIRS}, []
     for row in MEASURED:
         files = sorted(folder.glob(f"{row}-seed*/gradients.json"))
         runs = [list(json.loads(file.read_text()).values()) for file in files]
-        for part, words in PARTS.items() if runs else ():
-            lines[part][row] = [fmean(fmean(point[part]) for point in points)
-                                for points in zip(*runs)]
-            of_layer = [[fmean(point[part][layer] for point in run) for run in runs]
-                        for layer in range(len(runs[0][0][part]))]
-            rows.append([row, words, len(runs), *(mean_std(values, 2) for values in of_layer)])
+        for part, pair in product(PARTS, PAIRS) if runs else ():
+            found = np.array([[point[part][pair] for point in run] for run in runs])
+            if part == "all":
+                lines[pair][row] = found.mean((0, 2))           # of seeds and layers
+            of_layer = [mean_std(list(values), 2) for values in found.mean(1).T]
+            rows.append([row, PARTS[part], PAIRS[pair], len(runs), *of_layer])
     if not rows:
         fail(f"{folder}: no gradients.json in it, which table.py writes")
-    sheet = Image.new("RGB", (520 * len(PARTS), 360), "white")
-    for column, (part, words) in enumerate(PARTS.items()):
+    sheet = Image.new("RGB", (520 * len(PAIRS), 360), "white")
+    for column, (pair, words) in enumerate(PAIRS.items()):
         title = f"cosine of gradients over training, mean of layers, seeds: {words}"
-        sheet.paste(line_chart(lines[part], title, -.1, .1, (520, 360)), (520 * column, 0))
+        sheet.paste(line_chart(lines[pair], title, -.2, 1, (520, 360)), (520 * column, 0))
     path = RESULTS / "conflict.png"
     save_picture(sheet, path)
-    layers = [f"layer {i}" for i in range(1, len(rows[0]) - 2)]
-    print(f"{markdown(['run', 'gradient of', 'seeds', *layers], rows, 2)}\n\n{path}")
+    layers = [f"layer {i}" for i in range(1, len(rows[0]) - 3)]
+    print(f"{markdown(['run', 'gradient of', 'on', 'seeds', *layers], rows, 3)}\n\n{path}")
 
 
 if __name__ == "__main__":

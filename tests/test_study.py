@@ -93,11 +93,13 @@ def test_gradients_are_compared_while_rows_train(results):
     run("table.py", out, "--preset", "tiny", "--rows", "joint", "share-partial", "--device", "cpu",
         "--steps", 20)
     found = json.loads((out / "joint-seed1" / "gradients.json").read_text())
-    assert [*found] == [*map(str, range(1, 20, 2))] and [*map(len, found["1"].values())] == [3, 3]
+    assert [*found] == [*map(str, range(1, 20, 2))]
+    last = found["19"]["all"]                               # a task agrees with itself
+    assert max(map(abs, last["between"])) < min(last["und"] + last["gen"]) <= 1
     # With projections of their own, image tokens of HiMix use no weights that generation uses.
     found = json.loads((out / "share-partial-seed1" / "gradients.json").read_text())
-    assert all(point["image"] == [0, 0, 0] for point in found.values())
-    assert "share-partial | all tokens | 1 |" in run("conflict.py", out)
+    assert all(point["image"]["between"] == [0, 0, 0] for point in found.values())
+    assert "share-partial | all tokens | both tasks | 1 |" in run("conflict.py", out)
 
 
 def test_what_image_tokens_contribute_to_a_gradient(trained, monkeypatch):
