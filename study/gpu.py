@@ -1,12 +1,11 @@
 """What is to be measured on a GPU: is it right, and how fast is it?
 
     python study/gpu.py                             everything, a line of JSON for each result
-    python study/gpu.py --only right                or profile, or steps
+    python study/gpu.py --only right                or steps
     python study/gpu.py --preset tiny --device cpu  a rehearsal without a GPU
 """
 import json
 import traceback
-from collections import Counter
 from contextlib import contextmanager
 from functools import partial
 
@@ -72,37 +71,6 @@ def right(preset, device):
         emit(task=task, plan=name, loss_and_gradient_norm=found)
 
 
-KINDS = {"matmul": ("gemm", "nvjet", "cutlass", "cublas", "aten::mm", "aten::bmm"),
-         "attention": ("flash", "fmha", "sdpa", "attention"), "compiled": ("triton",),
-         "copies": ("memcpy", "memset", "copy")}            # kind: parts of kernels' names
-
-
-def profile(preset, device):
-    """The 25 kernels that take longest in a step, and sums by kind, ms."""
-    c, cuda = bench_config(preset), device.type == "cuda"
-    for task, name in CASES[:2]:
-        clean_up()
-        step = bench_step(task, make_plan(name, c.layers), c, PRESETS[preset].batch_size, device,
-                          compiled=cuda)
-        for _ in range(3):
-            step()
-        with torch.profiler.profile() as found:
-            step()
-            torch.zeros(1, device=device).item()            # waits until all is done
-        times, sums = Counter(), Counter()
-        for event in found.key_averages():
-            on_gpu = event.device_type != torch.autograd.DeviceType.CPU
-            if on_gpu != cuda or event.is_user_annotation:  # a launch has its kernel's time, too
-                continue
-            ms = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3
-            kind = next((kind for kind, words in KINDS.items()
-                         if any(word in event.key.lower() for word in words)), "other")
-            times[f"{event.count} x {event.key[:150]}"] += ms
-            sums[kind] += ms
-        emit(task=task, plan=name, all_ms=sum(times.values()), by_kind=sums,
-             kernels=times.most_common(25))
-
-
 def steps(preset, device):
     """Training steps as train.py takes them, CUDA graphs, and kernel by kernel; one at a time."""
     c, rows, compiled = bench_config(preset), PRESETS[preset].batch_size, device.type == "cuda"
@@ -125,7 +93,7 @@ def steps(preset, device):
 
 
 def main():
-    parts = {"right": right, "profile": profile, "steps": steps}
+    parts = {"right": right, "steps": steps}
     parser = script_parser(__doc__)
     parser.add_argument("--only", choices=parts)
     parser.add_argument("--preset", choices=PRESETS, help="default: what fits the device")

@@ -61,6 +61,12 @@ ROWS = {
                     "--und-plan himix --gen-plan hmgen --projections image"),
     "share-partial": ("joint, HiMix + HMGen, share partial",
                       "--und-plan himix --gen-plan hmgen --projections task"),
+    # one method in joint training: which of the two costs what joint training adds?
+    "joint-himix": ("joint, HiMix only, one set of image projections",
+                    "--und-plan himix --projections image"),
+    "joint-hmgen": ("joint, HMGen only, one set of image projections",
+                    "--gen-plan hmgen --projections image"),
+    "joint-image": ("joint, dense, one set of image projections", "--projections image"),
     "g-naive": ("generation only, naive control in the middle", "--objective gen --gen-plan naive"),
     # controls
     "u-long": ("understanding only, as many FLOPs as joint", "--objective und"),
@@ -123,6 +129,8 @@ COMPARED = {
     "joint": "u g u-image-loss", "u-himix": "u u-image", "g-hmgen": "g g-image", "g-naive": "g",
     "share-weights": "joint u-himix g-hmgen", "share-image": "joint u-himix g-hmgen",
     "share-partial": "joint u-himix g-hmgen share-weights share-image",
+    "joint-himix": "joint u-himix share-image", "joint-hmgen": "joint u share-image",
+    "joint-image": "joint u u-image share-image",
     "joint-unexposed": "joint u", "deep-leave-10": "deep", "u-long": "u joint", "u-image": "u",
     "u-image-loss": "u", "joint-image-loss": "joint u-image-loss", "joint-shuffled": "u joint",
     "g-practice": "g", "joint-practice": "joint u g-practice",
@@ -166,7 +174,8 @@ SIZES = {"deep": TWELVE, "deep-leave-10": TWELVE}
 # Plans of this table's own. Image tokens leave after layer 10:
 PLANS["leave-10"] = lambda layers, k: ((FULL,) * 10 + (SHALLOW,) * layers)[:layers]
 # HiMix, but text reads the image as it is after layer n (0 is HiMix's plan, 1 freeze, 12 dense).
-for n in (0, 1, 2, 4, 8, 12):
+LOOK = 0, 1, 2, 4, 8, 12
+for n in LOOK:
     PLANS[f"look-{n}"] = lambda layers, k, n=n: (
         (FULL,) * n + (FREEZE if n else HIMIX,) * layers)[:layers]
     for task, objective in (("u", "--objective und"), ("joint", "")):
