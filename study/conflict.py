@@ -79,8 +79,7 @@ def cosines(model, plans, examples):
     n = min(SEQUENCES, *(len(batch.tokens) // 2 for batch in examples.values()))
     of_task = {task: [gradients(model, examples[task].rows(slice(start, start + n)), plan)
                       for start in (0, n)] for task, plan in plans.items()}
-    pairs = {"between": [*product(*of_task.values())], "und": [of_task["und"]],
-             "gen": [of_task["gen"]]}
+    pairs = {"between": [*product(*of_task.values())]} | {t: [x] for t, x in of_task.items()}
     found = {part: {} for part in PARTS}
     for part, pair in product(PARTS, PAIRS):
         of_layers = [[F.cosine_similarity(a, b, 0).item() for a, b in zip(one[part], other[part])]

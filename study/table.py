@@ -27,7 +27,8 @@ except ImportError:                         # Windows: one process, then
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import fail, pick_device, run_script, script_parser, write_file
+from common import (fail, line_chart, pick_device, run_script, save_picture, script_parser,
+                    write_file)
 
 import numpy as np
 import torch
@@ -182,6 +183,7 @@ for n in LOOK:
         ROWS[f"{task}-look-{n}"] = (f"{task}, twelve narrow layers, HiMix after layer {n}",
                                     f"{objective} --und-plan look-{n}")
         SIZES[f"{task}-look-{n}"] = TWELVE
+    COMPARED[f"joint-look-{n}"] = f"u-look-{n}"
 
 
 # ---------------------------------------------------------------------- training
@@ -411,7 +413,24 @@ def make_table(folder):
         f"Mean ± standard deviation over seeds; preset {config['preset']}, "
         f"{' or '.join(map(str, steps))} steps of {config['batch_size']} pictures of each task; "
         f"{machines}."]
-    write_tables(parts, RESULTS / f"{folder.resolve().name}-{config['preset']}.md")
+    path = RESULTS / f"{folder.resolve().name}-{config['preset']}.md"
+    write_tables(parts, path)
+    draw_look(found, path.with_suffix(".png"))
+
+
+def draw_look(found, path):
+    """Where joint training helps, a chart: held-out pairs right if text reads the image as it is
+    after layer n, alone and jointly, against the FLOPs of joint training."""
+    known = [n for n in LOOK if {f"u-look-{n}", f"joint-look-{n}"} <= {*found}]
+    if len(known) > 1:
+        flops = [fmean(numbers(found[f"joint-look-{n}"], COLUMNS[-1][1], 1)) for n in known]
+        grid = np.linspace(flops[0], flops[-1], 200)
+        lines = {title: np.interp(grid, flops, [fmean(numbers(found[f"{task}-look-{n}"], HELD_OUT,
+                                                              1)) for n in known])
+                 for task, title in (("joint", "joint"), ("u", "understanding only"))}
+        title = (f"held-out pairs right, by FLOPs of joint training: {flops[0]:.2f} (image read "
+                 f"after layer {known[0]}) to {flops[-1]:.2f} (layer {known[-1]})")
+        save_picture(line_chart(lines, title, 0, 1, (700, 400)), path)
 
 
 def write_tables(parts, path):
