@@ -3,10 +3,10 @@
     python study/conflict.py study/results/band     table and chart of what table.py has measured
 
 When table.py trains a row of MEASURED with one of SEEDS, `measured` writes gradients.json at POINTS
-of training. It has, for each layer, the cosine of the gradients of L_und and L_gen with respect to
-all its matrices, each on SEQUENCES sequences: once for all tokens, once for what image tokens
-contribute. Beside it stands the cosine of two gradients of one task, on other sequences each. Noise
-alone keeps that below 1, and a cosine between tasks as well. In a CUDA graph, nothing is measured.
+of training: for each layer, the cosine of the gradients of L_und and L_gen with respect to all its
+matrices, each on SEQUENCES sequences; for all tokens, and for what image tokens contribute. Beside
+it stands the cosine of two gradients of one task: noise alone keeps it, and the other, below 1.
+In a CUDA graph, nothing is measured.
 """
 import json
 import sys
@@ -74,8 +74,7 @@ def gradients(model, batch, plan):
 
 
 def cosines(model, plans, examples):
-    """{part: {pair: [of each layer]}}, the cosine of two gradients of PAIRS. Each task has two, so
-    there are four pairs of both tasks, whose mean this is."""
+    """{part: {pair: [of each layer]}}: cosines of two gradients, for both tasks the mean of four."""
     n = min(SEQUENCES, *(len(batch.tokens) // 2 for batch in examples.values()))
     of_task = {task: [gradients(model, examples[task].rows(slice(start, start + n)), plan)
                       for start in (0, n)] for task, plan in plans.items()}
@@ -114,24 +113,26 @@ def main():
     from table import RESULTS, markdown, mean_std
     parser = script_parser(__doc__, device=False)
     parser.add_argument("folder", type=Path)
-    folder, lines, rows = parser.parse_args().folder, {pair: {} for pair in PAIRS}, []
+    folder, charts, rows = parser.parse_args().folder, [], []
     for row in MEASURED:
         files = sorted(folder.glob(f"{row}-seed*/gradients.json"))
         runs = [list(json.loads(file.read_text()).values()) for file in files]
-        for part, pair in product(PARTS, PAIRS) if runs else ():
+        lines = {}
+        for part, pair in product(PARTS, PAIRS):
+            if not runs or pair not in runs[0][0][part]:        # runs of older code have no twice
+                continue
             found = np.array([[point[part][pair] for point in run] for run in runs])
             if part == "all":
-                lines[pair][row] = found.mean((0, 2))           # of seeds and layers
+                lines[PAIRS[pair]] = found.mean((0, 2))         # of seeds and layers
             of_layer = [mean_std(list(values), 2) for values in found.mean(1).T]
             rows.append([row, PARTS[part], PAIRS[pair], len(runs), *of_layer])
+        if lines:
+            title = f"{row}: cosine of gradients over training"
+            charts.append(np.asarray(line_chart(lines, title, -.2, 1, (400, 300))))
     if not rows:
         fail(f"{folder}: no gradients.json in it, which table.py writes")
-    sheet = Image.new("RGB", (520 * len(PAIRS), 360), "white")
-    for column, (pair, words) in enumerate(PAIRS.items()):
-        title = f"cosine of gradients over training, mean of layers, seeds: {words}"
-        sheet.paste(line_chart(lines[pair], title, -.2, 1, (520, 360)), (520 * column, 0))
     path = RESULTS / "conflict.png"
-    save_picture(sheet, path)
+    save_picture(Image.fromarray(np.hstack(charts)), path)
     layers = [f"layer {i}" for i in range(1, len(rows[0]) - 3)]
     print(f"{markdown(['run', 'gradient of', 'on', 'seeds', *layers], rows, 3)}\n\n{path}")
 

@@ -1,7 +1,6 @@
 """What is to be measured on a GPU: is it right, and how fast is it?
 
-    python study/gpu.py                             everything, a line of JSON for each result
-    python study/gpu.py --only right                or steps
+    python study/gpu.py [--only right or steps]     a line of JSON for each result
     python study/gpu.py --preset tiny --device cpu  a rehearsal without a GPU
 """
 import json
