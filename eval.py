@@ -77,8 +77,8 @@ def draw(model, tokenizer, captions, plan, sampling, seed=0, batch=None):
             code = (cumulative < next(random_of_token)[:, None]).sum(-1)
             return FIRST_CODE + code.repeat(2)
 
-        empty = torch.zeros(2 * n, m, dtype=torch.long)
-        batch_of_both = generation(tokenizer, empty, texts + [""] * n).to(model.device)
+        codes = torch.zeros(2 * n, m, dtype=torch.long)             # to be filled
+        batch_of_both = generation(tokenizer, codes, texts + [""] * n).to(model.device)
         start = batch_of_both.layout.before
         tokens = model.generate(batch_of_both, plan, start, choose)
         pictures.append(tokenizer.decode(tokens[:n, start:] - FIRST_CODE))

@@ -101,8 +101,8 @@ AUXILIARY_WEIGHT = .05
 def understanding(tokenizer, codes, questions, length=None, image_loss=False, most=math.inf):
     """[bos] [und] image, then questions with answers, up to the first that does not fit into
     `length` tokens. codes: (B, M). questions: for each picture a list of (question, answer)
-    strings. image_loss: also predict the image tokens. By default `length` is what all questions
-    need, or `most` if that is less, or what the longest one needs if that is more.
+    strings. image_loss: also predict the image tokens. By default `length` is what the questions of
+    the fullest picture need, at most `most`, but never less than the longest question needs.
 
     A picture of 4 tokens, two questions, a length of 8; `-` is a target of -1, w is .05:
 
@@ -200,7 +200,7 @@ def sequences(task, tokenizer, split, most=math.inf, image_loss=False):
 # codebook, layers that start as the identity; and Muon, in train.py.
 
 class LayerInputs(NamedTuple):
-    """What all layers with one Rule have in common. It is made outside of them."""
+    """What all layers with one Rule have in common: made once, by `Model.layer_inputs`."""
     rule: Rule
     layout: Layout          # of the tokens that a layer is given
     query_rotary: tuple     # (cos, sin) of those that it updates, each (B, q, 1, Dh / 2)
@@ -233,7 +233,7 @@ class Block(nn.Module):
         d = c.width
         self.heads, self.projections = c.heads, c.projections
         self.attention_norm, self.ffn_norm = nn.RMSNorm(d), nn.RMSNorm(d)
-        sets = ["text", *PROJECTIONS[c.projections](c.layouts)]
+        sets = ["text", *PROJECTIONS[c.projections](tasks=c.layouts)]
         self.query = nn.ModuleDict({name: nn.Linear(d, d, bias=False) for name in sets})
         self.key_value = nn.ModuleDict({name: nn.Linear(d, 2 * d, bias=False) for name in sets})
         self.query_norm, self.key_norm = nn.RMSNorm(d // c.heads), nn.RMSNorm(d // c.heads)
@@ -257,7 +257,7 @@ class Block(nn.Module):
         else:                                               # HMGen's shallow layers (sec. 5.2)
             source = torch.cat([before, after], 1) if rule.query else updated
         h = self.attention_norm(updated)
-        h_source = h if source is updated else self.attention_norm(source)
+        h_source = h if source is updated else self.attention_norm(source)      # saves a norm
         q = self.project(self.query, h, layout, task)
         k, v = self.project(self.key_value, h_source, layout, task).chunk(2, -1)
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, v))    # (B, n, H, Dh)
@@ -337,8 +337,8 @@ class Model(nn.Module):
 
     def layer_inputs(self, rule, batch, start=0, stop=None):
         """The LayerInputs of all layers with this Rule, for the tokens from start to stop. They
-        also see the cached keys before start: when the image token at position 70 is decoded, one
-        query sees 71 keys. In a shallow layer of HMGen there is then no query."""
+        also see the cached keys before start: when the image token at position 70 predicts the
+        next, one query sees 71 keys. In a shallow layer of HMGen there is then no query."""
         stop = stop or sum(batch.layout)
 
         def positions(first, with_image):

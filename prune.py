@@ -54,8 +54,8 @@ PLANS = {
 
 
 def make_plan(name, layers, shallow=None):
-    """The plan of that name. shallow: HMGen's K. By default a quarter of the layers, the larger of
-    the paper's two shares."""
+    """The plan of that name. shallow: HMGen's K. By default a quarter of the layers; the paper
+    tries 3 and 5 of what are probably 20."""
     usual = min(max(1, layers // 4), (layers - 1) // 2)
     return PLANS[name](layers, usual if shallow is None else shallow)
 
@@ -148,18 +148,18 @@ def main():
     parser.add_argument("--preset", default="cpu", choices=PRESETS)
     p = PRESETS[parser.parse_args().preset]
     print("What a token (row) sees of others (columns): t text, i the hidden state of an image "
-          "token, e its embedding;\n------ skips the layer. Understanding, then generation.\n")
+          "token, e its embedding;\n------ is not updated. Understanding, then generation.\n")
     for layout in (Layout(2, 6, 5), Layout(6, 7, 0)):
         print("".join(name.ljust(17) for name in NAMES.values()))
         for lines in zip(*(letters_of(rule, layout) for rule in NAMES)):
             print("".join(lines))
 
-    # Questions take all of max_text, captions two fifths of it; those of a run are shorter.
+    # Questions take all of max_text, captions two fifths of it.
     image, vocab = (p.image_size // p.patch) ** 2, FIRST_CODE + p.codes
     layouts = {"und": Layout(2, image, p.max_text), "gen": Layout(p.max_text * 2 // 5, image, 0)}
     dense = make_plan("dense", p.layers)
     for task, layout in layouts.items():
-        print(f"\n{task}: {layout}, width {p.width}; forward and backward of one sequence")
+        print(f"\n{task}, one sequence: {layout} (longest text), width {p.width}; both passes")
         print(f"{'plan':10}{'layers':14}{'GFLOP':>8}{'of dense':>10}{'by paper':>10}")
         for name in PLANS:
             plan = make_plan(name, p.layers)

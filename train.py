@@ -37,7 +37,7 @@ TASK_WEIGHT = {"und": 1., "gen": 2.}
 # The switch between joint and isolated training. A step takes one batch of each task.
 OBJECTIVES = {"joint": [*TASK_WEIGHT], **{task: [task] for task in TASK_WEIGHT}}
 WARM_UP = 50            # steps in which the learning rate rises
-DECAY = .7              # the last part of training, in which it falls to nearly nothing
+DECAY = .7              # share of training, at its end, in which it falls to nearly nothing
 LOG_EVERY = 10          # steps, after which a run logs, saves if that is due, and stops if asked
 
 
@@ -45,7 +45,7 @@ def train(options, device, checkpoint=None):
     """Trains and scores one run, from its beginning or from a checkpoint: see `parse_options`.
 
     `save` writes weights, optimizers, tokenizer, options and log. Resuming compares options (see
-    `parse_options`), data, preset, sizes and plans. Pictures, weights, empty captions, `draw_order`
+    `parse_options`), data, preset, sizes and plans. Pictures, weights, empty captions and order
     depend on the seed alone, so a resumed run equals an unbroken one, on CPUs exactly."""
     out, steps, p = Path(options.out), options.steps, PRESETS[options.preset]
     plans = plans_of(OBJECTIVES[options.objective], vars(options), p.layers)
@@ -81,7 +81,7 @@ def train(options, device, checkpoint=None):
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
 
-    # A step's forward and backward passes. On a GPU, they form one CUDA graph of compiled blocks:
+    # A step's forward and backward passes. On GPUs since Ampere, a CUDA graph of compiled blocks:
     # from step to step, only the choice of examples changes.
     run_passes = partial(forward_backward, model, plans, examples, options.parts)
     if options.compile and has_bfloat16(device) and start < steps:
