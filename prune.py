@@ -159,7 +159,7 @@ def main():
     layouts = {"und": Layout(2, image, p.max_text), "gen": Layout(p.max_text * 2 // 5, image, 0)}
     dense = make_plan("dense", p.layers)
     for task, layout in layouts.items():
-        print(f"\n{task}, one sequence: {layout} (longest text), width {p.width}; forward and backward")
+        print(f"\n{task}, longest sequence: {layout}, width {p.width}; forward and backward")
         print(f"{'plan':10}{'layers':14}{'GFLOP':>8}{'of dense':>10}{'by paper':>10}")
         for name in PLANS:
             plan = make_plan(name, p.layers)

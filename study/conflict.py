@@ -74,7 +74,7 @@ def gradients(model, batch, plan):
 
 
 def cosines(model, plans, examples):
-    """{part: {pair: [of each layer]}}: cosines of two gradients, for both tasks the mean of four."""
+    """{part: {pair: [of each layer]}}: cosines of gradients; of both tasks, the mean of four."""
     n = min(SEQUENCES, *(len(batch.tokens) // 2 for batch in examples.values()))
     of_task = {task: [gradients(model, examples[task].rows(slice(start, start + n)), plan)
                       for start in (0, n)] for task, plan in plans.items()}

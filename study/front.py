@@ -127,8 +127,9 @@ def draw_ten_seconds(found, path):
             for y, *what in zip(count(116, TOKEN + 1), colours, *masks(rule, layout)):
                 token(left, y, *what)
             write(left + 9, y + 28, str(i + 1), "mm")
-    for x, part, first, tokens in ((101, "image", 2, 9), (101, "question", 11, 5),
-                                   (721, "caption", 0, 6), (721, "image", 6, 9)):
+    for x, part, first, tokens in ((101, "bos, task", 0, 2), (101, "image", 2, 9),
+                                   (101, "question", 11, 5), (721, "caption", 0, 6),
+                                   (721, "image", 6, 9)):
         y, end = (116 + (TOKEN + 1) * i for i in (first, first + tokens))
         draw.line((x, y, x, end - 3), GREY, 2)
         write(x - 8, (y + end) / 2, part, "rm")
@@ -138,9 +139,9 @@ def draw_ten_seconds(found, path):
 
     chance = fmean(numbers(found["u"], ("und", "held_out_chance"), 100))
     write(20, 436, "Held-out pairs: questions about combinations of colour and shape that "
-          "understanding never sees in training,\nwhile generation draws them. % right (chance "
-          f"{chance:.0f}), mean over {SEEDS} seeds; lines: one standard deviation", "la", 18)
-    write(440, 502, "FLOPs, of dense, same tasks", "rm")
+          f"understanding never sees in training,\nbut generation draws. % right (chance {chance:.0f}"
+          f"), mean of {SEEDS} seeds ± standard deviation; line: understanding only", "la", 18)
+    write(440, 502, "FLOPs relative to dense, same tasks", "rm")
     for y, (title, row, colour) in zip(count(514, 24), BARS):
         right = numbers({seed: found[row][seed] for seed in range(1, SEEDS + 1)}, HELD_OUT, 100)
         mean, deviation = fmean(right), stdev(right)

@@ -7,7 +7,6 @@ FOLDER holds one folder of pictures for each class (CIFAR-10: 10 of 5,000 pictur
 answers "what is this?" with a class, generation draws a picture of a class. No checker reads a
 photograph: drawn ones are judged by a small network that is trained on real ones. In two rows
 understanding sees few labelled pictures: there, one would think, joint training has most to give.
-
 It trains rows as table.py does. Writes study/results/photos-PRESET.md and .json (real pictures).
 """
 import json
