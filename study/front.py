@@ -138,9 +138,9 @@ def draw_ten_seconds(found, path):
         write(1026, y, words, "la")
 
     chance = fmean(numbers(found["u"], ("und", "held_out_chance"), 100))
-    write(20, 436, "Held-out pairs: questions about combinations of colour and shape that "
-          f"understanding never sees in training,\nbut generation draws. % right (chance {chance:.0f}"
-          f"), mean of {SEEDS} seeds ± standard deviation; line: understanding only", "la", 18)
+    write(20, 436, "Held-out pairs: questions about combinations of colour and shape that only "
+          f"generation has\nin training. % right (chance {chance:.0f}), mean of {SEEDS} seeds "
+          "± standard deviation; line: understanding only", "la", 18)
     write(440, 502, "FLOPs relative to dense, same tasks", "rm")
     for y, (title, row, colour) in zip(count(514, 24), BARS):
         right = numbers({seed: found[row][seed] for seed in range(1, SEEDS + 1)}, HELD_OUT, 100)
