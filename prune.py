@@ -48,14 +48,15 @@ PLANS = {
     "himix": lambda layers, k: (HIMIX,) * layers,
     "hmgen": lambda layers, k: alternating(SHALLOW, layers, k),
     "naive": lambda layers, k: alternating(NAIVE, layers, k),
-    # Not in the paper: image tokens are updated in the first layer and frozen in all others.
-    "freeze": lambda layers, k: (FULL,) + (FREEZE,) * (layers - 1),
+    "freeze": lambda layers, k: (FULL,) + (FREEZE,) * (layers - 1),     # not in the paper
 }
 
 
 def make_plan(name, layers, shallow=None):
     """The plan of that name. shallow: HMGen's K. By default a quarter of the layers; the paper
     tries 3 and 5 of what are probably 20."""
+    if name not in PLANS:                                   # of a run with a plan of its own
+        fail(f"plan {name}: expected one of {', '.join(PLANS)}")
     usual = min(max(1, layers // 4), (layers - 1) // 2)
     return PLANS[name](layers, usual if shallow is None else shallow)
 
@@ -154,12 +155,11 @@ def main():
         for lines in zip(*(letters_of(rule, layout) for rule in NAMES)):
             print("".join(lines))
 
-    # Questions take all of max_text, captions two fifths of it.
     image, vocab = (p.image_size // p.patch) ** 2, FIRST_CODE + p.codes
     layouts = {"und": Layout(2, image, p.max_text), "gen": Layout(p.max_text * 2 // 5, image, 0)}
     dense = make_plan("dense", p.layers)
     for task, layout in layouts.items():
-        print(f"\n{task}, longest sequence: {layout}, width {p.width}; forward and backward")
+        print(f"\n{task}, assumed sequence: {layout}, width {p.width}; forward and backward")
         print(f"{'plan':10}{'layers':14}{'GFLOP':>8}{'of dense':>10}{'by paper':>10}")
         for name in PLANS:
             plan = make_plan(name, p.layers)

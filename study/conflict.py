@@ -34,16 +34,15 @@ PAIRS = {"between": "both tasks", "und": "understanding, twice", "gen": "generat
 
 
 @contextmanager
-def image_part(linear, layout, part):
+def image_part(linear, name, layout, part):
     """Adds to `part` what image tokens contribute to the gradient of a Linear's weight."""
     def before_backward(module, inputs, output):
         h = inputs[0].detach()                                          # (B, n, width)
-        if h.size(1) == layout.image:                                   # its own projection
+        span = slice(0)                                                 # text alone
+        if name.endswith((".image", ".und", ".gen")):                   # image tokens' projection
             span = slice(None)
         elif h.size(1) == sum(layout):
             span = slice(layout.before, layout.before + layout.image)
-        else:                                                           # text alone
-            span = slice(0)
 
         def add(gradient):                                              # (B, n, out)
             part.add_(gradient[:, span].flatten(0, 1).T @ h[:, span].flatten(0, 1))
@@ -57,17 +56,17 @@ def image_part(linear, layout, part):
 
 def gradients(model, batch, plan):
     """{part: [of each layer, a vector]}: the gradient of a task's loss."""
-    linears = [[module for module in block.modules() if isinstance(module, torch.nn.Linear)]
-               for block in model.blocks]
-    of_image = [[torch.zeros_like(linear.weight) for linear in layer] for layer in linears]
+    linears = [{name: module for name, module in block.named_modules()
+                if isinstance(module, torch.nn.Linear)} for block in model.blocks]
+    of_image = [[torch.zeros_like(linear.weight) for linear in layer.values()] for layer in linears]
     with ExitStack() as stack:
         for layer, parts in zip(linears, of_image):
-            for linear, part in zip(layer, parts):
-                stack.enter_context(image_part(linear, batch.layout, part))
+            for (name, linear), part in zip(layer.items(), parts):
+                stack.enter_context(image_part(linear, name, batch.layout, part))
         for rows in torch.arange(len(batch.tokens)).split(AT_ONCE):
             model(batch.rows(rows), plan)[1].backward()
     of_all = [[torch.zeros_like(linear.weight) if linear.weight.grad is None else linear.weight.grad
-               for linear in layer] for layer in linears]
+               for linear in layer.values()] for layer in linears]
     model.zero_grad()
     return {part: [torch.cat([x.flatten() for x in layer]) for layer in layers]
             for part, layers in (("all", of_all), ("image", of_image))}
@@ -116,10 +115,11 @@ def main():
     folder, charts, rows = parser.parse_args().folder, [], []
     for row in MEASURED:
         files = sorted(folder.glob(f"{row}-seed*/gradients.json"))
-        runs = [list(json.loads(file.read_text()).values()) for file in files]
+        every = [list(json.loads(file.read_text()).values()) for file in files]
         lines = {}
-        for part, pair in product(PARTS, PAIRS):
-            if not runs or pair not in runs[0][0][part]:        # runs of older code have no twice
+        for part, pair in product(PARTS, PAIRS):            # runs of older code have no twice
+            runs = [run for run in every if len(run) == len(POINTS) and pair in run[0][part]]
+            if not runs:
                 continue
             found = np.array([[point[part][pair] for point in run] for run in runs])
             if part == "all":

@@ -35,7 +35,6 @@ import torch
 
 import conflict
 import data
-import shapes
 from data import PRESETS, usual_preset
 from eval import evaluate
 from model import load_run
@@ -62,17 +61,12 @@ ROWS = {
                     "--und-plan himix --gen-plan hmgen --projections image"),
     "share-partial": ("joint, HiMix + HMGen, share partial",
                       "--und-plan himix --gen-plan hmgen --projections task"),
-    # one method in joint training: which of the two costs what joint training adds?
-    "joint-himix": ("joint, HiMix only, one set of image projections",
-                    "--und-plan himix --projections image"),
-    "joint-hmgen": ("joint, HMGen only, one set of image projections",
-                    "--gen-plan hmgen --projections image"),
-    "joint-image": ("joint, dense, one set of image projections", "--projections image"),
     "g-naive": ("generation only, naive control in the middle", "--objective gen --gen-plan naive"),
     # controls
     "u-long": ("understanding only, as many FLOPs as joint", "--objective und"),
-    "joint-unexposed": ("joint, generation lacks understanding's held-out pairs, too", ""),
-    "joint-shuffled": ("joint, captions shuffled", ""),
+    "joint-unexposed": ("joint, generation lacks understanding's held-out pairs, too",
+                        "--data unexposed"),
+    "joint-shuffled": ("joint, captions shuffled", "--data shuffled"),
     "u-image-loss": ("understanding only, predicts its pictures, too",
                      "--objective und --image-loss"),
     "joint-image-loss": ("joint, understanding predicts its pictures, too", "--image-loss"),
@@ -82,7 +76,6 @@ ROWS = {
     "g-practice": ("generation only, with practice", "--objective gen --practice"),
     "u-image": ("understanding only, own projections", "--objective und --projections image"),
     "g-image": ("generation only, own projections", "--objective gen --projections image"),
-    # the first claim, at depth
     "deep": ("joint, twelve narrow layers", ""),
     "deep-leave-10": ("joint, twelve narrow layers, image leaves understanding after 10",
                       "--und-plan leave-10"),
@@ -130,8 +123,6 @@ COMPARED = {
     "joint": "u g u-image-loss", "u-himix": "u u-image", "g-hmgen": "g g-image", "g-naive": "g",
     "share-weights": "joint u-himix g-hmgen", "share-image": "joint u-himix g-hmgen",
     "share-partial": "joint u-himix g-hmgen share-weights share-image",
-    "joint-himix": "joint u-himix share-image", "joint-hmgen": "joint u share-image",
-    "joint-image": "joint u u-image share-image",
     "joint-unexposed": "joint u", "deep-leave-10": "deep", "u-long": "u joint", "u-image": "u",
     "u-image-loss": "u", "joint-image-loss": "joint u-image-loss", "joint-shuffled": "u joint",
     "g-practice": "g", "joint-practice": "joint u g-practice",
@@ -165,12 +156,11 @@ class Shuffled(Shapes):
         return split
 
 
-WORLDS = {"joint-shuffled": Shuffled, "joint-unexposed": Unexposed}
-# Steps, as a multiple of the others': a joint step costs .94 + .52 GFLOP a picture, one of
-# understanding .94.
+WORLDS = {"shuffled": Shuffled, "unexposed": Unexposed}
+# Steps, as a multiple of the others': a joint step of the cpu preset costs .94 + .52 GFLOP a
+# picture, one of understanding .94.
 STEPS = {"u-long": 1.56}
-# Sizes other than the cpu preset's.
-TWELVE = {"layers": 12, "width": 96, "heads": 3}
+TWELVE = {"layers": 12, "width": 96, "heads": 3}           # other sizes than the cpu preset's
 SIZES = {"deep": TWELVE, "deep-leave-10": TWELVE}
 # Plans of this table's own. Image tokens leave after layer 10:
 PLANS["leave-10"] = lambda layers, k: ((FULL,) * 10 + (SHALLOW,) * layers)[:layers]
@@ -187,6 +177,14 @@ for n in LOOK:
 
 
 # ---------------------------------------------------------------------- training
+
+def load(source, preset, usual=data.load):
+    """data.load with WORLDS, too. So train.py alone refuses to resume a run in one of them."""
+    return WORLDS[source](preset) if source in WORLDS else usual(source, preset)
+
+
+data.load = load
+
 
 @contextmanager
 def lock(path, wait=False):
@@ -235,7 +233,6 @@ def train_rows(folder, rows, args, preset, arguments, score):
     for seed, name in product(range(args.first, args.first + args.seeds), args.rows):
         out = folder / f"{name}-seed{seed}"
         vars(PRESETS[preset]).update(usual_sizes | SIZES.get(name, {}))
-        shapes.Shapes = WORLDS.get(name, Shapes)            # where data.load finds it
         with lock(out) as is_mine:
             if is_mine:
                 with conflict.measured(out, name if rows is ROWS else None, seed, steps):
@@ -423,11 +420,14 @@ def draw_look(found, path):
     after layer n, alone and jointly, against the FLOPs of joint training."""
     known = [n for n in LOOK if {f"u-look-{n}", f"joint-look-{n}"} <= {*found}]
     if len(known) > 1:
-        flops = [fmean(numbers(found[f"joint-look-{n}"], COLUMNS[-1][1], 1)) for n in known]
+        joint, alone = ([found[f"{task}-look-{n}"] for n in known] for task in ("joint", "u"))
+        seeds = set.intersection(*map(set, joint + alone))              # that all rows have
+        flops, *right = ([fmean(value(runs[seed], score) for seed in seeds) for runs in rows]
+                         for rows, score in ((joint, COLUMNS[-1][1]), (joint, HELD_OUT),
+                                             (alone, HELD_OUT)))
         grid = np.linspace(flops[0], flops[-1], 200)
-        lines = {title: np.interp(grid, flops, [fmean(numbers(found[f"{task}-look-{n}"], HELD_OUT,
-                                                              1)) for n in known])
-                 for task, title in (("joint", "joint"), ("u", "understanding only"))}
+        lines = {title: np.interp(grid, flops, heights)
+                 for title, heights in zip(("joint", "understanding only"), right)}
         title = (f"held-out pairs right, by FLOPs of joint training: {flops[0]:.2f} (image read "
                  f"after layer {known[0]}) to {flops[-1]:.2f} (layer {known[-1]})")
         save_picture(line_chart(lines, title, 0, 1, (700, 400)), path)

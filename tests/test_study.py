@@ -4,6 +4,8 @@ import copy
 import json
 import re
 import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -58,6 +60,12 @@ def test_the_table_trains_what_is_missing(trained, results, monkeypatch):
     assert "was trained for und, not for gen" in refused
     # A run of other sizes can be opened, although its preset has others by now.
     assert "made with layers = 12" in run("eval.py", out / "deep-leave-10-seed1", code=2)
+    # Where table.py is not loaded, a row's own plan or world is refused, in one line.
+    for row, line in (("deep-leave-10", "plan leave-10: expected one of"),
+                      ("joint-shuffled", "--data shuffled: expected shapes")):
+        fresh = [sys.executable, ROOT / "train.py", "--resume", out / f"{row}-seed1"]
+        refused = subprocess.run(fresh, capture_output=True, text=True)
+        assert refused.returncode == 2 and line in refused.stderr, refused.stderr
     monkeypatch.setitem(PRESETS, "tiny", copy.copy(PRESETS["tiny"]))
     model, _, _, _, plans = open_run(out / "deep-leave-10-seed1", CPU)
     assert model.config.layers == 12 and not plans["und"][10].query and plans["gen"][10].query
@@ -99,6 +107,8 @@ def test_gradients_are_compared_while_rows_train(results):
     # With projections of their own, image tokens of HiMix use no weights that generation uses.
     found = json.loads((out / "share-partial-seed1" / "gradients.json").read_text())
     assert all(point["image"]["between"] == [0, 0, 0] for point in found.values())
+    # ... and in HMGen's shallow layer, the second, they take no part at all.
+    assert all(point["image"]["gen"][1] == 0 for point in found.values())
     assert "share-partial | all tokens | both tasks | 1 |" in run("conflict.py", out)
 
 
