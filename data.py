@@ -226,7 +226,7 @@ class Folder:
         self.indices = {"train": np.flatnonzero(~is_val), "val": np.flatnonzero(is_val)}
         if min(map(len, self.indices.values())) < 10:
             fail(f"--data {path}: {len(pixels)} images, {is_val.sum()} of them for validation, are "
-                 "too few: expected 150 different ones, in a folder for each class or with a "
+                 "too few: expected 200 different ones, in a folder for each class or with a "
                  "metadata.jsonl")
         self.pixels = np.stack(pixels)                      # (N, H, W, 3) uint8
         texts = zlib.crc32(repr((self.captions, self.questions)).encode())
