@@ -3,8 +3,7 @@
     python probe.py out/joint-cpu                   attention.json, attention.png, heatmaps.png
     python probe.py out/joint-cpu --untrained       the same network before training, as a control
 
-Fused attention returns no weights: this goes through `Model.reference`. One question stands on each
-picture, as in the paper's sequences.
+Fused attention returns no weights, `Model.reference` does. One question a picture, as in the paper.
 """
 import json
 from collections import Counter
@@ -89,7 +88,7 @@ def main():
         found["n"][task] = len(batch.tokens)
         found[task] = {**of_all, "output_queries": of_output}
         for kind, shares in (("all queries", of_all), ("queries that predict output", of_output)):
-            title = f"{TITLES.get(task, task)}: attention by layer, {kind}"
+            title = f"{TITLES.get(task, task)}: attention, layers 1 to {len(plan)}, {kind}"
             lines = {name: share for name, share in shares.items() if any(share)}
             print(title)
             for name, share in lines.items():
@@ -98,11 +97,14 @@ def main():
         real, first = batch.segment_ids[0] >= 0, segments(batch.rows(slice(1)))[0].int()
         names = Counter(SEGMENTS[i] for i in first[real].argmax(1))         # in their order
         tokens = ", ".join(f"{name} {n}" for name, n in names.items())
+        # Black and grey bands above the diagonal, where no attention is, show the keys' segments.
+        bands = np.repeat(np.arange(len(names)) % 2 / 4, [*names.values()])[:, None]
         for layer in np.linspace(0, len(plan) - 1, 4).round().astype(int):
-            level = attention[layer][real][:, real].clamp(min=1e-4).log10() / 4 + 1     # 0 to 1
+            level = attention[layer][real][:, real].cpu().clamp(min=1e-4).log10() / 4 + 1   # 0 to 1
             heat = torch.stack([level ** .5, level, level ** 2], 2)     # black, orange, white
-            heatmaps.append((255 * heat).byte().cpu().numpy())
-            titles.append(f"{TITLES.get(task, task)}, layer {layer + 1}: {tokens}")
+            heat = np.where(np.tri(len(level))[..., None], heat.numpy(), bands)
+            heatmaps.append(np.uint8(255 * heat))
+            titles.append(f"{TITLES.get(task, task)}, layer {layer + 1}: {tokens} (1e-4 to 1)")
     write_file(out / f"attention{suffix}.json", json.dumps(found, indent=1))
     contact_sheet(charts, [""] * len(charts), out / f"attention{suffix}.png", 2, 400)   # fig. 3
     contact_sheet(heatmaps, titles, out / f"heatmaps{suffix}.png", 4, 260)              # fig. 2

@@ -1,7 +1,6 @@
 """Explicit token-drop masks: a plan says for each layer what image tokens do in it.
 
     python prune.py                 prints what tokens see (cf. fig. 4), and what every plan costs
-    python prune.py --preset gpu    the same for the larger model
 
 A plan is data: one `Rule` for each layer. It knows nothing of weights. `model.py` carries a plan
 out by computing everything and hiding what `masks` drop (the reference, easy to read), or by taking
@@ -42,7 +41,6 @@ def alternating(rule, layers, k):
     return tuple(rule if layer in chosen else FULL for layer in range(layers))
 
 
-# A plan is one Rule for each layer, made from the number of layers and HMGen's K.
 PLANS = {
     "dense": lambda layers, k: (FULL,) * layers,
     "himix": lambda layers, k: (HIMIX,) * layers,
