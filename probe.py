@@ -88,7 +88,7 @@ def main():
         found["n"][task] = len(batch.tokens)
         found[task] = {**of_all, "output_queries": of_output}
         for kind, shares in (("all queries", of_all), ("queries that predict output", of_output)):
-            title = f"{TITLES.get(task, task)}: attention, layers 1 to {len(plan)}, {kind}"
+            title = f"{TITLES.get(task, task)}, layers 1 to {len(plan)}: {kind}"
             lines = {name: share for name, share in shares.items() if any(share)}
             print(title)
             for name, share in lines.items():
