@@ -88,11 +88,12 @@ def test_a_stopped_row_goes_on_and_a_locked_one_is_left_alone(trained, results):
 
 def test_the_tables_of_stored_results(results):
     """... are made without training, whatever the rows were when they were trained."""
-    for name in ("band", "synergy", "deep", "scale"):
+    for name in ("band", "synergy", "deep", "scale", "look"):
         run("table.py", RESULTS / name, "--seeds", 0, "--preset", "tiny", "--device", "cpu")
     stored = json.loads((RESULTS / "photos-cpu.json").read_text())
     photos.make_table(RESULTS / "photos", stored["real"], stored["names"], "cpu")
-    for name in ("band-cpu.md", "synergy-cpu.md", "deep-cpu.md", "scale-gpu.md", "photos-cpu.md"):
+    for name in ("band-cpu.md", "synergy-cpu.md", "deep-cpu.md", "scale-gpu.md", "look-cpu.md",
+                 "photos-cpu.md"):
         assert (results / name).read_text() == (RESULTS / name).read_text()
 
 
