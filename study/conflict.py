@@ -13,7 +13,6 @@ import sys
 from contextlib import ExitStack, contextmanager
 from itertools import product
 from pathlib import Path
-from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import fail, line_chart, run_script, save_picture, script_parser, write_file
