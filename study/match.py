@@ -73,7 +73,7 @@ def main():
     split = dataset.split("und", "val", PICTURES, checkpoint["options"]["seed"])
     for task, plan in plans.items():
         rates = matching(model, tokenizer, split, task, plan)
-        print(f"{task}, {len(split.pixels) // GROUP * GROUP} pictures: of ten, the text of an image "
+        print(f"{task}, {len(split.pixels) // GROUP * GROUP} images: of ten, the text of an image "
               f"{rates['text']:.1%}, the image of a text {rates['picture']:.1%} "
               f"(chance {rates['chance']:.1%})")
 
