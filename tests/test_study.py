@@ -26,7 +26,7 @@ from model import sequences
 from probe import allocation
 from prune import FREEZE, FULL, PLANS, can_generate, make_plan
 from shapes import Shapes
-from table import (HELD_OUT, IMAGES, QUESTIONS, ROWS, UNSEEN, answer_claims, differences_of,
+from table import (HELD_OUT, IMAGES, LOOK, QUESTIONS, ROWS, UNSEEN, answer_claims, differences_of,
                    mean_std, numbers, open_run, p_value, read_runs, value)
 
 CPU, STUDY = torch.device("cpu"), (ROOT / "study" / "README.md").read_text()
@@ -268,11 +268,11 @@ def test_bad_options_are_one_line_and_status_2(script, tmp_path):
 
 def table_under(first_cell):
     lines = STUDY[STUDY.index(f"| {first_cell} |"):].split("\n\n")[0].splitlines()[2:]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
 
 
 def test_differences_are_those_of_the_committed_runs():
-    """... which the tables of the paper's claims, of controls and of freeze have."""
+    """... which the tables of the paper's claims, of controls, of freeze and of picture 1 have."""
     found, earlier = read_runs(RESULTS / "band"), read_runs(RESULTS / "synergy")
     expected = [
         [(HELD_OUT, "joint", "u"), (QUESTIONS, "joint", "u")],
@@ -299,11 +299,19 @@ def test_differences_are_those_of_the_committed_runs():
         assert rate == mean_std(numbers(runs, HELD_OUT, 100), 1), title
         differences = differences_of(earlier, HELD_OUT, row_of[title], "u")[:int(seeds)]
         assert difference == mean_std(differences, 1, "+"), title
-    others = "share-image", "joint", "u", "g"
+    others = "share-image", "joint", "u", "u-freeze", "g"
     for other, row in zip(others, table_under("compared with"), strict=True):
         each = [differences_of(found, score, "freeze-hmgen-practice", other)
                 for score in (HELD_OUT, QUESTIONS, IMAGES, UNSEEN)]
         assert row[1:] == [mean_std(x, 1, "+") if x else "" for x in each]
+    look = read_runs(RESULTS / "look")
+    alone, joint, gain, _ = table_under("held-out pairs, %, seeds 1 / 2; image read after layer")
+    for layer, *cells in zip(LOOK, alone[1:], joint[1:], gain[1:], strict=True):
+        of_alone, of_joint = (look[f"{task}-look-{layer}"] for task in ("u", "joint"))
+        differences = differences_of(look, HELD_OUT, f"joint-look-{layer}", f"u-look-{layer}")
+        assert cells == [" / ".join(f"{x:.1f}" for x in numbers(of_alone, HELD_OUT, 100)),
+                         " / ".join(f"{x:.1f}" for x in numbers(of_joint, HELD_OUT, 100)),
+                         " / ".join(f"{x:+.1f}" for x in differences)]
 
 
 def test_rows_and_claims_are_those_of_the_committed_runs():
