@@ -32,7 +32,7 @@ def log_likelihoods(model, batch, plan):
 
 def matching(model, tokenizer, split, task, plan):
     """How often, among ten, the right text is picked for a picture ("text"), a picture with the
-    right text for a text ("picture"), either by a blind guess ("chance").
+    right text for a text ("picture"), either by a blind guess ("chance"). "n": how many pictures.
 
     und: by log p(answer | picture, question), with the first question of what is given: so an
     answer that fits no other question is found without the picture, but a picture is not. gen: by
@@ -60,7 +60,7 @@ def matching(model, tokenizer, split, task, plan):
             hits["text"].append(texts[by_picture[k].argmax()] == text)
             hits["picture"].append(texts[by_text[:, k].argmax()] == text)
             hits["chance"].append(texts.count(text) / GROUP)
-    return {what: fmean(flags) for what, flags in hits.items()}
+    return {what: fmean(flags) for what, flags in hits.items()} | {"n": len(hits["text"])}
 
 
 def main():
@@ -73,9 +73,8 @@ def main():
     split = dataset.split("und", "val", PICTURES, checkpoint["options"]["seed"])
     for task, plan in plans.items():
         rates = matching(model, tokenizer, split, task, plan)
-        print(f"{task}, {len(split.pixels) // GROUP * GROUP} images: of ten, the text of an image "
-              f"{rates['text']:.1%}, the image of a text {rates['picture']:.1%} "
-              f"(chance {rates['chance']:.1%})")
+        print(f"{task}: of ten, the text of an image {rates['text']:.1%}, the image of a text "
+              f"{rates['picture']:.1%} (chance {rates['chance']:.1%}; {rates['n']} images)")
 
 
 if __name__ == "__main__":
