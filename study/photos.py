@@ -35,7 +35,8 @@ from tokenizer import get_tokenizer
 SAMPLING = 1.5, 1.
 DRAWN = 100             # pictures of each class
 
-ROWS = {name: table.ROWS[name] for name in ("u", "g", "joint", "share-weights", "freeze-hmgen")}
+ROWS = {name: table.ROWS[name] for name in ("u", "u-himix", "g", "joint", "share-weights",
+                                            "share-partial", "freeze-hmgen")}
 ROWS |= {"u-few": ("understanding only, few labels", "--objective und"),
          "joint-few": ("joint, few labels in understanding", "")}
 SIZES |= {"u-few": {"und_scenes": 1000}, "joint-few": {"und_scenes": 1000}}
@@ -45,8 +46,8 @@ COLUMNS = [("named, %", ("photos", "named"), 100, 1),
            ("Fréchet distance ↓", ("photos", "frechet"), 1, 2),
            ("FLOPs", ("cost", "flops_ratio"), 1, 2)]
 # Differences that the table shows: {row: other rows}.
-COMPARED = {"joint": "u g", "joint-few": "u-few", "share-weights": "joint u",
-            "freeze-hmgen": "joint u g"}
+COMPARED = {"joint": "u g", "joint-few": "u-few", "u-himix": "u", "share-weights": "joint u",
+            "share-partial": "joint u-himix", "freeze-hmgen": "joint u g"}
 
 
 class Classifier(nn.Module):
@@ -132,11 +133,11 @@ def score_real(split, names, tokenizer, classifier):
     return scores, reference
 
 
-def name_likelihoods(model, tokenizer, plan, pixels, question, names):
+def name_likelihoods(model, tokenizer, plan, split, names):
     """(N, names): log p(name and its end | picture, question)."""
     found = []
-    for codes in tqdm(tokenizer.encode(pixels).split(BATCH), desc="naming", leave=False):
-        pairs = [[(question, name)] for _ in codes for name in names]
+    for codes in tqdm(tokenizer.encode(split.pixels).split(BATCH), desc="naming", leave=False):
+        pairs = [[(split.questions[0][0].text, name)] for _ in codes for name in names]
         batch = understanding(tokenizer, codes.repeat_interleave(len(names), 0), pairs)
         found.append(log_likelihoods(model, batch, plan).view(-1, len(names)))
     return torch.cat(found)
@@ -148,8 +149,7 @@ def score_run(folder, split, names, classifier, reference, device):
         return
     (model, tokenizer, _, _, plans), scores = open_run(folder, device), {}
     if "und" in plans:
-        likelihoods = name_likelihoods(model, tokenizer, plans["und"], split.pixels,
-                                       split.questions[0][0].text, names)
+        likelihoods = name_likelihoods(model, tokenizer, plans["und"], split, names)
         right = likelihoods.argmax(1) == labels_of(split, names)
         scores["named"] = right.double().mean().item()
     if "gen" in plans:
