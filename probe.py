@@ -3,7 +3,7 @@
     python probe.py out/joint-cpu                   attention.json, attention.png, heatmaps.png
     python probe.py out/joint-cpu --untrained       the same network before training, as a control
 
-Fused attention returns no weights, `Model.reference` does. One question a picture, as in the paper.
+Fused attention returns no weights; `Model.reference` does. One question a picture, as in the paper.
 """
 import json
 from collections import Counter

@@ -51,8 +51,8 @@ PLANS = {
 
 
 def make_plan(name, layers, shallow=None):
-    """The plan of that name. shallow: HMGen's K. By default a quarter of the layers; the paper
-    tries 3 and 5 of what are probably 20."""
+    """The plan of that name. shallow: HMGen's K, by default a quarter of the layers (of one or two,
+    none); the paper tries 3 and 5 of what are probably 20."""
     if name not in PLANS:                                   # of a run with a plan of its own
         fail(f"plan {name}: expected one of {', '.join(PLANS)}")
     usual = min(max(1, layers // 4), (layers - 1) // 2)

@@ -107,9 +107,9 @@ class Shapes:
         self.image_size, self.cell_size = p.image_size, p.image_size // p.grid      # pixels
         self.names = {"size": (*SIZE_NAMES, "?"), "colour": (*COLOUR_NAMES[:p.colours], "?"),
                       "shape": (*SHAPES[:p.shapes], "?"), "cell": CELL_NAMES[p.grid ** 2]}
-        # Pairs of (colour, shape) that a task never sees in training, while the other task does.
-        # Understanding sees `und_colours` neighbouring colours of each shape, and no others (its
-        # *held-out pairs*); the first of these never occurs in generation (its *unseen objects*).
+        # Pairs of (colour, shape) that one task lacks in training, and the other does not.
+        # Understanding sees `und_colours` neighbouring colours of each shape (others are *held-out
+        # pairs*); generation lacks the first (*unseen objects*), but for --practice's pictures.
         pairs = [*product(range(p.colours), range(p.shapes))]
         self.held_out = {"und": {(c, s) for c, s in pairs if (c - s) % p.colours >= p.und_colours},
                          "gen": {(c, s) for c, s in pairs if (c - s) % p.colours == 0}}

@@ -5,7 +5,7 @@
 When table.py trains a row of MEASURED with one of SEEDS, `measured` writes gradients.json at POINTS
 of training: for each layer, the cosine of the gradients of L_und and L_gen with respect to all its
 matrices, each on SEQUENCES sequences; for all tokens, and for what image tokens contribute. Beside
-it stands the cosine of two gradients of one task: noise alone keeps it, and the other, below 1.
+it stands the cosine of two gradients of one task: noise alone would hold both cosines below 1.
 In a CUDA graph, nothing is measured.
 """
 import json

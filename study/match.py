@@ -34,8 +34,8 @@ def matching(model, tokenizer, split, task, plan):
     """How often, among ten, the right text is picked for a picture ("text"), a picture with the
     right text for a text ("picture"), either by a blind guess ("chance"). "n": how many pictures.
 
-    und: by log p(answer | picture, question), with the first question of what is given: so an
-    answer that fits no other question is found without the picture, but a picture is not. gen: by
+    und: by log p(answer | picture, question), with the first question of what is given. So an
+    answer that fits only this question can be picked without looking; a picture cannot. gen: by
     log p(picture | caption) minus log p(picture | no caption)."""
     hits = defaultdict(list)
     codes = tokenizer.encode(split.pixels)

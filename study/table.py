@@ -64,7 +64,7 @@ ROWS = {
     "g-naive": ("generation only, naive control in the middle", "--objective gen --gen-plan naive"),
     # controls
     "u-long": ("understanding only, as many FLOPs as joint", "--objective und"),
-    "joint-unexposed": ("joint, generation lacks understanding's held-out pairs, too",
+    "joint-unexposed": ("joint, held-out pairs withheld from generation, too",
                         "--data unexposed"),
     "joint-shuffled": ("joint, captions shuffled", "--data shuffled"),
     "u-image-loss": ("understanding only, predicts its pictures, too",
