@@ -254,7 +254,7 @@ class Block(nn.Module):
             source = x
         elif rule.keys == "embedding":                      # HiMix (sec. 5.1)
             source = torch.cat([before, embedding.split(layout, 1)[1], after], 1)
-        else:                                               # HMGen's shallow layers (sec. 5.2)
+        else:                           # the naive control; HMGen's shallow layers (sec. 5.2)
             source = torch.cat([before, after], 1) if rule.query else updated
         h = self.attention_norm(updated)
         h_source = h if source is updated else self.attention_norm(source)      # saves a norm
@@ -282,7 +282,7 @@ class Block(nn.Module):
 
     def project(self, linears, h, layout, task):
         """(B, n, d) -> (B, n, out): text by its own weights, image tokens, if any, by theirs."""
-        if self.projections == "shared" or h.size(1) < sum(layout):     # without image tokens
+        if self.projections == "shared" or h.size(1) < sum(layout):     # h lacks the image
             return linears["text"](h)
         image_linear = linears["image" if self.projections == "image" else task]
         before, image, after = h.split(layout, 1)

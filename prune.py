@@ -80,7 +80,7 @@ class Layout(NamedTuple):
     after: int      # 0 in generation, where the image is the output
 
     def window(self, start, stop):
-        """How many tokens of each kind stand from start to stop; a cache holds those before."""
+        """The same from start to stop. In decoding, the tokens before are in a KV cache."""
         edges = 0, self.before, self.before + self.image, sum(self)
         edges = [min(max(edge, start), stop) for edge in edges]
         return Layout(*(end - begin for begin, end in zip(edges, edges[1:])))

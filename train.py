@@ -155,7 +155,7 @@ def train(options, device, checkpoint=None):
 def forward_backward(model, plans, examples, parts, index):
     """Forward and backward pass of a step: adds to the gradients and returns {task: loss}. plans,
     examples: {task: plan}, {task: Batch}. index: (tasks, batch_size), which of the examples, in the
-    order of `plans`. Several parts need less memory for the same gradients.
+    order of `plans`. Parts need less memory; each weighs as much as its share of the outputs.
 
     In a CUDA graph, this Python runs once: a rate, a random number or a step count in it would
     never change, and no tensor's value may be read (print, .item(), if)."""
@@ -227,7 +227,7 @@ def training_sequences(task, options, dataset, tokenizer):
     dropped = [i for i in range(len(split.captions)) if rng.random() < CAPTION_DROPOUT]
     for i in dropped:
         split.captions[i] = split.captions[i]._replace(text="")
-    if options.practice:
+    if options.practice:        # what has no caption now shows pictures of understanding
         practice = dataset.split("und", "train", len(dropped), seed, questions=0)
         split.pixels[dropped[:len(practice.pixels)]] = practice.pixels
     return sequences(task, tokenizer, split)
@@ -280,7 +280,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(x, steps=5):
     """(n, rows, columns) -> about the nearest orthogonal matrices, by Newton-Schulz: a quintic
-    whose iteration drives every singular value towards 1."""
+    whose iteration drives every singular value towards 1. Coefficients: Jordan et al."""
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x
     x, usual = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7), x.dtype
@@ -336,7 +336,7 @@ def parse_options(arguments=None):
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--out", help="the run's folder (default: out/joint-cpu, out/und-tiny, ...)")
     where.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
-    given = parser.parse_args(arguments)
+    given = parser.parse_args(arguments)        # which run or preset has the usual values?
     device, checkpoint = pick_device(given.device), None
     if given.resume is not None:
         checkpoint = read_checkpoint(Path(given.resume, "checkpoint.pt"), "run")
@@ -349,7 +349,7 @@ def parse_options(arguments=None):
         usual = {"preset": name, "steps": p.steps, "batch_size": p.batch_size,
                  "out": f"out/{given.objective}-{name}"}
     parser.set_defaults(**usual)
-    options = parser.parse_args(arguments)                  # now with these defaults
+    options = parser.parse_args(arguments)      # once more, with these as defaults
     del options.device, options.resume
     may_change = "out", "data", "parts", "compile", "save_every"    # load_of_run compares the data
     for key, value in vars(options).items():
