@@ -334,13 +334,20 @@ def test_rows_and_claims_are_those_of_the_committed_runs():
 
 
 def test_figures_that_no_script_prints():
-    """The gain without the seed that chose the recipe; the least and the largest cosine of all
-    runs' gradients; uniform attention, which is that of queries without weights."""
+    """The gain without the seed that chose the recipe; what reduction takes from it on photographs;
+    the least and the largest cosine of all runs' gradients; uniform attention, which is that of
+    queries without weights."""
     found = read_runs(RESULTS / "band")
     others = {row: {seed: runs[seed] for seed in runs if seed != 2} for row, runs in found.items()}
     gain = differences_of(others, HELD_OUT, "joint", "u", "share-image", "u-himix")
     p = 2 * p_value(gain, 0)
     assert f"{mean_std(gain, 1, '+')} (7 seeds, p = {p:.3f} without correction)" in STUDY
+    rows = "joint", "u", "share-partial", "u-himix"
+    photographs = {row: {seed: json.loads(
+        (RESULTS / "photos" / f"{row}-seed{seed}" / "photos.json").read_text())
+        for seed in (1, 2, 3)} for row in rows}
+    gain = differences_of(photographs, ("named",), *rows)
+    assert f"training adds {mean_std(gain, 1)} points more without reduction" in NOTES
     files = (RESULTS / "band").glob("*-seed*/gradients.json")
     cosines = [cosine for file in files for point in json.loads(file.read_text()).values()
                for cosine in point["all"]["between"]]
