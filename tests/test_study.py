@@ -342,12 +342,16 @@ def test_figures_that_no_script_prints():
     gain = differences_of(others, HELD_OUT, "joint", "u", "share-image", "u-himix")
     p = 2 * p_value(gain, 0)
     assert f"{mean_std(gain, 1, '+')} (7 seeds, p = {p:.3f} without correction)" in STUDY
-    rows = "joint", "u", "share-partial", "u-himix"
+    rows = "joint", "u", "share-partial", "u-himix"         # without and with reduction
     photographs = {row: {seed: json.loads(
         (RESULTS / "photos" / f"{row}-seed{seed}" / "photos.json").read_text())
         for seed in (1, 2, 3)} for row in rows}
+    dense, reduced = (differences_of(photographs, ("named",), *pair)
+                      for pair in (rows[:2], rows[2:]))
     gain = differences_of(photographs, ("named",), *rows)
     assert f"training adds {mean_std(gain, 1)} points more without reduction" in NOTES
+    assert f"joint training names {mean_std(dense, 1)} points\n  more right" in STUDY
+    assert f"share partial {mean_std(reduced, 1)} more than HiMix alone" in STUDY
     files = (RESULTS / "band").glob("*-seed*/gradients.json")
     cosines = [cosine for file in files for point in json.loads(file.read_text()).values()
                for cosine in point["all"]["between"]]
