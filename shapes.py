@@ -107,7 +107,7 @@ class Shapes:
         self.image_size, self.cell_size = p.image_size, p.image_size // p.grid      # pixels
         self.names = {"size": (*SIZE_NAMES, "?"), "colour": (*COLOUR_NAMES[:p.colours], "?"),
                       "shape": (*SHAPES[:p.shapes], "?"), "cell": CELL_NAMES[p.grid ** 2]}
-        # Pairs of (colour, shape) that one task lacks in training, and the other does not.
+        # Pairs of (colour, shape) that one task lacks in training and the other has.
         # Understanding sees `und_colours` neighbouring colours of each shape (others are *held-out
         # pairs*); generation lacks the first (*unseen objects*), but for --practice's pictures.
         pairs = [*product(range(p.colours), range(p.shapes))]

@@ -155,7 +155,7 @@ def train(options, device, checkpoint=None):
 def forward_backward(model, plans, examples, parts, index):
     """Forward and backward pass of a step: adds to the gradients and returns {task: loss}. plans,
     examples: {task: plan}, {task: Batch}. index: (tasks, batch_size), which of the examples, in the
-    order of `plans`. Parts need less memory; each weighs as much as its share of the outputs.
+    order of `plans`. Parts save memory; weighted by their outputs, they give the same gradients.
 
     In a CUDA graph, this Python runs once: a rate, a random number or a step count in it would
     never change, and no tensor's value may be read (print, .item(), if)."""
