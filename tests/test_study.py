@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import product
 
 import numpy as np
 import pytest
@@ -343,9 +344,10 @@ def test_figures_that_no_script_prints():
     p = 2 * p_value(gain, 0)
     assert f"{mean_std(gain, 1, '+')} (7 seeds, p = {p:.3f} without correction)" in STUDY
     rows = "joint", "u", "share-partial", "u-himix"         # without and with reduction
-    photographs = {row: {seed: json.loads(
-        (RESULTS / "photos" / f"{row}-seed{seed}" / "photos.json").read_text())
-        for seed in (1, 2, 3)} for row in rows}
+    photographs = {row: {} for row in rows}
+    for row, seed in product(rows, (1, 2, 3)):
+        file = RESULTS / "photos" / f"{row}-seed{seed}" / "photos.json"
+        photographs[row][seed] = json.loads(file.read_text())
     dense, reduced = (differences_of(photographs, ("named",), *pair)
                       for pair in (rows[:2], rows[2:]))
     gain = differences_of(photographs, ("named",), *rows)
